@@ -1,0 +1,117 @@
+"""Turns the documents of a corpus into vectors, unit by unit: what is finished stays finished, whatever happens."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+from jobs import cluster
+from jobs.cluster import Encoders
+from jobs.entry import StageSettings, describe_run, main
+from jobs.terminal import Counter, say
+from matryoshka import artifacts, corpus, embedding, model, storage
+from matryoshka.artifacts import Journal, Manifest, Receipt
+from matryoshka.config import Field, InputPath
+from matryoshka.corpus import Columns, Corpus
+from matryoshka.encode import TOKENS_PER_STEP, Precision
+from matryoshka.units import Unit, plan_units
+
+
+class Settings(StageSettings):
+    """Turns the documents of a Parquet corpus into vectors: one Parquet file per unit, float16, unit length, full width.
+
+    Units that are finished stay finished: after a crash, or with new, changed or removed input files, the same command
+    does only what is missing.
+    """
+
+    corpus: InputPath = Field(description="Parquet files: a folder, a file, or a glob pattern in quotes.")
+    model: str = Field("minilm", description="Model folder, hub name, or minilm (the demo extra's model).")
+    id_column: str = Field("id", description="Column with the document's id.")
+    text_column: str = Field("text", description="Column with the document's text.")
+    unit_rows: int = Field(20_000, ge=1, description="Most rows in a unit, which is what one worker does in one go.")
+    precision: Literal["auto", "bf16", "float32"] = Field("auto", description="auto: bf16 where a measurement says it pays.")
+    tokens_per_step: int | None = Field(None, ge=1, description="Padded tokens per forward pass; none: what suits the device.")
+    workers: int | None = Field(None, ge=1, description="Encoder processes; none: one per GPU, or per CPU.")
+    attempts: int = Field(3, ge=1, description="How often a unit is tried before it counts as failed.")
+    fail_on_empty: bool = Field(False, description="Make an error of rows without text instead of leaving them out.")
+
+
+def run(settings: Settings) -> Manifest:
+    """Embeds what the output lacks."""
+    output = storage.local_path(settings.output)
+    known = artifacts.peek(output, "embeddings")
+    source = _inspect(settings, known)
+    info = model.describe(settings.model)
+    precision, tokens_per_step = _recorded(settings, known)
+    identity = embedding.make_identity(info, precision, tokens_per_step, settings.unit_rows)
+    previous = artifacts.claim(output, "embeddings", identity, settings.replace)
+    units = plan_units(source.files, settings.unit_rows)
+    finished = artifacts.finished_receipts(output, previous, [unit.key for unit in units])
+    todo = [unit for unit in units if unit.key not in finished]
+    if previous and previous.is_complete and not todo and previous.inputs == {"corpus": source.fingerprint}:
+        say(f"embed: nothing to do, {output} is complete ({previous.num_rows} documents)")
+        return previous
+    with cluster.connected() as session:
+        device = cluster.capacity().device
+        precision = precision or session.choose_precision(settings.precision)
+        tokens_per_step = tokens_per_step or TOKENS_PER_STEP[device]
+        identity = embedding.make_identity(info, precision, tokens_per_step, settings.unit_rows)
+        manifest = embedding.make_manifest(source, info, identity, describe_run("embed", settings))
+        artifacts.begin(output, manifest, previous)
+        pool = session.encoders(info, precision, tokens_per_step, settings.workers)
+        failures = _embed(pool, source, todo, settings, finished)
+    if failures:
+        key, error = next(iter(failures.items()))
+        raise RuntimeError(
+            f"embed: {len(failures)} of {len(units)} units failed {settings.attempts} times ({key}: {error})."
+            " What is finished is kept. Mend the cause and run the same command again."
+        )
+    receipts = tuple(finished[unit.key] for unit in units)
+    manifest = dataclasses.replace(manifest, receipts=receipts, is_complete=True)
+    manifest.write(output)
+    artifacts.remove_strangers(output, embedding.UNITS, manifest)
+    say(
+        f"embed: {manifest.num_rows} documents in {output}; {len(todo)} of {len(units)} units done now, {source.num_empty} rows had no text"
+    )
+    return manifest
+
+
+def _inspect(settings: Settings, known: Manifest | None) -> Corpus:
+    columns = Columns(settings.id_column, settings.text_column)
+    source = corpus.inspect(settings.corpus, columns, known.facts.get("corpus") if known else None)
+    if settings.fail_on_empty and source.num_empty:
+        raise ValueError(f"{settings.corpus}: {source.num_empty} rows have no text. Fill them, or drop --fail-on-empty.")
+    return source
+
+
+def _recorded(settings: Settings, known: Manifest | None) -> tuple[Precision | None, int | None]:
+    """Returns what was asked for, or else what an earlier run in this output chose: another machine must not choose anew."""
+    recorded = known.identity if known else {}
+    precision = recorded.get("precision") if settings.precision == "auto" else settings.precision
+    return precision, settings.tokens_per_step or recorded.get("tokens_per_step")
+
+
+def _embed(
+    pool: Encoders, source: Corpus, todo: Sequence[Unit], settings: Settings, finished: dict[str, Receipt]
+) -> dict[str, str]:
+    """Adds the receipts of units to ``finished`` and to the journal; returns the last error of each unit that failed."""
+    if not todo:
+        return {}
+    output = storage.local_path(settings.output)
+    failures: dict[str, str] = {}
+    journal = Journal(output)
+    with Counter("embed", len(todo), "documents") as counter:
+        try:
+            for outcome in pool.embed(source, todo, output, settings.attempts):
+                if outcome.result is None:
+                    failures[outcome.key] = outcome.error
+                else:
+                    journal.add(outcome.result)
+                    finished[outcome.key] = outcome.result
+                    counter.advance(outcome.result.num_rows, unit=outcome.key, **outcome.result.details)
+        finally:
+            journal.flush()
+    return failures
+
+
+if __name__ == "__main__":
+    main("embed", Settings, run)

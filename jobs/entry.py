@@ -1,0 +1,70 @@
+"""How every job begins and ends: settings, logging, errors, exit codes."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any, TypeVar
+
+from jobs.terminal import say
+from matryoshka.config import Field, FolderPath, JobSettings
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+S = TypeVar("S", bound=JobSettings)
+
+logger = logging.getLogger("jobs")
+
+
+class StageSettings(JobSettings):
+    """What every stage that writes an artifact has in common."""
+
+    output: FolderPath = Field(description="Folder for the result; the same command again continues or does nothing.")
+    replace: bool = Field(False, description="Discard what the output holds if it came from other inputs or settings.")
+
+
+def main(name: str, settings_class: type[S], run: Callable[[S], Any]) -> None:
+    """Runs a job from the command line and exits with its code."""
+    sys.exit(_run(name, settings_class, run))
+
+
+def _run(name: str, settings_class: type[S], run: Callable[[S], Any]) -> int:
+    _set_up_logging()
+    start = time.perf_counter()
+    try:
+        run(settings_class.from_command_line(sys.argv[1:], f"python -m jobs.{name}"))
+    except ValueError as error:
+        logger.debug("bad input", exc_info=True)
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except (RuntimeError, OSError) as error:
+        logger.debug("failure", exc_info=True)
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("interrupted: what is finished is kept. Run the same command again to go on.", file=sys.stderr)
+        return INTERRUPTED
+    say(f"{name} took {time.perf_counter() - start:.1f} s")
+    return DONE
+
+
+def _set_up_logging() -> None:
+    """Sets logging up once; LOG_LEVEL=DEBUG shows where an error came from."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logger.setLevel(os.environ.get("LOG_LEVEL", "INFO"))
+
+
+def describe_run(job: str, settings: JobSettings) -> dict[str, Any]:
+    """Returns the run record: job, settings, versions of what decides the outcome."""
+    packages = ("torch", "transformers", "sentence-transformers", "ray", "pyarrow", "faiss-cpu", "faiss-gpu-cuvs")
+    versions = {name: version for name in packages if (version := _version(name))}
+    return {"job": job, "settings": settings.model_dump(mode="json"), "versions": versions, "python": sys.version.split()[0]}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,84 @@
+"""Builds a sharded index from embeddings: a coarse FAISS index on a short prefix, and full vectors for reranking."""
+
+import dataclasses
+
+from jobs import cluster
+from jobs.entry import StageSettings, describe_run, main
+from jobs.terminal import Counter, say
+from matryoshka import artifacts, index, indexing, nested, storage
+from matryoshka.artifacts import Journal, Manifest
+from matryoshka.config import Field, FolderPath
+from matryoshka.indexing import SHARDS
+from matryoshka.nested import FunnelPlan
+from matryoshka.vectors import EmbeddingStore
+
+_ROWS_PER_SHARD = 1_000_000
+
+
+class Settings(StageSettings):
+    """Builds a sharded index from embeddings: a coarse FAISS index on a short prefix, and full vectors for reranking.
+
+    Shards whose documents did not change since the last build are kept as they are.
+    """
+
+    embeddings: FolderPath = Field(description="Folder that the embed job wrote.")
+    shards: int | None = Field(None, ge=1, description="Shards of the first build; none: one per million documents.")
+    plan: tuple[str, ...] = Field((), description="Funnel as dim:keep steps, for example 64:200,384:100; none: a cautious one.")
+    coarse_index: str = Field("Flat", description="FAISS factory string of the shortlist's index; one that needs no training.")
+
+
+def run(settings: Settings) -> Manifest:
+    """Builds the shards that the output lacks."""
+    output = storage.local_path(settings.output)
+    store = EmbeddingStore.open(storage.local_path(settings.embeddings))
+    plan = FunnelPlan.parse(settings.plan) if settings.plan else nested.default_plan(store.dims)
+    nested.check_dims([step.dim for step in plan.steps], store.width, settings.embeddings)
+    if index.needs_training(settings.coarse_index, plan.shortlist.dim):
+        raise ValueError(f"--coarse-index {settings.coarse_index}: needs training. Choose one that does not, such as Flat.")
+    identity = {
+        "model": store.manifest.identity["model"],
+        "plan": [f"{step.dim}:{step.keep}" for step in plan.steps],
+        "coarse_index": settings.coarse_index,
+        "shards": settings.shards,
+    }
+    previous = artifacts.claim(output, "index", identity, settings.replace)
+    num_shards = settings.shards or max(-(-store.manifest.num_rows // _ROWS_PER_SHARD), 1)
+    slots, plans = indexing.plan_shards(store, num_shards, previous.facts["slots"] if previous else {})
+    finished = artifacts.finished_receipts(output, previous, [shard.key for shard in plans])
+    todo = [shard for shard in plans if shard.key not in finished]
+    inputs = {"embeddings": store.manifest.fingerprint}
+    if previous and previous.is_complete and not todo and previous.inputs == inputs:
+        say(f"index: nothing to do, {output} is complete ({previous.num_rows} documents)")
+        return previous
+    facts = {
+        "slots": slots,
+        "width": store.width,
+        "dims": list(store.dims),
+        "model": store.manifest.facts["model"],
+        "precision": store.manifest.identity["precision"],
+        "corpus": store.manifest.facts["corpus"],
+        "run": describe_run("index", settings),
+    }
+    manifest = Manifest("index", identity, inputs, facts)
+    artifacts.begin(output, manifest, previous)
+    journal = Journal(output)
+    calls = [(shard, plan.shortlist.dim, settings.coarse_index, output.resolve()) for shard in todo]
+    try:
+        with cluster.connected() as session, Counter("index", len(todo), "documents") as counter:
+            for receipt in session.run_tasks(indexing.build_shard, calls):
+                journal.add(receipt)
+                finished[receipt.key] = receipt
+                counter.advance(receipt.num_rows, shard=receipt.key, **receipt.details)
+    finally:
+        journal.flush()
+    manifest = dataclasses.replace(manifest, receipts=tuple(finished[shard.key] for shard in plans), is_complete=True)
+    manifest.write(output)
+    artifacts.remove_strangers(output, SHARDS, manifest)
+    say(
+        f"index: {manifest.num_rows} documents in {output}; {len(todo)} of {len(plans)} shards built now; funnel {plan.describe()}"
+    )
+    return manifest
+
+
+if __name__ == "__main__":
+    main("index", Settings, run)

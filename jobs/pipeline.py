@@ -1,0 +1,107 @@
+"""Runs the whole mission from one YAML file: prepare, evaluate, finetune, embed, index, search, evaluate, report."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jobs import cluster, embed, evaluate, finetune, index, prepare, search
+from jobs.entry import StageSettings, describe_run, main
+from jobs.terminal import say, show_table
+from matryoshka import artifacts, report, storage
+from matryoshka.artifacts import FileRecord, Manifest, Receipt
+from matryoshka.config import Field, JobSettings
+
+
+class Settings(StageSettings):
+    """Runs the whole mission: prepare data, evaluate the untouched model, fine-tune it, embed the corpus, build the index,
+    search it with the test queries, and evaluate again.
+
+    Each section holds options of the job of that name, written with underscores. Paths between jobs need not be given.
+    """
+
+    model: str = Field("minilm", description="Model to start from: folder, hub name, or minilm (the demo extra's model).")
+    prepare: dict[str, Any] = Field({}, description="Options of the prepare job.")
+    finetune: dict[str, Any] = Field({}, description="Options of the finetune job.")
+    embed: dict[str, Any] = Field({}, description="Options of the embed job.")
+    index: dict[str, Any] = Field({}, description="Options of the index job.")
+    search: dict[str, Any] = Field({}, description="Options of the search job.")
+    evaluate: dict[str, Any] = Field({}, description="Options of the evaluate job, for both evaluations.")
+    without_gpu: dict[str, dict[str, Any]] = Field({}, description="Sections whose options apply where there is no GPU.")
+
+
+Stage = tuple[str, Callable[[Any], Any], JobSettings]
+
+_SECTIONS = ("prepare", "finetune", "embed", "index", "search", "evaluate")
+
+
+def plan(settings: Settings, *, has_gpu: bool) -> list[Stage]:
+    """Returns the stages in order, each with its settings, all of them checked.
+
+    Raises:
+        ValueError: A section, or an option in one, is unknown or unusable.
+    """
+    root = Path(settings.output)
+    split = str(settings.evaluate.get("split", "test"))
+    data, tuned, vectors, built = (str(root / name) for name in ("data", "model", "embeddings", "index"))
+    before, after = str(root / "evaluation-base"), str(root / "evaluation-tuned")
+    wired: list[tuple[str, Any, dict[str, Any]]] = [
+        ("prepare", prepare, {"output": data}),
+        ("evaluate", evaluate, {"output": before, "data": data, "model": settings.model, "system": "base"}),
+        ("finetune", finetune, {"output": tuned, "data": data, "model": settings.model}),
+        ("embed", embed, {"output": vectors, "corpus": f"{data}/corpus", "model": tuned}),
+        ("index", index, {"output": built, "embeddings": vectors}),
+        ("search", search, {"output": str(root / "results"), "index": built, "queries": f"{data}/queries/{split}.parquet"}),
+        ("evaluate", evaluate, {"output": after, "data": data, "model": tuned, "embeddings": vectors, "index": built,
+                                "compare": before, "system": "tuned"}),
+    ]  # fmt: skip
+    _refuse_unknown_sections(settings.without_gpu)
+    stages = []
+    for name, job, wiring in wired:
+        own = {**getattr(settings, name), **({} if has_gpu else settings.without_gpu.get(name, {}))}
+        values = {**wiring, "replace": settings.replace, **own}
+        stages.append((name, job.run, job.Settings.from_values(values, f"pipeline, section '{name}'")))
+    return stages
+
+
+def _refuse_unknown_sections(sections: Mapping[str, Any]) -> None:
+    unknown = [name for name in sections if name not in _SECTIONS]
+    if unknown:
+        raise ValueError(f"pipeline, without_gpu: no section '{unknown[0]}'. Use one of {', '.join(_SECTIONS)}.")
+
+
+def run(settings: Settings) -> None:
+    """Runs every stage that is not done yet, and writes the report."""
+    output = storage.local_path(settings.output)
+    plan(settings, has_gpu=True)
+    previous = artifacts.claim(output, "run", {}, settings.replace)
+    with cluster.connected():
+        stages = plan(settings, has_gpu=cluster.capacity().num_gpus > 0)
+        manifest = Manifest("run", {}, facts={"run": describe_run("pipeline", settings)})
+        artifacts.begin(output, manifest, previous)
+        for name, run_stage, stage in stages:
+            start = time.perf_counter()
+            run_stage(stage)
+            say(f"{name} took {time.perf_counter() - start:.1f} s\n")
+    _finish(output, manifest)
+
+
+def _finish(output: Path, manifest: Manifest) -> None:
+    """Writes the report of the whole run: the figures of the last evaluation, and the chain of fingerprints behind them."""
+    last = output / "evaluation-tuned"
+    rows = report.read_rows(last)
+    stages = ("data", "evaluation-base", "model", "embeddings", "index", "results", "evaluation-tuned")
+    fingerprints = {name: artifacts.read(output / name).fingerprint for name in stages}
+    title = "Before and after fine-tuning"
+    report.write(output, title, rows, manifest.facts["run"]["settings"], fingerprints)
+    records = tuple(FileRecord.of(output, output / name) for name in (report.JSON, report.MARKDOWN))
+    dataclasses.replace(manifest, receipts=(Receipt("report", len(rows), records),), is_complete=True).write(output)
+    for metric, table in report.tables(rows).items():
+        show_table(metric, table)
+    say(report.conclude(rows))
+    say(f"report: {output / report.MARKDOWN} and {output / report.JSON}; index: {output / 'index'}")
+
+
+if __name__ == "__main__":
+    main("pipeline", Settings, run)

@@ -1,0 +1,274 @@
+"""Artifacts: folders that carry their own truth, and the chain of fingerprints that ties one to the next.
+
+An artifact folder has a ``manifest.json`` with its kind, what it was made from, the settings that change its bytes, and a
+receipt for every part. What is not in the manifest does not exist. While a stage runs, receipts of finished parts collect in
+small journal files beside it, so that a run that was killed is taken up where it stood.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from matryoshka import storage
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+_JOURNAL = "journal"
+_FLUSH_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One file of an artifact: its path below the folder, its size, and the SHA-256 of its bytes."""
+
+    path: str
+    num_bytes: int
+    digest: str
+
+    @classmethod
+    def of(cls, folder: Path, path: Path) -> Self:
+        """Returns the record of a file as it is on disk now."""
+        return cls(path.relative_to(folder).as_posix(), path.stat().st_size, storage.digest_file(path))
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a worker hands back for one finished part: its key, rows and files, and what it cost (not fingerprinted)."""
+
+    key: str
+    num_rows: int
+    files: tuple[FileRecord, ...]
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Returns the receipt that ``dataclasses.asdict`` wrote as JSON."""
+        return cls(**{**value, "files": tuple(FileRecord(**file) for file in value["files"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The truth about one artifact folder.
+
+    Attributes:
+        kind: ``dataset``, ``model``, ``embeddings``, ``index``, ``evaluation`` or ``run``.
+        identity: What must stay the same for parts to be mixed: fingerprints of inputs, settings that change bytes.
+        inputs: Fingerprints of inputs that may change from night to night, such as the corpus.
+        facts: What later stages and people want to know; derived, so not fingerprinted.
+        receipts: One for every part.
+        is_complete: False while a stage is at work, or where it ended early.
+    """
+
+    kind: str
+    identity: Mapping[str, Any]
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    receipts: tuple[Receipt, ...] = ()
+    is_complete: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the artifact's content, from which that of everything made from it derives."""
+        parts = sorted([receipt.key, *(file.digest for file in receipt.files)] for receipt in self.receipts)
+        return storage.digest_json([self.kind, FORMAT, dict(self.identity), dict(self.inputs), parts])
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all parts together."""
+        return sum(receipt.num_rows for receipt in self.receipts)
+
+    def write(self, folder: Path) -> None:
+        """Commits the manifest; a complete one supersedes the journal."""
+        value = {"kind": self.kind, "format": FORMAT, "fingerprint": self.fingerprint, **dataclasses.asdict(self)}
+        storage.publish_json(folder / MANIFEST, value)
+        storage.remove(folder / _JOURNAL)
+
+
+def read(folder: Path, kind: str | None = None) -> Manifest:
+    """Returns the manifest of an artifact, finished or not.
+
+    Raises:
+        ValueError: There is none, it is of another kind or format, or it was altered by hand.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        made_by = f" Make it first with python -m jobs.{_MAKERS[kind]}." if kind in _MAKERS else " Check the path."
+        raise ValueError(f"{folder}: no {kind or 'artifact'} here (no {MANIFEST}).{made_by}")
+    value = storage.read_json(path)
+    try:
+        version, fingerprint = value.pop("format"), value.pop("fingerprint")
+        manifest = Manifest(**{**value, "receipts": tuple(Receipt.from_json(receipt) for receipt in value["receipts"])})
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a manifest of this project ({error}). Pass another folder.") from None
+    if version != FORMAT:
+        raise ValueError(f"{path}: format {version}, this version reads {FORMAT}. Make the artifact anew with --replace.")
+    if manifest.is_complete and manifest.fingerprint != fingerprint:
+        raise ValueError(f"{path}: was altered (its fingerprint does not fit its content). Make it anew with --replace.")
+    if kind and manifest.kind != kind:
+        raise ValueError(f"{folder}: holds '{manifest.kind}', not '{kind}'. Pass the folder of the {kind}.")
+    return manifest
+
+
+_MAKERS = {"dataset": "prepare", "model": "finetune", "embeddings": "embed", "index": "index", "evaluation": "evaluate"}
+
+
+def read_complete(folder: Path, kind: str) -> Manifest:
+    """Returns the manifest of a finished artifact.
+
+    Raises:
+        ValueError: As ``read``, or the stage that makes it has not finished.
+    """
+    manifest = read(folder, kind)
+    if not manifest.is_complete:
+        raise ValueError(f"{folder}: not finished. Run python -m jobs.{_MAKERS[kind]} again; it does only what is missing.")
+    return manifest
+
+
+def is_artifact(path: Path) -> bool:
+    """Returns whether a path is a folder with a manifest."""
+    return (path / MANIFEST).is_file()
+
+
+def peek(folder: Path, kind: str) -> Manifest | None:
+    """Returns the manifest of an artifact of this kind, finished or not, or None where there is none that can be read."""
+    try:
+        return read(folder, kind)
+    except ValueError:
+        return None
+
+
+def claim(folder: Path, kind: str, identity: Mapping[str, Any], replace: bool) -> Manifest | None:
+    """Returns what an earlier run left in an output folder, or None where there is nothing to go on from.
+
+    Nothing is written or removed: see ``begin``. ``replace`` gives up an artifact of the same kind and another identity;
+    it never touches a folder that holds something else.
+
+    Raises:
+        ValueError: The folder belongs to something else, or to an artifact of another identity and ``replace`` is off.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is a file. Pass another --output.")
+    if not (folder / MANIFEST).is_file():
+        if all(is_artifact(entry) for entry in folder.iterdir()):
+            return None
+        raise ValueError(f"{folder}: holds files that are not an artifact of this project. Pass another --output.")
+    try:
+        manifest = read(folder)
+    except ValueError:
+        if replace:
+            return None
+        raise
+    if manifest.kind != kind:
+        raise ValueError(f"{folder}: holds '{manifest.kind}', not '{kind}'. Pass another --output.")
+    differing = _differences(manifest.identity, identity)
+    if differing and not replace:
+        raise ValueError(
+            f"{folder}: was made with other inputs or settings ({differing}). Pass another --output, or --replace to discard it."
+        )
+    return None if differing else manifest
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    found, wanted = storage.as_json(dict(found)), storage.as_json(dict(wanted))
+    keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+    return "; ".join(f"{key}: {_short(found.get(key))} there, {_short(wanted.get(key))} now" for key in keys)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+def begin(folder: Path, manifest: Manifest, previous: Manifest | None) -> None:
+    """Takes an output folder into use: marks it as unfinished, and clears what no earlier run of this identity left.
+
+    Artifacts in folders below this one are left alone: they have manifests of their own. Receipts of the earlier run stay in the journal, so that nothing finished is lost if this run is killed as well.
+    """
+    if previous is None:
+        for entry in folder.iterdir() if folder.is_dir() else ():
+            if not is_artifact(entry):
+                storage.remove(entry)
+    else:
+        storage.remove_leftovers(folder)
+    journal = Journal(folder)
+    for receipt in previous.receipts if previous else ():
+        journal.add(receipt)
+    journal.flush()
+    storage.publish_json(
+        folder / MANIFEST,
+        {"format": FORMAT, "fingerprint": None, **dataclasses.asdict(dataclasses.replace(manifest, is_complete=False))},
+    )
+
+
+class Journal:
+    """Receipts of finished parts, on disk within two seconds: a killed run loses at most the record of its last ones."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / _JOURNAL
+        self._pending: list[Receipt] = []
+        self._flushed_at = time.monotonic()
+        self._next = 1 + max((int(path.stem) for path in self._folder.glob("*.json")), default=0)
+
+    def add(self, receipt: Receipt) -> None:
+        """Records a receipt."""
+        self._pending.append(receipt)
+        if time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is pending as one more file of the journal, so that no file grows with the length of the run."""
+        if self._pending:
+            name = f"{self._next:08d}.json"
+            storage.publish_json(self._folder / name, [dataclasses.asdict(receipt) for receipt in self._pending])
+            self._next += 1
+        self._pending = []
+        self._flushed_at = time.monotonic()
+
+
+def read_journal(folder: Path) -> list[Receipt]:
+    """Returns the receipts that unfinished runs left, oldest first."""
+    paths = sorted((folder / _JOURNAL).glob("*.json"))
+    return [Receipt.from_json(value) for path in paths for value in storage.read_json(path)]
+
+
+def finished_receipts(folder: Path, manifest: Manifest | None, keys: Iterable[str]) -> dict[str, Receipt]:
+    """Returns the receipts, among ``keys``, of parts that are done and whose files are there at their full size."""
+    wanted = set(keys)
+    known = [*(manifest.receipts if manifest else ()), *read_journal(folder)] if manifest else []
+    return {receipt.key: receipt for receipt in known if receipt.key in wanted and _is_whole(folder, receipt)}
+
+
+def _is_whole(folder: Path, receipt: Receipt) -> bool:
+    paths = [(folder / file.path, file.num_bytes) for file in receipt.files]
+    return all(path.is_file() and path.stat().st_size == num_bytes for path, num_bytes in paths)
+
+
+def remove_strangers(folder: Path, parts: str, manifest: Manifest) -> None:
+    """Removes from the folder of parts what no receipt of a committed manifest names, such as units of removed input."""
+    named = {Path(file.path).parts[1] for receipt in manifest.receipts for file in receipt.files}
+    for path in (folder / parts).iterdir():
+        if path.name not in named:
+            storage.remove(path)
+
+
+def find_faults(folder: Path, manifest: Manifest) -> list[str]:
+    """Returns every way in which the files of an artifact differ from its receipts, one line each."""
+    faults = [] if manifest.is_complete else [f"{folder}: not finished"]
+    for receipt in manifest.receipts:
+        for record in receipt.files:
+            path = folder / record.path
+            if not path.resolve().is_relative_to(folder.resolve()):
+                faults.append(f"{path}: leads out of the artifact's folder")
+            elif not path.is_file():
+                faults.append(f"{path}: missing")
+            elif path.stat().st_size != record.num_bytes:
+                faults.append(f"{path}: {path.stat().st_size} bytes, the receipt says {record.num_bytes}")
+            elif storage.digest_file(path) != record.digest:
+                faults.append(f"{path}: its bytes were altered (another SHA-256 than the receipt's)")
+    return faults

@@ -1,0 +1,211 @@
+"""Settings of a job: one typed declaration makes its flags, its YAML keys, its README table and its run record.
+
+The only room that knows pydantic and YAML.
+"""
+
+import argparse
+import difflib
+import inspect
+import types
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+__all__ = [
+    "Field",
+    "FilePath",
+    "FolderPath",
+    "InputPath",
+    "JobSettings",
+    "Metavar",
+    "Option",
+    "Positional",
+    "check_settings",
+    "options",
+    "read_yaml",
+]
+
+check_settings = model_validator(mode="after")
+"""Decorates a method of a settings class that looks at several settings together and raises ``ValueError``."""
+
+
+@dataclass(frozen=True)
+class Metavar:
+    """What stands for a value in ``--help`` and in the option tables, where the type alone says too little."""
+
+    text: str
+
+
+class Positional(Metavar):
+    """A value that is given without a flag."""
+
+
+FolderPath = Annotated[str, Metavar("FOLDER")]
+FilePath = Annotated[str, Metavar("FILE")]
+InputPath = Annotated[str, Metavar("PATH")]
+
+
+class JobSettings(BaseModel):
+    """Base of every job's settings: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any], place: str) -> Self:
+        """Returns the settings that a mapping (of a YAML section, say) gives; ``place`` names it in errors.
+
+        Raises:
+            ValueError: A key is unknown (the nearest right one is named), missing, or has an unusable value.
+        """
+        for key in values:
+            if key not in cls.model_fields:
+                raise ValueError(f"{place}: no key '{key}'.{_nearest(str(key), cls.model_fields)}")
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise ValueError(f"{place}: {_explain(error)}") from None
+
+    @classmethod
+    def from_command_line(cls, arguments: Sequence[str], program: str) -> Self:
+        """Returns the settings that a command line gives; ``--config FILE`` supplies what no flag gives.
+
+        Raises:
+            ValueError: A flag or key is unknown, missing or has an unusable value, or the YAML file cannot be read.
+            SystemExit: ``--help`` was asked for, or a flag has no value.
+        """
+        parsed, rest = _parser(cls, program).parse_known_args(arguments)
+        if rest:
+            flags = [option.flag for option in options(cls)]
+            raise ValueError(f"{program}: no option '{rest[0]}'.{_nearest(rest[0], flags)} --help lists all of them.")
+        values = vars(parsed)
+        config = values.pop("config", None)
+        if config:
+            values = _merge(read_yaml(config), values)
+        return cls.from_values(values, f"{program} ({config})" if config else program)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One setting as its user sees it: its flag, what stands for a value, the default in words, and what it does."""
+
+    name: str
+    flag: str
+    metavar: str
+    default: str
+    description: str
+    kind: Any
+
+
+def options(settings: type[JobSettings]) -> list[Option]:
+    """Returns the options of a job in the order of their declaration."""
+    return [_option(name, field) for name, field in settings.model_fields.items()]
+
+
+def _option(name: str, field: Any) -> Option:
+    kind = field.annotation
+    if get_origin(kind) in (Union, types.UnionType):
+        kind = next(part for part in get_args(kind) if part is not type(None))
+    markers = [*field.metadata, *getattr(kind, "__metadata__", ())]
+    marker = next((marker for marker in markers if isinstance(marker, Metavar)), Metavar(_metavar(kind)))
+    flag = name if isinstance(marker, Positional) else f"--{name.replace('_', '-')}"
+    default = "required" if field.is_required() else _in_words(field.default)
+    description = field.description or ""
+    return Option(name, flag, marker.text, default, description, get_origin(kind) or kind)
+
+
+def _metavar(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(str(choice) for choice in get_args(kind))
+    if get_origin(kind) is tuple:
+        return f"{_metavar(get_args(kind)[0])},..."
+    return {int: "N", float: "X", bool: "", dict: "MAPPING"}.get(get_origin(kind) or kind, "TEXT")
+
+
+def _in_words(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return ",".join(str(part) for part in value) or "none" if isinstance(value, tuple) else str(value or "none")
+
+
+def _parser(settings: type[JobSettings], program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=inspect.cleandoc(settings.__doc__ or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags win over it.")
+    for option in options(settings):
+        text = f"{option.description} [{option.default}]".replace("%", "%%")
+        if option.kind is bool:
+            parser.add_argument(option.flag, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            kind = _READERS.get(option.kind, str)
+            positional = {} if option.flag.startswith("-") else {"nargs": "?"}
+            parser.add_argument(option.flag, metavar=option.metavar, type=kind, help=text, **positional)
+    return parser
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _read_mapping(text: str) -> dict[str, Any]:
+    value = yaml.safe_load(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a mapping; write '{{max_steps: 10, batch_size: 32}}'")
+    return value
+
+
+_READERS = {tuple: _split, dict: _read_mapping}
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Returns both mappings in one; where both hold a mapping under a key, these are merged as well."""
+    both = {
+        key: _merge(under[key], over[key]) for key in over if isinstance(under.get(key), dict) and isinstance(over[key], dict)
+    }
+    return {**under, **over, **both}
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name.partition("=")[0], list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for fault in error.errors():
+        name = ".".join(str(part) for part in fault["loc"])
+        flag = f"--{name.split('.')[0].replace('_', '-')}"
+        if fault["type"] == "missing":
+            lines.append(f"'{name}' is missing. Pass {flag}.")
+        elif fault["type"] == "value_error":
+            lines.append(fault["msg"].removeprefix("Value error, "))
+        else:
+            lines.append(f"'{name}': {fault['msg'][:1].lower()}{fault['msg'][1:]} (found {fault['input']!r}). Change {flag}.")
+    return " ".join(lines)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Returns the mapping that a YAML file holds.
+
+    Raises:
+        ValueError: The file is missing, is not YAML in UTF-8, or does not hold a mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML in UTF-8 ({' '.join(str(error).split())}). Mend it and run again.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds no settings (found {type(values).__name__}). Write one 'key: value' per line.")
+    return values

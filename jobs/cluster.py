@@ -1,4 +1,4 @@
-"""All Ray mechanics: connecting, actors that encode, units bounded in flight, retries. Nothing else in the project knows Ray's core."""
+"""All Ray mechanics: connecting, actors, units bounded in flight, retries. Training has a room of its own."""
 
 import contextlib
 import logging
@@ -12,8 +12,6 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
-
 from matryoshka import embedding, encode, model
 from matryoshka.artifacts import Receipt
 from matryoshka.corpus import Corpus
@@ -21,6 +19,7 @@ from matryoshka.encode import Encoder, Precision, Role
 from matryoshka.funnel import CallShards, Shard
 from matryoshka.model import ModelInfo
 from matryoshka.units import Unit
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 T = TypeVar("T")
 
@@ -81,7 +80,9 @@ class Session:
         self.release()
         names = [str(folder.resolve()) for folder in folders]
         num_actors = min(num_workers or capacity().num_cpus, len(names))
-        actors = [_ShardActor.options(num_cpus=1).remote(names[number::num_actors]) for number in range(num_actors)]
+        actors: list[Any] = [
+            ray.remote(_ShardActor).options(num_cpus=1).remote(names[number::num_actors]) for number in range(num_actors)
+        ]
 
         def call(method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
             references = [
@@ -109,7 +110,7 @@ def connected() -> Iterator[Session]:
 
     A block inside another one uses the connection of the outer one.
     """
-    global _session
+    global _session  # noqa: PLW0603 - one process has one connection to Ray
     if _session:
         yield _session
         return
@@ -148,7 +149,7 @@ class Capacity:
 
 def capacity() -> Capacity:
     """Returns what the connected cluster has to give."""
-    resources = ray.cluster_resources()
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return Capacity(max(int(resources.get("CPU", 1)), 1), int(resources.get("GPU", 0)))
 
 
@@ -164,7 +165,6 @@ def _get(reference: Any) -> Any:
         raise error.cause from None
 
 
-@ray.remote
 class _EncoderActor:
     """Holds one loaded model."""
 
@@ -209,7 +209,8 @@ class Encoders:
 
     def _started(self) -> list[Any]:
         if not self._actors:
-            actors = [_EncoderActor.options(**self._options).remote(*self._arguments) for _ in range(self._num_workers)]
+            start = ray.remote(_EncoderActor).options(**self._options).remote
+            actors: list[Any] = [start(*self._arguments) for _ in range(self._num_workers)]
             try:
                 ray.get([actor.ready.remote() for actor in actors])
             except RayActorError as error:
@@ -240,7 +241,6 @@ class Encoders:
         return np.concatenate([results[key] for key in calls])
 
 
-@ray.remote
 class _ShardActor:
     """Holds some open shards."""
 

@@ -4,16 +4,17 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-from jobs import cluster
-from jobs.cluster import Encoders
-from jobs.entry import StageSettings, describe_run, main
-from jobs.terminal import Counter, say
 from matryoshka import artifacts, corpus, embedding, model, storage
 from matryoshka.artifacts import Journal, Manifest, Receipt
 from matryoshka.config import Field, InputPath
 from matryoshka.corpus import Columns, Corpus
 from matryoshka.encode import TOKENS_PER_STEP, Precision
 from matryoshka.units import Unit, plan_units
+
+from jobs import cluster
+from jobs.cluster import Encoders
+from jobs.entry import StageSettings, describe_run, main
+from jobs.terminal import Counter, say
 
 
 class Settings(StageSettings):
@@ -69,9 +70,7 @@ def run(settings: Settings) -> Manifest:
     manifest = dataclasses.replace(manifest, receipts=receipts, is_complete=True)
     manifest.write(output)
     artifacts.remove_strangers(output, embedding.UNITS, manifest)
-    say(
-        f"embed: {manifest.num_rows} documents in {output}; {len(todo)} of {len(units)} units done now, {source.num_empty} rows had no text"
-    )
+    say(f"embed: {manifest.num_rows} documents in {output}, {source.num_empty} rows had no text; {len(todo)} units done now")
     return manifest
 
 

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any, TypeVar
 
-from jobs.terminal import say
 from matryoshka.config import Field, FolderPath, JobSettings
+
+from jobs.terminal import complain, say
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -37,14 +38,14 @@ def _run(name: str, settings_class: type[S], run: Callable[[S], Any]) -> int:
         run(settings_class.from_command_line(sys.argv[1:], f"python -m jobs.{name}"))
     except ValueError as error:
         logger.debug("bad input", exc_info=True)
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return BAD_INPUT
     except (RuntimeError, OSError) as error:
         logger.debug("failure", exc_info=True)
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return FAILED
     except KeyboardInterrupt:
-        print("interrupted: what is finished is kept. Run the same command again to go on.", file=sys.stderr)
+        complain("interrupted: what is finished is kept. Run the same command again to go on.")
         return INTERRUPTED
     say(f"{name} took {time.perf_counter() - start:.1f} s")
     return DONE

@@ -2,15 +2,16 @@
 
 import dataclasses
 
-from jobs import cluster
-from jobs.entry import StageSettings, describe_run, main
-from jobs.terminal import Counter, say
 from matryoshka import artifacts, index, indexing, nested, storage
 from matryoshka.artifacts import Journal, Manifest
 from matryoshka.config import Field, FolderPath
 from matryoshka.indexing import SHARDS
 from matryoshka.nested import FunnelPlan
 from matryoshka.vectors import EmbeddingStore
+
+from jobs import cluster
+from jobs.entry import StageSettings, describe_run, main
+from jobs.terminal import Counter, say
 
 _ROWS_PER_SHARD = 1_000_000
 
@@ -74,9 +75,7 @@ def run(settings: Settings) -> Manifest:
     manifest = dataclasses.replace(manifest, receipts=tuple(finished[shard.key] for shard in plans), is_complete=True)
     manifest.write(output)
     artifacts.remove_strangers(output, SHARDS, manifest)
-    say(
-        f"index: {manifest.num_rows} documents in {output}; {len(todo)} of {len(plans)} shards built now; funnel {plan.describe()}"
-    )
+    say(f"index: {manifest.num_rows} documents in {output}; {len(todo)} of {len(plans)} shards built; {plan.describe()}")
     return manifest
 
 

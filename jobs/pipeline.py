@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs import cluster, embed, evaluate, finetune, index, prepare, search
-from jobs.entry import StageSettings, describe_run, main
-from jobs.terminal import say, show_table
 from matryoshka import artifacts, report, storage
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.config import Field, JobSettings
+
+from jobs import cluster, embed, evaluate, finetune, index, prepare, search
+from jobs.entry import StageSettings, describe_run, main
+from jobs.terminal import say, show_table
 
 
 class Settings(StageSettings):

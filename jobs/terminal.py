@@ -19,6 +19,11 @@ def say(text: str) -> None:
     Console(soft_wrap=True, highlight=False).print(text, markup=False)
 
 
+def complain(text: str) -> None:
+    """Prints one line to standard error."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(text, markup=False)
+
+
 def show_table(title: str, rows: Sequence[Sequence[str]], *, text_columns: Sequence[int] = ()) -> None:
     """Prints a table whose first row is its header; ``text_columns`` are aligned left and may wrap."""
     table = Table(title=title, title_justify="left")

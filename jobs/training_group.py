@@ -9,19 +9,18 @@ from typing import Any
 
 import ray
 import ray.train
+from matryoshka import storage
+from matryoshka.encode import Precision
+from matryoshka.recipe import Recipe
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from jobs.cluster import Capacity
 from jobs.terminal import Counter
-from matryoshka import storage
-from matryoshka.encode import Precision
-from matryoshka.recipe import Recipe
 
 _POLL_SECONDS = 1.0
 
 
-@ray.remote(num_cpus=0)
 class _Mailbox:
     """Carries log entries from rank 0 to the driver."""
 
@@ -56,7 +55,7 @@ class Group:
         use_gpu = self.capacity.device == "cuda"
         cpus = 1 if use_gpu else max(self.capacity.num_cpus // self.num_ranks, 1)
         target = output / f"{storage.TEMPORARY}model"
-        mailbox = _Mailbox.remote()
+        mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
         trainer = TorchTrainer(
             _train_loop,
             train_loop_config={
@@ -77,7 +76,7 @@ class Group:
         )
         start = time.perf_counter()
         try:
-            with Counter("finetune", recipe.num_steps, "pairs") as counter, _listening(mailbox, counter, recipe):
+            with Counter("finetune", recipe.num_steps, "pairs") as counter, _Listening(mailbox, counter, recipe):
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise RuntimeError(f"finetune: training failed ({_cause(error)}). Mend the cause and run it again.") from error
@@ -96,7 +95,7 @@ def _cause(error: Exception) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-class _listening:
+class _Listening:
     """Counts a training run's steps while the block runs."""
 
     def __init__(self, mailbox: Any, counter: Counter, recipe: Recipe) -> None:
@@ -123,7 +122,6 @@ class _listening:
 def _train_loop(config: dict[str, Any]) -> None:
     """Runs on every rank, inside the process group that Ray Train has set up."""
     import torch
-
     from matryoshka import model, training
 
     model.quieten()
@@ -135,5 +133,5 @@ def _train_loop(config: dict[str, Any]) -> None:
         config["recipe"],
         config["precision"],
         config["target"],
-        config["mailbox"].put.remote if is_first else lambda entry: None,
+        config["mailbox"].put.remote if is_first else lambda _: None,
     )

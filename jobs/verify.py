@@ -2,10 +2,11 @@
 
 from typing import Annotated
 
-from jobs.entry import main
-from jobs.terminal import say
 from matryoshka import storage, verification
 from matryoshka.config import Field, JobSettings, Positional
+
+from jobs.entry import main
+from jobs.terminal import say
 
 
 class Settings(JobSettings):
@@ -22,9 +23,8 @@ def run(settings: Settings) -> None:
     faults = []
     for folder in verification.find_artifacts(storage.local_path(settings.folder)):
         manifest, found = verification.verify(folder)
-        say(
-            f"{'FAULT' if found else 'ok':5}  {manifest.kind:11} {folder}  ({manifest.num_rows} rows, {len(manifest.receipts)} parts)"
-        )
+        verdict = "FAULT" if found else "ok"
+        say(f"{verdict:5}  {manifest.kind:11} {folder}  ({manifest.num_rows} rows, {len(manifest.receipts)} parts)")
         faults += found
     if faults:
         shown = "\n  ".join(faults[:20])

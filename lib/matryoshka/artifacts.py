@@ -188,7 +188,8 @@ def _short(value: Any) -> str:
 def begin(folder: Path, manifest: Manifest, previous: Manifest | None) -> None:
     """Takes an output folder into use: marks it as unfinished, and clears what no earlier run of this identity left.
 
-    Artifacts in folders below this one are left alone: they have manifests of their own. Receipts of the earlier run stay in the journal, so that nothing finished is lost if this run is killed as well.
+    Artifacts in folders below this one are left alone: they have manifests of their own. Receipts of the earlier run stay in
+    the journal, so that nothing finished is lost if this run is killed as well.
     """
     if previous is None:
         for entry in folder.iterdir() if folder.is_dir() else ():

@@ -148,8 +148,8 @@ def _parser(settings: type[JobSettings], program: str) -> argparse.ArgumentParse
             parser.add_argument(option.flag, action=argparse.BooleanOptionalAction, help=text)
         else:
             kind = _READERS.get(option.kind, str)
-            positional = {} if option.flag.startswith("-") else {"nargs": "?"}
-            parser.add_argument(option.flag, metavar=option.metavar, type=kind, help=text, **positional)
+            nargs = None if option.flag.startswith("-") else "?"
+            parser.add_argument(option.flag, metavar=option.metavar, type=kind, help=text, nargs=nargs)
     return parser
 
 

@@ -72,7 +72,7 @@ def find_files(location: str) -> tuple[Path, list[Path]]:
     elif path.is_file():
         files, root = [path], path.parent
     else:
-        files = sorted(Path(name) for name in glob.glob(location, recursive=True) if Path(name).is_file())
+        files = sorted(Path(name) for name in glob.glob(location, recursive=True) if Path(name).is_file())  # noqa: PTH207 - absolute patterns
         root = Path(_fixed_part(location))
     if not files:
         raise ValueError(f"{location}: no Parquet files here. Pass a folder with *.parquet files, a file, or a glob pattern.")

@@ -83,15 +83,15 @@ def _documented_nodes(tree: ast.Module, module: str) -> Iterator[tuple[str, _Doc
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield name, node
         for child in ast.iter_child_nodes(node):
-            inner = f"{name}.{child.name}" if hasattr(child, "name") and isinstance(child, ast.stmt) else name
             if isinstance(child, ast.stmt):
-                stack.append((inner, child))
+                own = getattr(child, "name", None)
+                stack.append((f"{name}.{own}" if own else name, child))
 
 
 def split_docstring(docstring: str) -> tuple[str, str] | None:
-    """Returns (summary, body) of a docstring, or None where it has no summary or a body under 80 characters.
+    r"""Returns (summary, body) of a docstring, or None where it has no summary or a body under 80 characters.
 
-    >>> split_docstring("Add two numbers.\\n\\n" + "Both are converted to float first. " * 3)[0]
+    >>> split_docstring("Add two numbers.\n\n" + "Both are converted to float first. " * 3)[0]
     'Add two numbers.'
     >>> split_docstring("Add two numbers.") is None
     True

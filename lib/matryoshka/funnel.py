@@ -4,7 +4,7 @@ Each cut is made over all shards together, by (score, id), so the outcome is tha
 Shards may live anywhere: ``Searcher`` only needs a way to call a method on each of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol

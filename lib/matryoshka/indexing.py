@@ -1,7 +1,7 @@
 """The index stage's work: which units make which shard, and one shard of it."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 

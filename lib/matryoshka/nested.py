@@ -3,6 +3,7 @@
 The only place in the project that cuts and renormalises, and the home of the funnel plan, which says in what order.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,8 @@ def shrink(vectors: npt.NDArray[np.floating[Any]], dim: int) -> Float32Array:
         raise ValueError(f"dim {dim}: vectors have {width} dims. Choose 1 to {width}.")
     prefix = vectors[..., :dim].astype(np.float32)
     norms = np.sqrt(np.einsum("...d,...d->...", prefix, prefix, dtype=np.float64))[..., None]
-    return np.divide(prefix, norms, out=np.zeros_like(prefix), where=norms > 0, casting="same_kind")
+    np.divide(prefix, norms, out=prefix, where=norms > 0, casting="same_kind")
+    return prefix
 
 
 def default_dims(width: int) -> tuple[int, ...]:
@@ -86,7 +88,7 @@ class FunnelPlan:
             raise ValueError("funnel: no steps. Give at least one, as dim:keep.")
         if min(min(step.dim, step.keep) for step in self.steps) < 1:
             raise ValueError(f"funnel: {self.describe()} has a dim or a shortlist below 1. Give positive numbers.")
-        for step, later in zip(self.steps, self.steps[1:], strict=False):
+        for step, later in itertools.pairwise(self.steps):
             if later.dim <= step.dim or later.keep > step.keep:
                 raise ValueError(
                     f"funnel: {self.describe()} does not narrow. Each step needs a larger dim and no longer a shortlist."

@@ -111,8 +111,8 @@ def read_pair_files(
     pairs = []
     for path in paths:
         columns = dict(zip(names, corpus.read_columns(path, names).to_pydict().values(), strict=True))
-        for row, (query, positive) in enumerate(zip(columns[query_column], columns[positive_column], strict=True)):
-            query, positive = query or "", positive or ""
+        texts = zip(columns[query_column], columns[positive_column], strict=True)
+        for row, (query, positive) in enumerate((query or "", positive or "") for query, positive in texts):
             document_id = columns[id_column][row] if id_column else text_id("d", positive)
             group = columns[group_column][row] if group_column else text_id("q", query)
             if document_id is None or group is None:
@@ -235,7 +235,7 @@ class DatasetStore:
         if not path.is_file():
             found = sorted(file.stem for file in path.parent.glob("*.parquet"))
             raise ValueError(f"{self.folder}: no split '{split}' (found: {', '.join(found) or 'none'}). Pass --split.")
-        columns = corpus.open_parquet(path).read().to_pydict()
+        columns: dict[str, list[Any]] = corpus.open_parquet(path).read().to_pydict()
         if not next(iter(columns.values())):
             raise ValueError(f"{self.folder}: split '{split}' is empty. Pass another --split, or more data to prepare.")
         return columns

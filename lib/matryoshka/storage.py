@@ -59,9 +59,9 @@ def publish(path: Path) -> Iterator[Path]:
             for file in temporary.rglob("*"):
                 _sync(file)
             if path.exists():
-                os.replace(path, path.parent / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-old-{path.name}")
+                path.replace(path.parent / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-old-{path.name}")
         _sync(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
         _sync(path.parent)
     finally:
         remove(temporary)

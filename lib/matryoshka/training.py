@@ -34,7 +34,7 @@ class _Log(TrainerCallback):
         self.entries: list[dict[str, float]] = []
         self._listener = listener
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:  # noqa: ARG002
         if logs and "loss" in logs:
             keys = ("loss", "learning_rate", "grad_norm")
             self.entries.append({"step": state.global_step, **{key: float(logs[key]) for key in keys if key in logs}})
@@ -66,7 +66,9 @@ def train_rank(
     log = _Log(listener)
     trainer = SentenceTransformerTrainer(
         model=network,
-        args=_arguments(target, recipe, precision, device, num_ranks, dict(network.prompts)),
+        args=_arguments(
+            target, recipe, precision, device, num_ranks, {name: prompt or "" for name, prompt in network.prompts.items()}
+        ),
         train_dataset=Dataset.from_dict({name: list(column) for name, column in pairs.items()}),
         loss=_loss(network, recipe, gather=num_ranks > 1),
         callbacks=[log],
@@ -83,6 +85,7 @@ def train_rank(
 
 
 def _loss(network: Any, recipe: Recipe, *, gather: bool) -> MatryoshkaLoss:
+    inner: torch.nn.Module
     if recipe.mini_batch_size:
         inner = CachedMultipleNegativesRankingLoss(network, mini_batch_size=recipe.mini_batch_size, gather_across_devices=gather)
     else:

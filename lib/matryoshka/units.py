@@ -5,6 +5,7 @@ larger cluster finds the same units.
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -55,7 +56,7 @@ def plan_units(files: Iterable[InputFile], unit_rows: int) -> list[Unit]:
     for file in files:
         count = -(-file.num_rows // unit_rows)
         edges = [file.num_rows * i // count for i in range(count + 1)] if count else []
-        units += [Unit(file.name, file.digest, start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+        units += [Unit(file.name, file.digest, start, stop) for start, stop in itertools.pairwise(edges)]
     return units
 
 
@@ -87,7 +88,7 @@ def assign_shards(rows_by_slot: Mapping[str, int], num_shards: int, previous: Ma
 
 def _cut_evenly(rows_by_slot: Mapping[str, int], num_shards: int) -> dict[str, int]:
     total, done, shard = sum(rows_by_slot.values()), 0, 0
-    assigned = {}
+    assigned: dict[str, int] = {}
     for remaining, (slot, rows) in zip(range(len(rows_by_slot), 0, -1), rows_by_slot.items(), strict=True):
         is_full = done >= total * (shard + 1) / num_shards
         must_open = num_shards - shard - 1 >= remaining

@@ -1,0 +1,27 @@
+# Every command does its own set-up: the first one makes the virtual environment .venv, later ones use it.
+PYTHON ?= python3
+HARDWARE ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
+BIN := .venv/bin
+
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test check clean
+
+demo: .venv/ready  ## Runs the whole job on the documentation of the installed Python packages.
+	$(BIN)/python -m jobs.pipeline --config jobs/demo.yaml --replace
+
+test: .venv/ready  ## Runs the tests.
+	$(BIN)/python -m pytest
+
+check: .venv/ready  ## Checks style and types.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:  ## Removes the virtual environment and what the demo made.
+	rm -rf .venv runs
+
+.venv/ready: pyproject.toml .constraints/$(HARDWARE).txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint .constraints/$(HARDWARE).txt --editable '.[$(HARDWARE),demo,dev]'
+	touch $@

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 HARDWARE ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint .constraints/$(HARDWARE).txt
 
 export HF_HUB_OFFLINE ?= 1
 
@@ -23,5 +24,6 @@ clean:  ## Removes the virtual environment and what the demo made.
 
 .venv/ready: pyproject.toml .constraints/$(HARDWARE).txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint .constraints/$(HARDWARE).txt --editable '.[$(HARDWARE),demo,dev]'
+	$(PIP) --upgrade pip
+	$(PIP) --editable '.[$(HARDWARE),demo,dev]'
 	touch $@

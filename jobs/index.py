@@ -1,6 +1,7 @@
 """Builds a sharded index from embeddings: a coarse FAISS index on a short prefix, and full vectors for reranking."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from matryoshka import artifacts, index, indexing, nested, storage
 from matryoshka.artifacts import Journal, Manifest
@@ -28,14 +29,24 @@ class Settings(StageSettings):
     coarse_index: str = Field("Flat", description="FAISS factory string of the shortlist's index; one that needs no training.")
 
 
+def check_plan(settings: Settings, dims: Sequence[int], width: int) -> FunnelPlan:
+    """Returns the funnel that the settings give, or else a cautious one for the dims of the model.
+
+    Raises:
+        ValueError: The funnel or the kind of coarse index is not usable with vectors of this width.
+    """
+    plan = FunnelPlan.parse(settings.plan) if settings.plan else nested.default_plan(dims)
+    nested.check_dims([step.dim for step in plan.steps], width, "--plan")
+    if index.needs_training(settings.coarse_index, plan.shortlist.dim):
+        raise ValueError(f"--coarse-index {settings.coarse_index}: needs training. Choose one that does not, such as Flat.")
+    return plan
+
+
 def run(settings: Settings) -> Manifest:
     """Builds the shards that the output lacks."""
     output = storage.local_path(settings.output)
     store = EmbeddingStore.open(storage.local_path(settings.embeddings))
-    plan = FunnelPlan.parse(settings.plan) if settings.plan else nested.default_plan(store.dims)
-    nested.check_dims([step.dim for step in plan.steps], store.width, settings.embeddings)
-    if index.needs_training(settings.coarse_index, plan.shortlist.dim):
-        raise ValueError(f"--coarse-index {settings.coarse_index}: needs training. Choose one that does not, such as Flat.")
+    plan = check_plan(settings, store.dims, store.width)
     identity = {
         "model": store.manifest.identity["model"],
         "plan": [f"{step.dim}:{step.keep}" for step in plan.steps],

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from matryoshka import artifacts, report, storage
+from matryoshka import artifacts, model, nested, report, storage
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.config import Field, JobSettings
 
@@ -72,10 +72,26 @@ def _refuse_unknown_sections(sections: Mapping[str, Any]) -> None:
         raise ValueError(f"pipeline, without_gpu: no section '{unknown[0]}'. Use one of {', '.join(_SECTIONS)}.")
 
 
+def _refuse_early(settings: Settings) -> None:
+    """Refuses now what a later stage would refuse after hours of work.
+
+    Raises:
+        ValueError: The model, or an option of any section, is unusable.
+    """
+    info = model.describe(settings.model)
+    for has_gpu in (True, False):
+        for name, _, stage in plan(settings, has_gpu=has_gpu):
+            place = f"pipeline, section '{name}'"
+            if isinstance(stage, finetune.Settings | evaluate.Settings) and stage.dims:
+                nested.check_dims(stage.dims, info.width, place)
+            if isinstance(stage, index.Settings):
+                index.check_plan(stage, nested.default_dims(info.width), info.width)
+
+
 def run(settings: Settings) -> None:
     """Runs every stage that is not done yet, and writes the report."""
     output = storage.local_path(settings.output)
-    plan(settings, has_gpu=True)
+    _refuse_early(settings)
     previous = artifacts.claim(output, "run", {}, settings.replace)
     with cluster.connected():
         stages = plan(settings, has_gpu=cluster.capacity().num_gpus > 0)

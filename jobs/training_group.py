@@ -83,6 +83,8 @@ class Group:
         seconds = time.perf_counter() - start
         if not (target / "modules.json").is_file():
             raise RuntimeError(f"finetune: no model came out at {target}. Is {output} on a disk that all nodes mount?")
+        for path in target.rglob("*.safetensors"):
+            path.chmod(0o644)  # written for its owner only, but other users of the cluster load it
         for path in target.iterdir():
             path.rename(output / path.name)
         storage.remove_leftovers(output)

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 _SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 WORDS = tuple(first + second for first in _SYLLABLES[::2] for second in _SYLLABLES[1::3])[:600]
+_PAIR_WORDS = 40
 
 
 def documents(first: int, stop: int, *, num_words: int = 12) -> dict[str, list[Any]]:
@@ -40,12 +41,12 @@ def pairs(num_pairs: int) -> dict[str, list[str]]:
 
     The vocabularies of queries and documents do not meet, so an untrained model cannot know which belong together.
     """
-    half = len(WORDS) // 2
     queries, positives = [], []
     for number in range(num_pairs):
-        chosen = random.Random(10_000 + number).sample(range(half), k=4)
+        draw = random.Random(10_000 + number)
+        chosen = draw.sample(range(_PAIR_WORDS), k=4)
         queries.append(" ".join(WORDS[word] for word in chosen))
-        positives.append(" ".join(WORDS[half + word] for word in chosen))
+        positives.append(" ".join(WORDS[_PAIR_WORDS + word] for word in draw.sample(chosen, k=4)))
     return {"query": queries, "positive": positives}
 
 

@@ -3,7 +3,9 @@
 Everything that can be wrong with an input is found here, by ``inspect``, before a worker is taken.
 """
 
+import functools
 import glob
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -107,14 +109,22 @@ def read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
     return pa.Table.from_batches(list(_text_batches(path, columns)), schema=pa.schema([(c, pa.large_string()) for c in columns]))
 
 
-def _text_batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _text_batches(path: Path, columns: Sequence[str], start: int = 0, stop: int | None = None) -> Iterator[pa.RecordBatch]:
+    """Yields rows ``start`` to ``stop`` as text; row groups that lie outside are not read."""
     file = open_parquet(path)
     _check_columns(path, file.schema_arrow, columns)
-    row = 0
+    groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+    edges = list(itertools.accumulate(groups, initial=0))
+    stop = edges[-1] if stop is None else stop
+    wanted = [number for number in range(len(groups)) if edges[number] < stop and edges[number + 1] > start]
+    row = edges[wanted[0]] if wanted else 0
     try:
-        for batch in file.iter_batches(_BATCH_ROWS, columns=list(dict.fromkeys(columns))):
-            arrays = [_as_text(path, column, batch.column(column), row) for column in columns]
-            yield pa.record_batch(arrays, names=list(columns))
+        for batch in file.iter_batches(_BATCH_ROWS, row_groups=wanted, columns=list(dict.fromkeys(columns))):
+            first, last = max(start - row, 0), min(stop - row, batch.num_rows)
+            if first < last:
+                part = batch.slice(first, last - first)
+                arrays = [_as_text(path, column, part.column(column), row + first) for column in columns]
+                yield pa.record_batch(arrays, names=list(columns))
             row += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: damaged after row {row} ({str(error).splitlines()[0]}). Write it again.") from None
@@ -254,19 +264,19 @@ def read_unit(path: Path, columns: Columns, unit: Unit) -> tuple[list[str], list
     Raises:
         ValueError: The file is not the one that was planned with, or not readable.
     """
-    if storage.digest_file(path) != unit.digest:
+    status = path.stat()
+    if _digest_once(path, status.st_size, status.st_mtime_ns) != unit.digest:
         raise ValueError(f"{path}: changed since this run began. Run the same command again.")
-    parts, row = [], 0
-    for batch in _text_batches(path, [columns.id, columns.text]):
-        first, last = max(unit.start - row, 0), min(unit.stop - row, batch.num_rows)
-        if first < last:
-            part = batch.slice(first, last - first)
-            parts.append(part.filter(has_text(part.column(1))))
-        row += batch.num_rows
-        if row >= unit.stop:
-            break
+    batches = _text_batches(path, [columns.id, columns.text], unit.start, unit.stop)
+    parts = [batch.filter(has_text(batch.column(1))) for batch in batches]
     table = pa.Table.from_batches(parts) if parts else pa.table({columns.id: [], columns.text: []})
     return table.column(0).to_pylist(), table.column(1).to_pylist()
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest_once(path: Path, _size: int, _mtime_ns: int) -> str:
+    """Returns a file's digest; a worker that does many units of a file reads it all for the first one only."""
+    return storage.digest_file(path)
 
 
 def read_texts(source: Corpus) -> tuple[list[str], list[str]]:

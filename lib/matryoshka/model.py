@@ -146,14 +146,14 @@ def load(folder: Path, device: str, *, dropout: float | None = None) -> "Sentenc
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    rates = {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    own_rates = dropout_rates(folder) if dropout is not None else {}
     try:
         model = SentenceTransformer(
             str(folder),
             device=device,
             local_files_only=True,
             model_kwargs={"dtype": torch.float32, "use_safetensors": True},
-            config_kwargs=rates,
+            config_kwargs=dict.fromkeys(own_rates, dropout),
         )
     except (OSError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -161,6 +161,12 @@ def load(folder: Path, device: str, *, dropout: float | None = None) -> "Sentenc
     # A width saved in the model would apply without a word, and a per-call None does not undo it.
     model.truncate_dim = None
     return model
+
+
+def dropout_rates(folder: Path) -> dict[str, float]:
+    """Returns the dropout rates in a model's configuration, by their names there: each family has its own."""
+    config = _read_optional(folder / "config.json")
+    return {name: rate for name, rate in config.items() if "dropout" in name and isinstance(rate, float)}
 
 
 def quieten() -> None:

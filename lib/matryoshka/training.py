@@ -59,7 +59,7 @@ def train_rank(
     """
     num_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = model.load(folder, device, dropout=recipe.dropout)
+    network: Any = model.load(folder, device, dropout=recipe.dropout)
     window = network.max_seq_length
     if recipe.max_tokens and (window is None or recipe.max_tokens < window):
         network.max_seq_length = recipe.max_tokens
@@ -78,6 +78,7 @@ def train_rank(
         raise RuntimeError("finetune: the weights are not finite after training. Pass a lower --learning-rate.")
     if trainer.is_world_process_zero():
         network.max_seq_length = window
+        network[0].auto_model.config.update(model.dropout_rates(folder))
         network.save_pretrained(str(target), create_model_card=False, safe_serialization=True)
         (target / LOG).write_text(json.dumps(log.entries, indent=1) + "\n")
     if torch.distributed.is_initialized():

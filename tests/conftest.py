@@ -1,0 +1,89 @@
+"""Fixtures of all tests: a tiny model, one local Ray for the whole session, one finished pipeline."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import texts
+import yaml
+
+if TYPE_CHECKING:
+    from jobs.cluster import Session
+
+PIPELINE_PAIRS = 240
+
+
+def pytest_configure() -> None:
+    """Keeps every process of the session off the network, and on a Ray of its own."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> "Iterator[Session]":
+    """A Ray on this machine that all jobs of the test session share: starting one takes longer than most tests."""
+    from jobs import cluster
+
+    with cluster.connected() as session:
+        yield session
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two tiny models of one architecture and different weights."""
+    import tiny_model
+
+    root = tmp_path_factory.mktemp("models")
+    tiny_model.save(root / "tiny", seed=1)
+    tiny_model.save(root / "other", seed=2)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny(models: Path) -> str:
+    """The tiny model that most tests use."""
+    return str(models / "tiny")
+
+
+@pytest.fixture(scope="session")
+def other(models: Path) -> str:
+    """Another tiny model."""
+    return str(models / "other")
+
+
+@pytest.fixture(scope="session")
+def pipeline_config(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path:
+    """A YAML file for the whole pipeline, small enough for a minute."""
+    root = tmp_path_factory.mktemp("pipeline")
+    texts.write_parquet(root / "pairs.parquet", texts.pairs(PIPELINE_PAIRS))
+    config = {
+        "output": str(root / "run"),
+        "model": tiny,
+        "prepare": {"pairs": str(root / "pairs.parquet")},
+        "finetune": {
+            "dims": [64, 32, 16],
+            "batch_size": 16,
+            "epochs": 18,
+            "learning_rate": 3e-3,
+            "dropout": 0.0,
+            "precision": "float32",
+            "workers": 1,
+        },
+        "embed": {"unit_rows": 40, "precision": "float32"},
+        "index": {"shards": 2, "plan": ["16:100", "64:20"]},
+    }
+    path = root / "pipeline.yaml"
+    path.write_text(yaml.safe_dump(config), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished_pipeline(pipeline_config: Path, local_ray: "Session") -> Path:  # noqa: ARG001 - the session must be there
+    """The output of the whole pipeline; tests read it, and copy it before they change anything."""
+    from jobs import pipeline
+
+    settings = pipeline.Settings.from_command_line(["--config", str(pipeline_config)], "pipeline")
+    pipeline.run(settings)
+    return Path(settings.output)

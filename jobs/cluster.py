@@ -12,6 +12,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 import ray
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+
 from matryoshka import embedding, encode, model
 from matryoshka.artifacts import Receipt
 from matryoshka.corpus import Corpus
@@ -19,7 +21,6 @@ from matryoshka.encode import Encoder, Precision, Role
 from matryoshka.funnel import CallShards, Shard
 from matryoshka.model import ModelInfo
 from matryoshka.units import Unit
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 T = TypeVar("T")
 

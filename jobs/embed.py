@@ -4,17 +4,16 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+from jobs import cluster
+from jobs.cluster import Encoders
+from jobs.entry import StageSettings, describe_run, main
+from jobs.terminal import Counter, say
 from matryoshka import artifacts, corpus, embedding, model, storage
 from matryoshka.artifacts import Journal, Manifest, Receipt
 from matryoshka.config import Field, InputPath
 from matryoshka.corpus import Columns, Corpus
 from matryoshka.encode import TOKENS_PER_STEP, Precision
 from matryoshka.units import Unit, plan_units
-
-from jobs import cluster
-from jobs.cluster import Encoders
-from jobs.entry import StageSettings, describe_run, main
-from jobs.terminal import Counter, say
 
 
 class Settings(StageSettings):

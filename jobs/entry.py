@@ -8,9 +8,8 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any, TypeVar
 
-from matryoshka.config import Field, FolderPath, JobSettings
-
 from jobs.terminal import complain, say
+from matryoshka.config import Field, FolderPath, JobSettings
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 

@@ -3,6 +3,9 @@
 import dataclasses
 from pathlib import Path
 
+from jobs import cluster, embed, prepare
+from jobs.entry import StageSettings, describe_run, main
+from jobs.terminal import say, show_table
 from matryoshka import artifacts, corpus, evaluation, model, nested, report, storage
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.config import Field, FolderPath, check_settings
@@ -11,10 +14,6 @@ from matryoshka.indexing import IndexStore
 from matryoshka.model import ModelInfo
 from matryoshka.pairs import DatasetStore
 from matryoshka.vectors import EmbeddingStore
-
-from jobs import cluster, embed, prepare
-from jobs.entry import StageSettings, describe_run, main
-from jobs.terminal import say, show_table
 
 _UNIT_ROWS = 2_000  # small, so that every worker gets some of a small corpus
 

@@ -4,15 +4,14 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from jobs import cluster, training_group
+from jobs.entry import StageSettings, describe_run, main
+from jobs.terminal import say
 from matryoshka import artifacts, model, nested, storage
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.config import Field, FolderPath, check_settings
 from matryoshka.pairs import DatasetStore
 from matryoshka.recipe import Recipe, count_steps
-
-from jobs import cluster, training_group
-from jobs.entry import StageSettings, describe_run, main
-from jobs.terminal import say
 
 
 class Settings(StageSettings):

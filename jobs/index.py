@@ -3,16 +3,15 @@
 import dataclasses
 from collections.abc import Sequence
 
+from jobs import cluster
+from jobs.entry import StageSettings, describe_run, main
+from jobs.terminal import Counter, say
 from matryoshka import artifacts, index, indexing, nested, storage
 from matryoshka.artifacts import Journal, Manifest
 from matryoshka.config import Field, FolderPath
 from matryoshka.indexing import SHARDS
 from matryoshka.nested import FunnelPlan
 from matryoshka.vectors import EmbeddingStore
-
-from jobs import cluster
-from jobs.entry import StageSettings, describe_run, main
-from jobs.terminal import Counter, say
 
 _ROWS_PER_SHARD = 1_000_000
 

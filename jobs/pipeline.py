@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from matryoshka import artifacts, model, nested, report, storage
-from matryoshka.artifacts import FileRecord, Manifest, Receipt
-from matryoshka.config import Field, JobSettings
-
 from jobs import cluster, embed, evaluate, finetune, index, prepare, search
 from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import say, show_table
+from matryoshka import artifacts, model, nested, report, storage
+from matryoshka.artifacts import FileRecord, Manifest, Receipt
+from matryoshka.config import Field, JobSettings
 
 
 class Settings(StageSettings):

@@ -3,15 +3,14 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from jobs import cluster
+from jobs.entry import StageSettings, describe_run, main
+from jobs.terminal import say
 from matryoshka import artifacts, corpus, docstrings, pairs, storage
 from matryoshka.artifacts import Manifest
 from matryoshka.config import Field, FolderPath, InputPath, check_settings
 from matryoshka.docstrings import SourceFile
 from matryoshka.pairs import Dataset, Pair
-
-from jobs import cluster
-from jobs.entry import StageSettings, describe_run, main
-from jobs.terminal import say
 
 _SOURCES_PER_TASK = 400
 

@@ -6,10 +6,9 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from matryoshka.config import Field, JobSettings, Positional, options
-
 from jobs.entry import main
 from jobs.terminal import say
+from matryoshka.config import Field, JobSettings, Positional, options
 
 JOBS = ("pipeline", "prepare", "finetune", "embed", "index", "search", "evaluate", "verify")
 

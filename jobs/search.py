@@ -4,6 +4,10 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+
+from jobs import cluster
+from jobs.entry import describe_run, main
+from jobs.terminal import say, show_table
 from matryoshka import artifacts, corpus, model, storage
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.config import Field, FolderPath, InputPath, JobSettings, check_settings
@@ -13,10 +17,6 @@ from matryoshka.funnel import Ranking
 from matryoshka.indexing import IndexStore
 from matryoshka.model import ModelInfo
 from matryoshka.nested import FunnelPlan
-
-from jobs import cluster
-from jobs.entry import describe_run, main
-from jobs.terminal import say, show_table
 
 _SHOWN_CHARACTERS = 160
 _TREC_TAG = "matryoshka"

@@ -9,14 +9,14 @@ from typing import Any
 
 import ray
 import ray.train
-from matryoshka import storage
-from matryoshka.encode import Precision
-from matryoshka.recipe import Recipe
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from jobs.cluster import Capacity
 from jobs.terminal import Counter
+from matryoshka import storage
+from matryoshka.encode import Precision
+from matryoshka.recipe import Recipe
 
 _POLL_SECONDS = 1.0
 
@@ -124,6 +124,7 @@ class _Listening:
 def _train_loop(config: dict[str, Any]) -> None:
     """Runs on every rank, inside the process group that Ray Train has set up."""
     import torch
+
     from matryoshka import model, training
 
     model.quieten()

@@ -2,11 +2,10 @@
 
 from typing import Annotated
 
-from matryoshka import storage, verification
-from matryoshka.config import Field, JobSettings, Positional
-
 from jobs.entry import main
 from jobs.terminal import say
+from matryoshka import storage, verification
+from matryoshka.config import Field, JobSettings, Positional
 
 
 class Settings(JobSettings):

@@ -18,6 +18,7 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 
 _JOURNAL = "journal"
+_SEGMENTS = "[0-9]*.json"
 _FLUSH_SECONDS = 2.0
 
 
@@ -98,19 +99,27 @@ def read(folder: Path, kind: str | None = None) -> Manifest:
     if not path.is_file():
         made_by = f" Make it first with python -m jobs.{_MAKERS[kind]}." if kind in _MAKERS else " Check the path."
         raise ValueError(f"{folder}: no {kind or 'artifact'} here (no {MANIFEST}).{made_by}")
-    value = storage.read_json(path)
-    try:
-        version, fingerprint = value.pop("format"), value.pop("fingerprint")
-        manifest = Manifest(**{**value, "receipts": tuple(Receipt.from_json(receipt) for receipt in value["receipts"])})
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a manifest of this project ({error}). Pass another folder.") from None
+    value = _read_raw(path)
+    version, fingerprint = value.pop("format"), value.pop("fingerprint")
     if version != FORMAT:
         raise ValueError(f"{path}: format {version}, this version reads {FORMAT}. Make the artifact anew with --replace.")
-    if manifest.is_complete and manifest.fingerprint != fingerprint:
+    try:
+        manifest = Manifest(**{**value, "receipts": tuple(Receipt.from_json(receipt) for receipt in value["receipts"])})
+        is_whole = not manifest.is_complete or manifest.fingerprint == fingerprint
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a manifest of this project ({error}). Pass another folder.") from None
+    if not is_whole:
         raise ValueError(f"{path}: was altered (its fingerprint does not fit its content). Make it anew with --replace.")
     if kind and manifest.kind != kind:
         raise ValueError(f"{folder}: holds '{manifest.kind}', not '{kind}'. Pass the folder of the {kind}.")
     return manifest
+
+
+def _read_raw(path: Path) -> dict[str, Any]:
+    value = storage.read_json(path)
+    if not isinstance(value, dict) or not {"kind", "format", "fingerprint"} <= value.keys():
+        raise ValueError(f"{path}: not a manifest of this project. Pass another folder.")
+    return value
 
 
 _MAKERS = {"dataset": "prepare", "model": "finetune", "embeddings": "embed", "index": "index", "evaluation": "evaluate"}
@@ -155,23 +164,36 @@ def claim(folder: Path, kind: str, identity: Mapping[str, Any], replace: bool) -
     if not folder.is_dir():
         raise ValueError(f"{folder}: is a file. Pass another --output.")
     if not (folder / MANIFEST).is_file():
-        if all(is_artifact(entry) for entry in folder.iterdir()):
+        if all(is_artifact(entry) or _is_unfinished(entry) for entry in folder.iterdir()):
             return None
         raise ValueError(f"{folder}: holds files that are not an artifact of this project. Pass another --output.")
+    found = _kind_of(folder)
+    if found != kind:
+        raise ValueError(f"{folder}: holds '{found}', not '{kind}'. Pass another --output.")
     try:
         manifest = read(folder)
     except ValueError:
         if replace:
             return None
         raise
-    if manifest.kind != kind:
-        raise ValueError(f"{folder}: holds '{manifest.kind}', not '{kind}'. Pass another --output.")
     differing = _differences(manifest.identity, identity)
     if differing and not replace:
         raise ValueError(
             f"{folder}: was made with other inputs or settings ({differing}). Pass another --output, or --replace to discard it."
         )
     return None if differing else manifest
+
+
+def _kind_of(folder: Path) -> str:
+    try:
+        return str(_read_raw(folder / MANIFEST)["kind"])
+    except ValueError as error:
+        raise ValueError(f"{error} (Pass another --output: this one is left alone.)") from None
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Returns whether a path is something that a killed run may have left before it had a manifest."""
+    return path.name == _JOURNAL or path.name.startswith(storage.TEMPORARY)
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -193,8 +215,9 @@ def begin(folder: Path, manifest: Manifest, previous: Manifest | None) -> None:
     """
     if previous is None:
         for entry in folder.iterdir() if folder.is_dir() else ():
-            if not is_artifact(entry):
+            if not is_artifact(entry) and entry.name != MANIFEST:
                 storage.remove(entry)
+        storage.remove(folder / MANIFEST)  # last: until then the folder is known to be ours
     else:
         storage.remove_leftovers(folder)
     journal = Journal(folder)
@@ -214,7 +237,7 @@ class Journal:
         self._folder = folder / _JOURNAL
         self._pending: list[Receipt] = []
         self._flushed_at = time.monotonic()
-        self._next = 1 + max((int(path.stem) for path in self._folder.glob("*.json")), default=0)
+        self._next = 1 + max((int(path.stem) for path in self._folder.glob(_SEGMENTS)), default=0)
 
     def add(self, receipt: Receipt) -> None:
         """Records a receipt."""
@@ -234,7 +257,7 @@ class Journal:
 
 def read_journal(folder: Path) -> list[Receipt]:
     """Returns the receipts that unfinished runs left, oldest first."""
-    paths = sorted((folder / _JOURNAL).glob("*.json"))
+    paths = sorted((folder / _JOURNAL).glob(_SEGMENTS))
     return [Receipt.from_json(value) for path in paths for value in storage.read_json(path)]
 
 

@@ -67,7 +67,7 @@ class JobSettings(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            raise ValueError(f"{place}: {_explain(error)}") from None
+            raise ValueError(f"{place}: {_explain(error, cls)}") from None
 
     @classmethod
     def from_command_line(cls, arguments: Sequence[str], program: str) -> Self:
@@ -130,7 +130,9 @@ def _in_words(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return "on" if value else "off"
-    return ",".join(str(part) for part in value) or "none" if isinstance(value, tuple) else str(value or "none")
+    if isinstance(value, tuple):
+        return ",".join(str(part) for part in value) or "none"
+    return "none" if value in ("", {}) else str(value)
 
 
 def _parser(settings: type[JobSettings], program: str) -> argparse.ArgumentParser:
@@ -158,7 +160,10 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 def _read_mapping(text: str) -> dict[str, Any]:
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"'{text}' is not a mapping; write '{{max_steps: 10, batch_size: 32}}'")
     return value
@@ -180,11 +185,12 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean '{matches[0]}'?" if matches else ""
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, settings: type[JobSettings]) -> str:
+    flags = {option.name: option.flag if option.flag.startswith("-") else option.metavar for option in options(settings)}
     lines = []
     for fault in error.errors():
         name = ".".join(str(part) for part in fault["loc"])
-        flag = f"--{name.split('.')[0].replace('_', '-')}"
+        flag = flags.get(name.split(".")[0], name)
         if fault["type"] == "missing":
             lines.append(f"'{name}' is missing. Pass {flag}.")
         elif fault["type"] == "value_error":
@@ -204,7 +210,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text("utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # an impossible date is a plain ValueError
         raise ValueError(f"{path}: not YAML in UTF-8 ({' '.join(str(error).split())}). Mend it and run again.") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds no settings (found {type(values).__name__}). Write one 'key: value' per line.")

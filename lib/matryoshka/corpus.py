@@ -69,7 +69,7 @@ def find_files(location: str) -> tuple[Path, list[Path]]:
     """
     path = storage.local_path(location)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*.parquet") if not file.name.startswith((".", "_")))
+        files = sorted(file for file in path.rglob("*.parquet") if file.is_file() and not file.name.startswith((".", "_")))
         root = path
     elif path.is_file():
         files, root = [path], path.parent
@@ -78,7 +78,7 @@ def find_files(location: str) -> tuple[Path, list[Path]]:
         root = Path(_fixed_part(location))
     if not files:
         raise ValueError(f"{location}: no Parquet files here. Pass a folder with *.parquet files, a file, or a glob pattern.")
-    return root.resolve(), [file.resolve() for file in files]
+    return root.absolute(), [file.absolute() for file in files]
 
 
 def _fixed_part(pattern: str) -> str:
@@ -133,6 +133,8 @@ def _text_batches(path: Path, columns: Sequence[str], start: int = 0, stop: int 
 def _check_columns(path: Path, schema: pa.Schema, columns: Sequence[str]) -> None:
     flags = {"id": "--id-column", "text": "--text-column"}
     for column in columns:
+        if schema.names.count(column) > 1:
+            raise ValueError(f"{path}: column '{column}' is there more than once. Rename or drop all but one of them.")
         if column not in schema.names:
             found = ", ".join(f"'{name}'" for name in schema.names)
             flag = flags.get(column, "the option that names this column")
@@ -228,8 +230,9 @@ def _inspect_file(path: Path, columns: Columns) -> tuple[pa.ChunkedArray, int]:
     ids, num_empty, row = [], 0, 0
     for batch in _text_batches(path, [columns.id, columns.text]):
         batch_ids = batch.column(0)
-        if batch_ids.null_count:
-            first = row + pc.index(batch_ids.is_null(), True).as_py()
+        missing = pc.fill_null(pc.equal(batch_ids, ""), True)
+        if pc.any(missing).as_py():
+            first = row + pc.index(missing, True).as_py()
             raise ValueError(f"{path}: column '{columns.id}', row {first}: no id. Give every document an id.")
         ids.append(batch_ids)
         num_empty += batch.num_rows - pc.sum(has_text(batch.column(1))).as_py()
@@ -330,11 +333,12 @@ def read_json_lines(path: Path, keys: Sequence[str]) -> Iterator[dict[str, str]]
 def _json_row(path: Path, number: int, line: str, keys: Sequence[str]) -> dict[str, str]:
     try:
         value = json.loads(line)
-        if not str(value[keys[0]]):
-            raise KeyError(keys[0])
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{path}: line {number} is not a JSON object with '{keys[0]}'. Mend it, or take it out.") from None
-    return {key: str(value.get(key) or "") for key in keys}
+        row = {key: "" if value.get(key) is None else str(value[key]) for key in keys}
+    except (ValueError, TypeError, AttributeError):
+        row = {}
+    if not row.get(keys[0]):
+        raise ValueError(f"{path}: line {number} is not a JSON object with '{keys[0]}'. Mend it, or take it out.")
+    return row
 
 
 def read_qrels(path: Path) -> list[tuple[str, str, int]]:
@@ -349,6 +353,8 @@ def read_qrels(path: Path) -> list[tuple[str, str, int]]:
     except OSError as error:
         splits = sorted(file.stem for file in path.parent.glob("*.tsv"))
         raise ValueError(f"{path}: cannot be read ({error.strerror}; found: {splits}). Pass --split.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}). Convert the file to UTF-8.") from None
     for number, line in enumerate(lines, start=1):
         fields = line.split("\t")
         if number == 1 and not fields[-1].strip().lstrip("-").isdecimal():

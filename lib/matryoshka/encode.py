@@ -90,8 +90,9 @@ class Encoder:
         tokenizer = self._model.tokenizer
         max_tokens = self._model.max_seq_length or tokenizer.model_max_length
         prompted = [prompt + text for text in texts] if prompt else texts
-        tokens = tokenizer(prompted, truncation=True, max_length=max_tokens, return_length=True) if texts else {"length": []}
-        lengths = np.asarray(tokens.pop("length"), dtype=np.int64)
+        tokens = tokenizer(prompted, truncation=True, max_length=max_tokens) if texts else {"input_ids": []}
+        lengths = np.asarray([len(ids) for ids in tokens["input_ids"]], dtype=np.int64)
+        num_truncated = sum(bool(encoding.overflowing) for encoding in getattr(tokens, "encodings", None) or ())
         extras = self._prompt_extras(prompt)
         vectors = np.zeros((len(texts), self._width), dtype=np.float16)
         num_padded = 0
@@ -103,7 +104,7 @@ class Encoder:
                 pooled = self._model({**features, **extras})["sentence_embedding"]
                 vectors[rows] = torch.nn.functional.normalize(pooled.float(), dim=-1).half().cpu().numpy()
         _refuse_broken(vectors)
-        return Encoded(vectors, int(lengths.sum()), num_padded, int((lengths >= max_tokens).sum()))
+        return Encoded(vectors, int(lengths.sum()), num_padded, num_truncated)
 
     @property
     def _width(self) -> int:

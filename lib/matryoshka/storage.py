@@ -52,19 +52,19 @@ def publish(path: Path) -> Iterator[Path]:
     folder replaces a folder that is already there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{path.name}"
+    temporary, old = (path.parent / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{path.name}" for _ in range(2))
     try:
         yield temporary
-        if temporary.is_dir():
-            for file in temporary.rglob("*"):
-                _sync(file)
-            if path.exists():
-                path.replace(path.parent / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-old-{path.name}")
+        for file in temporary.rglob("*"):
+            _sync(file)
         _sync(temporary)
+        if temporary.is_dir() and path.exists():
+            path.replace(old)
         temporary.replace(path)
         _sync(path.parent)
     finally:
         remove(temporary)
+        remove(old)
 
 
 def _sync(path: Path) -> None:

@@ -18,7 +18,7 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers, SentenceTransformerTrainingArguments
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from matryoshka import model
 from matryoshka.encode import Precision
@@ -73,6 +73,7 @@ def train_rank(
         loss=_loss(network, recipe, gather=num_ranks > 1),
         callbacks=[log],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     if not all(torch.isfinite(parameter).all() for parameter in network.parameters()):
         raise RuntimeError("finetune: the weights are not finite after training. Pass a lower --learning-rate.")

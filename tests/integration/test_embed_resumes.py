@@ -4,20 +4,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import folders
 import psutil
 import pytest
 import texts
-from matryoshka import artifacts
 
 from jobs import embed, verify
+from matryoshka import artifacts
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
-_FILES, _ROWS, _UNIT_ROWS = 4, 600, 4
+_FILES, _ROWS, _UNIT_ROWS = 4, 800, 4
 _UNITS = _FILES * _ROWS // _UNIT_ROWS
 _PATIENCE_SECONDS = 120
 
@@ -28,9 +28,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _settings(output: Path, corpus: Path, model: str, **more: int) -> embed.Settings:
-    return embed.Settings(
-        output=str(output), corpus=str(corpus), model=model, unit_rows=_UNIT_ROWS, precision="float32", **more
-    )
+    return embed.Settings(output=str(output), corpus=str(corpus), model=model, unit_rows=_UNIT_ROWS, precision="float32", **more)
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +39,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny: st
     return folders.vectors(output)
 
 
-def _wait_until(holds: "Iterator[bool]") -> None:
+def _wait_until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + _PATIENCE_SECONDS
-    while not next(holds):
+    while not holds():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
 
@@ -60,25 +58,30 @@ def killed(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny: str) ->
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.model_dump(exclude_defaults=True).items()]
     log = output.with_name("log.txt")
     with log.open("wb") as sink:
-        driver = subprocess.Popen(
-            [sys.executable, "-m", "jobs.embed", *flags], stdout=sink, stderr=sink, start_new_session=True
-        )
+        driver = subprocess.Popen([sys.executable, "-m", "jobs.embed", *flags], stdout=sink, stderr=sink, start_new_session=True)
 
-    def has_recorded() -> Iterator[bool]:
-        while True:
-            assert driver.poll() is None, log.read_text()
-            yield any((output / "journal").glob("*.json"))
+    def has_recorded() -> bool:
+        assert driver.poll() is None, log.read_text()
+        return len(list((output / "journal").glob("*.json"))) >= 2
 
-    _wait_until(has_recorded())
+    _wait_until(has_recorded)
     family = psutil.Process(driver.pid).children(recursive=True)
+    workers = [process for process in family if "_EncoderActor" in _title(process)]
+    assert workers
     driver.kill()
     driver.wait()
-    # Ray ends its processes when the driver is gone; whatever is left after a while would still write into the output.
-    _, alive = psutil.wait_procs(family, timeout=20)
-    for process in alive:
+    # Ray ends the workers once the driver is gone; until then they may still write into the output.
+    _wait_until(lambda: not any(_is_alive(process) for process in workers))
+    for process in filter(_is_alive, family):  # Ray's agents would stay for minutes
         process.kill()
-    psutil.wait_procs(alive, timeout=20)
     return output
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE  # where no init process reaps them, orphans stay zombies
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_a_killed_run_is_taken_up_where_it_stood(killed: Path, corpus: Path, tiny: str, undisturbed: dict[str, bytes]) -> None:
@@ -98,24 +101,21 @@ def test_a_killed_run_is_taken_up_where_it_stood(killed: Path, corpus: Path, tin
 
 def test_a_killed_worker_costs_no_document(tmp_path: Path, corpus: Path, tiny: str, undisturbed: dict[str, bytes]) -> None:
     output = tmp_path / "embeddings"
-    killed: list[tuple[int, int]] = []
+    killed: list[int] = []
 
     def kill_a_worker() -> None:
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while _count_units(output) < _UNITS // 20 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        _wait_until(lambda: _count_units(output) > _UNITS // 20)
         workers = [process for process in psutil.Process().children(recursive=True) if "_EncoderActor" in _title(process)]
-        if workers:
-            workers[0].kill()
-            killed.append((workers[0].pid, _count_units(output)))
+        workers[0].kill()
+        killed.append(_count_units(output))
 
     killer = threading.Thread(target=kill_a_worker)
     killer.start()
     embed.run(_settings(output, corpus, tiny))
     killer.join()
 
-    assert killed
-    assert killed[0][1] < _UNITS, "the worker was killed too late to matter"
+    assert killed, "no worker was killed"
+    assert killed[0] < _UNITS, "the worker was killed too late to matter"
     assert folders.vectors(output) == undisturbed
     verify.run(verify.Settings(folder=str(output)))
 
@@ -123,7 +123,7 @@ def test_a_killed_worker_costs_no_document(tmp_path: Path, corpus: Path, tiny: s
 def _title(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
-    except psutil.Error:
+    except psutil.Error:  # it ended while we looked
         return ""
 
 

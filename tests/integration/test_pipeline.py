@@ -5,9 +5,9 @@ from pathlib import Path
 
 import folders
 import pytest
-from matryoshka import model
 
 from jobs import pipeline, verify
+from matryoshka import model
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

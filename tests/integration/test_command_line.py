@@ -1,0 +1,66 @@
+"""The command line: help that names every option, flags over YAML."""
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jobs
+from jobs import embed
+from matryoshka.config import JobSettings, options
+
+_MODULES = {name: importlib.import_module(f"jobs.{name}") for _, name, _ in pkgutil.iter_modules(jobs.__path__)}
+JOBS: dict[str, type[JobSettings]] = {name: module.Settings for name, module in _MODULES.items() if hasattr(module, "Settings")}
+
+
+def test_every_stage_is_a_job() -> None:
+    assert {"prepare", "finetune", "embed", "index", "search", "evaluate", "pipeline", "verify"} <= JOBS.keys()
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_names_and_explains_every_option(
+    job: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit) as ended:
+        JOBS[job].from_command_line(["--help"], f"python -m jobs.{job}")
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"usage: python -m jobs.{job}" in printed
+    for option in options(JOBS[job]):
+        assert (option.flag if option.flag.startswith("--") else f"[{option.metavar}]") in printed
+        assert option.description
+        assert option.description in printed
+
+
+def test_help_of_the_module_ends_with_code_0() -> None:
+    done = subprocess.run([sys.executable, "-m", "jobs.embed", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "--unit-rows" in done.stdout
+    assert done.stderr == ""
+
+
+def test_flags_win_over_the_yaml_file(tmp_path: Path) -> None:
+    path = tmp_path / "embed.yaml"
+    path.write_text("output: out\ncorpus: there\nunit_rows: 50\nfail_on_empty: true\n")
+    arguments = ["--config", str(path), "--unit-rows", "60", "--no-fail-on-empty"]
+    settings = embed.Settings.from_command_line(arguments, "embed")
+    assert (settings.corpus, settings.unit_rows, settings.fail_on_empty) == ("there", 60, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--unit-row", "5"], "no option '--unit-row'. Did you mean '--unit-rows'"),
+        (["--unit-rows", "five"], "'unit_rows'.*--unit-rows"),
+        (["--precision", "int8"], "'precision'"),
+        (["--output", "out"], "'corpus' is missing. Pass --corpus"),
+        (["--config", "no-such.yaml"], "no-such.yaml: cannot be read"),
+    ],
+)
+def test_a_wrong_flag_is_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        embed.Settings.from_command_line(arguments, "embed")

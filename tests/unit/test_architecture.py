@@ -1,0 +1,104 @@
+"""The direction of imports, and the one door of each dependency, as the sources have them."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LIB, JOBS = ROOT / "lib" / "matryoshka", ROOT / "jobs"
+SOURCES = sorted([*LIB.rglob("*.py"), *JOBS.rglob("*.py")])
+DOORS = {
+    "ray": ("jobs/",),
+    "faiss": ("lib/matryoshka/index.py",),
+    "ir_measures": ("lib/matryoshka/metrics.py",),
+    "pydantic": ("lib/matryoshka/config.py",),
+    "yaml": ("lib/matryoshka/config.py",),
+    "huggingface_hub": ("lib/matryoshka/model.py",),
+    "sentence_transformers": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "training", "encode")),
+    "pyarrow": tuple(f"lib/matryoshka/{room}.py" for room in ("corpus", "vectors", "funnel", "indexing", "verification")),
+    "rich": ("jobs/terminal.py",),
+    "jobs": ("jobs/",),
+}
+PURE = ("units", "nested", "topk")
+LAYERS = [
+    {"config", "units", "nested", "topk"},
+    {"storage", "corpus", "index", "metrics", "docstrings", "recipe"},
+    {"artifacts", "model", "pairs", "encode", "vectors", "funnel"},
+    {"training", "embedding", "indexing", "evaluation", "report", "verification"},
+]
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yields every imported module of a file in full, those inside functions and type-checking blocks included."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def packages(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imports(path)}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_all_sources_are_looked_at():
+    assert {path.stem for path in LIB.glob("*.py")} - {"__init__"} == set().union(*LAYERS)
+    assert (JOBS / "cluster.py") in SOURCES
+
+
+@pytest.mark.parametrize("package", DOORS)
+def test_each_dependency_is_imported_only_where_its_door_is(package: str):
+    users = [name_of(path) for path in SOURCES if package in packages(path)]
+    assert users
+    assert [user for user in users if not user.startswith(DOORS[package])] == []
+
+
+@pytest.mark.parametrize("room", PURE)
+def test_the_pure_rooms_import_only_the_standard_library_and_numpy(room: str):
+    assert packages(LIB / f"{room}.py") <= {*sys.stdlib_module_names, "numpy"}
+
+
+@pytest.mark.parametrize("depth", range(len(LAYERS)))
+def test_rooms_import_only_rooms_of_their_own_layer_or_below(depth: int):
+    reachable = set().union(*LAYERS[: depth + 1])
+    for room in LAYERS[depth]:
+        inner = {name.split(".")[1] for name in imports(LIB / f"{room}.py") if name.startswith("matryoshka.")}
+        assert inner <= reachable, room
+
+
+def test_rooms_do_not_import_each_other_in_a_circle():
+    below = {
+        path.stem: {name.split(".")[1] for name in imports(path) if name.startswith("matryoshka.")} for path in LIB.glob("*.py")
+    }
+    while below:
+        leaves = {room for room, needed in below.items() if not needed & below.keys()}
+        assert leaves, f"a circle among {sorted(below)}"
+        below = {room: needed for room, needed in below.items() if room not in leaves}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_no_module_prints(path: Path):
+    calls = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    assert [f"{name_of(path)}:{call.lineno}" for call in calls if call.func.id == "print"] == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_nothing_runs_at_import(path: Path):
+    """A module defines things; the only bare statement is the call of a job under its own name."""
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    for node in tree_of(path).body:
+        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        is_guarded = isinstance(node, ast.If) and ast.unparse(node.test) in ("__name__ == '__main__'", "TYPE_CHECKING")
+        assert is_text or is_guarded or isinstance(node, allowed), f"{name_of(path)}:{node.lineno}"

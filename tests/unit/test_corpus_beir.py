@@ -1,0 +1,63 @@
+from pathlib import Path
+
+import pytest
+
+from matryoshka import corpus
+
+LINES = {
+    "not JSON": (b'{"_id": "1"}\n{"_id": \n', r"line 2 is not a JSON object with '_id'\. Mend it"),
+    "a list": (b'["_id"]\n', r"line 1 is not a JSON object"),
+    "a number": (b"5\n", r"line 1 is not a JSON object"),
+    "no id": (b'\n{"text": "x"}\n', r"line 2 is not a JSON object with '_id'"),
+    "empty id": (b'{"_id": ""}\n', r"line 1 is not a JSON object with '_id'"),
+    "null id": (b'{"_id": null}\n', r"line 1 is not a JSON object with '_id'"),
+    "not UTF-8": (b'{"_id": "\xff"}\n', r"not UTF-8 \(.*\)\. Convert the file to UTF-8"),
+}
+
+
+@pytest.mark.parametrize("fault", LINES)
+def test_every_fault_of_a_json_lines_file_is_named(tmp_path: Path, fault: str):
+    content, message = LINES[fault]
+    (tmp_path / "corpus.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"corpus\.jsonl: {message}"):
+        list(corpus.read_json_lines(tmp_path / "corpus.jsonl", ("_id", "text")))
+
+
+def test_a_missing_json_lines_file_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"corpus\.jsonl: cannot be read \(No such file.*A BEIR folder needs this file"):
+        list(corpus.read_json_lines(tmp_path / "corpus.jsonl", ("_id",)))
+
+
+def test_json_lines_give_text_for_every_key(tmp_path: Path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"_id": 0, "text": 0, "more": 1}\n\n{"_id": "b", "text": null}\n{"_id": "\u00e4"}\n', "utf-8")
+    found = [(row["_id"], row["text"]) for row in corpus.read_json_lines(path, ("_id", "text"))]
+    assert found == [("0", "0"), ("b", ""), ("\u00e4", "")]
+
+
+QRELS = {
+    "two fields": (b"q\td\t1\nq d 1\n", r"line 2 is not 'query-id<TAB>document-id<TAB>grade'\. Mend it"),
+    "four fields": (b"q\t0\td\t1\n", r"line 1 is not 'query-id<TAB>"),
+    "a fraction": (b"q\td\t1\nq\te\t0.5\n", r"line 2 is not"),
+    "not UTF-8": (b"q\td\t1\n\xff\td\t1\n", r"not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("fault", QRELS)
+def test_every_fault_of_qrels_is_named(tmp_path: Path, fault: str):
+    content, message = QRELS[fault]
+    (tmp_path / "test.tsv").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"test\.tsv: {message}"):
+        corpus.read_qrels(tmp_path / "test.tsv")
+
+
+def test_missing_qrels_name_the_splits_that_are_there(tmp_path: Path):
+    (tmp_path / "dev.tsv").touch()
+    with pytest.raises(ValueError, match=r"test\.tsv: cannot be read .*found: \['dev'\].*Pass --split"):
+        corpus.read_qrels(tmp_path / "test.tsv")
+
+
+@pytest.mark.parametrize("header", ["", "query-id\tcorpus-id\tscore\n"])
+def test_qrels_are_read_with_or_without_a_header(tmp_path: Path, header: str):
+    (tmp_path / "test.tsv").write_text(header + "q\td\t1\nq\te\t-1\n")
+    assert corpus.read_qrels(tmp_path / "test.tsv") == [("q", "d", 1), ("q", "e", -1)]

@@ -1,0 +1,64 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from matryoshka import index
+from matryoshka.index import CoarseIndex
+from matryoshka.nested import shrink
+
+Make = Callable[..., np.ndarray]
+
+
+@pytest.mark.parametrize("factory", ["Flat", "SQfp16", "HNSW16"])
+def test_an_index_finds_what_brute_force_finds(random_vectors: Make, factory: str):
+    full, queries = shrink(random_vectors(300, 16), 16), shrink(random_vectors(7, 16, 1), 16)
+    scores, rows = CoarseIndex.build(full, factory).search(queries, 5)
+    expected = np.argsort(-(queries @ full.T), axis=1)[:, :5]
+    # Flat is exact; float16 storage and a graph of 300 may each miss a neighbour of nearly the same score.
+    assert (rows == expected).mean() >= {"Flat": 1.0, "SQfp16": 0.9, "HNSW16": 0.9}[factory]
+    # float32 sums differ in order only; float16 keeps 11 bits of each component.
+    np.testing.assert_allclose(scores, np.take_along_axis(queries @ full.T, rows, axis=1), atol=1e-3)
+    assert (np.diff(scores, axis=1) <= 0).all()
+
+
+def test_an_index_comes_back_as_it_was_written(tmp_path: Path, random_vectors: Make):
+    full = shrink(random_vectors(50, 8), 8)
+    built = CoarseIndex.build(full, "Flat")
+    built.write(tmp_path / "coarse.faiss")
+    read = CoarseIndex.read(tmp_path / "coarse.faiss")
+    assert (read.ntotal, read.dim) == (50, 8)
+    for found, expected in zip(read.search(full[:3], 50), built.search(full[:3], 50), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_lists_that_come_out_short_are_padded(random_vectors: Make):
+    full = shrink(random_vectors(2, 8), 8)
+    _, rows = CoarseIndex.build(full, "Flat").search(full, 4)
+    assert rows[:, 2:].tolist() == [[-1, -1], [-1, -1]]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not an index at all"])
+def test_a_file_that_is_no_index_is_named(tmp_path: Path, content: bytes | None):
+    if content is not None:
+        (tmp_path / "coarse.faiss").write_bytes(content)
+    with pytest.raises(ValueError, match=r"coarse\.faiss: not a FAISS index \(.*\)\. Run python -m jobs\.index"):
+        CoarseIndex.read(tmp_path / "coarse.faiss")
+
+
+def test_kinds_that_need_training_are_told_from_those_that_do_not():
+    assert [index.needs_training(factory, 64) for factory in ("Flat", "HNSW32", "IVF16,Flat", "PQ8")] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize("factory", ["Plat", "", "IVF,Flat"])
+def test_a_factory_string_that_faiss_does_not_know_is_named(factory: str):
+    with pytest.raises(
+        ValueError, match=rf"--coarse-index {factory}: not a FAISS factory string \(.*\)\. Write for example Flat"
+    ):
+        index.needs_training(factory, 64)

@@ -1,0 +1,81 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from matryoshka import vectors
+from matryoshka.vectors import EmbeddingStore
+
+Make = Callable[..., np.ndarray]
+
+
+@given(count=st.integers(0, 40), width=st.integers(1, 20), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)  # writes files
+def test_a_unit_comes_back_bit_for_bit(
+    tmp_path_factory: pytest.TempPathFactory, random_vectors: Make, count: int, width: int, seed: int
+):
+    path = tmp_path_factory.mktemp("unit") / "u.parquet"
+    names, block = [f"d\u00e4{number}" for number in range(count)], random_vectors(count, width, seed)
+    vectors.write_unit(path, names, block)
+    ids, found = vectors.read_unit(path)
+    assert ids.to_pylist() == names
+    assert found.dtype == np.float16
+    np.testing.assert_array_equal(found, block)
+
+
+def test_a_unit_is_plain_parquet_for_any_tool(tmp_path: Path, random_vectors: Make):
+    block = random_vectors(2, 8)
+    vectors.write_unit(tmp_path / "u.parquet", ["a", "b"], np.asfortranarray(block))
+    table = pq.read_table(tmp_path / "u.parquet")
+    assert table.schema.field("embedding").type == pa.list_(pa.float16(), 8)
+    np.testing.assert_array_equal(np.array(table["embedding"].to_pylist(), np.float16), block)
+
+
+@pytest.mark.parametrize("fault", ["missing", "garbage", "other columns", "lists of any length"])
+def test_a_file_that_is_no_unit_is_named(tmp_path: Path, fault: str):
+    path = tmp_path / "u.parquet"
+    if fault == "garbage":
+        path.write_bytes(b"x" * 100)
+    elif fault == "other columns":
+        pq.write_table(pa.table({"id": ["a"]}), path)
+    elif fault == "lists of any length":
+        pq.write_table(pa.table({"id": ["a"], "embedding": [[1.0]]}), path)
+    with pytest.raises(ValueError, match=r"u\.parquet: not a file of embeddings \(.*\)\. Run python -m jobs\.embed again"):
+        vectors.read_unit(path)
+
+
+def test_a_store_yields_its_units_in_order(make_store: Callable[..., EmbeddingStore], random_vectors: Make):
+    parts = {
+        "a:0": (["x", "y"], random_vectors(2, 8, 1)),
+        "b:0": ([], random_vectors(0, 8)),
+        "a:2": (["z"], random_vectors(1, 8, 2)),
+    }
+    store = make_store(parts)
+    assert (store.width, store.dims) == (8, (8, 4))
+    assert [ids.to_pylist() for ids, _ in store.blocks()] == [["x", "y"], [], ["z"]]
+    for (_, found), (_, block) in zip(store.blocks(), parts.values(), strict=True):
+        np.testing.assert_array_equal(found, block)
+
+
+def test_a_folder_without_store_says_how_to_make_one(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"no embeddings here .*python -m jobs\.embed"):
+        EmbeddingStore.open(tmp_path)
+
+
+@given(st.lists(st.lists(st.text(st.characters(codec="utf-8"), max_size=5), max_size=5), min_size=1, max_size=4), st.data())
+@settings(max_examples=30, deadline=None)  # writes files
+def test_ids_come_back_in_order_and_are_taken_by_row(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[list[str]], data: st.DataObject
+):
+    path = tmp_path_factory.mktemp("ids") / "ids.arrow"
+    vectors.write_ids(path, [pa.array(part, pa.string()) for part in parts])
+    every_id = [name for part in parts for name in part]
+    ids = vectors.open_ids(path)
+    assert ids.to_pylist() == every_id
+    rows = data.draw(st.lists(st.integers(0, len(every_id) - 1), max_size=9)) if every_id else []
+    assert vectors.take(ids, np.array(rows, dtype=np.int64)).tolist() == [every_id[row] for row in rows]

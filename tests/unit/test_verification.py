@@ -1,0 +1,123 @@
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from matryoshka import artifacts, pairs, verification
+from matryoshka.artifacts import Manifest
+from matryoshka.indexing import IndexStore
+from matryoshka.pairs import Dataset
+from matryoshka.vectors import EmbeddingStore
+
+Make = Callable[..., np.ndarray]
+MakeStore = Callable[..., EmbeddingStore]
+MakeIndex = Callable[..., IndexStore]
+
+
+def good_parts(random_vectors: Make) -> dict[str, tuple[list[str], np.ndarray]]:
+    return {"a:0": (["x", "y"], random_vectors(2, 8, 1)), "b:0": (["z"], random_vectors(1, 8, 2))}
+
+
+def write_dataset(folder: Path, qrels: dict[str, dict[str, int]]) -> Path:
+    dataset = Dataset({"d": "text"}, {"test": {"q": "query"}, "dev": {}}, {"test": qrels, "dev": {}})
+    receipts = tuple(pairs.write(folder, dataset))
+    Manifest("dataset", {}, facts=dataset.counts, receipts=receipts, is_complete=True).write(folder)
+    return folder
+
+
+def test_sound_artifacts_have_no_faults_and_all_are_found(
+    tmp_path: Path, make_store: MakeStore, make_index: MakeIndex, random_vectors: Make
+):
+    store = make_store(good_parts(random_vectors))
+    make_index(store, name="deep/index")
+    write_dataset(tmp_path / "data", {"q": {"d": 1}})
+    found = verification.find_artifacts(tmp_path)
+    assert [folder.relative_to(tmp_path).as_posix() for folder in found] == ["data", "deep/index", "embeddings"]
+    assert [verification.verify(folder)[0].kind for folder in found] == ["dataset", "index", "embeddings"]
+    assert [verification.verify(folder)[1] for folder in found] == [[], [], []]
+
+
+def test_a_folder_without_artifacts_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match=rf"{tmp_path}: no artifacts here .*Pass the output of a job"):
+        verification.find_artifacts(tmp_path)
+
+
+FAULTS = {
+    "missing": lambda path, data: path.unlink(),  # noqa: ARG005
+    "bytes, the receipt says": lambda path, data: path.write_bytes(data[:-1]),
+    "its bytes were altered": lambda path, data: path.write_bytes(data[:-1] + b"x"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_missing_truncated_or_altered_file_is_found(
+    make_store: MakeStore, make_index: MakeIndex, random_vectors: Make, fault: str
+):
+    store = make_store(good_parts(random_vectors))
+    index = make_index(store)
+    for artifact in (store, index):
+        paths = [artifact.folder / file.path for receipt in artifact.manifest.receipts for file in receipt.files]
+        for path in paths:
+            FAULTS[fault](path, path.read_bytes())
+        _, found = verification.verify(artifact.folder)
+        assert [line.split(": ")[0] for line in found] == [str(path) for path in paths]
+        assert all(fault in line for line in found)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # from infinity
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, 0.0, 2.0])
+def test_vectors_that_are_not_finite_or_not_of_unit_length_are_named(
+    make_store: MakeStore, make_index: MakeIndex, random_vectors: Make, wrong: float
+):
+    parts = good_parts(random_vectors)
+    parts["a:0"][1][1] = parts["a:0"][1][1] * np.float16(wrong)
+    store = make_store(parts)
+    for folder in (store.folder, make_index(store).folder):
+        _, (fault,) = verification.verify(folder)
+        assert "1 vectors are not finite or not of unit length (first: 'y')" in fault
+
+
+def test_an_id_that_stands_in_two_units_is_counted(make_store: MakeStore, make_index: MakeIndex, random_vectors: Make):
+    store = make_store({"a:0": (["x", "y"], random_vectors(2, 8, 1)), "b:0": (["x"], random_vectors(1, 8, 2))})
+    for folder in (store.folder, make_index(store).folder):
+        assert verification.verify(folder)[1] == [f"{folder}: 1 ids stand more than once"]
+
+
+@pytest.mark.parametrize("make", ["store", "index"])
+def test_counts_and_widths_other_than_the_manifest_says_are_found(
+    make_store: MakeStore, make_index: MakeIndex, random_vectors: Make, make: str
+):
+    store = make_store(good_parts(random_vectors))
+    artifact = store if make == "store" else make_index(store)
+    receipts = tuple(dataclasses.replace(receipt, num_rows=7) for receipt in artifact.manifest.receipts)
+    dataclasses.replace(artifact.manifest, receipts=receipts).write(artifact.folder)
+    assert sum("the manifest says (7, 8)" in fault for fault in verification.verify(artifact.folder)[1]) == len(receipts)
+    dataclasses.replace(artifact.manifest, facts={**artifact.manifest.facts, "width": 9}).write(artifact.folder)
+    assert len(verification.verify(artifact.folder)[1]) == len(receipts)
+
+
+def test_judgements_of_queries_that_are_not_there_are_found(tmp_path: Path):
+    folder = write_dataset(tmp_path, {"q": {"d": 1}, "r": {"d": 1}, "s": {"d": 1}})
+    assert verification.verify(folder)[1] == [f"{folder}: split 'test' judges 2 queries that it does not have"]
+
+
+def test_an_unfinished_artifact_is_a_fault_and_an_altered_manifest_is_refused(make_store: MakeStore, random_vectors: Make):
+    store = make_store(good_parts(random_vectors))
+    dataclasses.replace(store.manifest, is_complete=False).write(store.folder)
+    assert verification.verify(store.folder)[1] == [f"{store.folder}: not finished"]
+    store.manifest.write(store.folder)
+    path = store.folder / artifacts.MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), "inputs": {"corpus": "other"}}))
+    with pytest.raises(ValueError, match=r"manifest\.json: was altered"):
+        verification.verify(store.folder)
+
+
+def test_a_model_whose_dims_do_not_fit_its_width_is_a_fault(minilm_copy: Callable[..., Path]):
+    folder = minilm_copy()
+    Manifest("model", {"dims": [384, 64]}, is_complete=True).write(folder)
+    assert verification.verify(folder)[1] == []
+    Manifest("model", {"dims": [768, 64]}, is_complete=True).write(folder)
+    assert verification.verify(folder)[1] == [f"{folder}: trained for 768 dims, its vectors have 384"]

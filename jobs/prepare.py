@@ -56,6 +56,8 @@ def run(settings: Settings) -> Manifest:
         say(f"prepare: nothing to do, {output} is complete")
         return previous
     dataset = _collect(settings, sources)
+    if not dataset.documents:
+        raise ValueError(f"prepare: nothing is left to work on (left out: {dict(dataset.dropped)}). Check the columns.")
     if settings.fail_on_empty and dataset.dropped.get("empty"):
         raise ValueError(f"prepare: {dataset.dropped['empty']} rows have no text. Fill them, or drop --fail-on-empty.")
     manifest = Manifest("dataset", identity, facts={**dataset.counts, "run": describe_run("prepare", settings)})

@@ -255,7 +255,7 @@ def _refuse_duplicates(ids_by_file: Sequence[pa.ChunkedArray], paths: Sequence[P
     counts = pc.value_counts(every_id)
     repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
     names = ", ".join(f"'{value}'" for value in repeated[:_SHOWN].to_pylist())
-    places = [path.name for path, ids in zip(paths, ids_by_file, strict=True) if pc.any(pc.is_in(ids, repeated)).as_py()]
+    places = [str(path) for path, ids in zip(paths, ids_by_file, strict=True) if pc.any(pc.is_in(ids, repeated)).as_py()]
     raise ValueError(
         f"{', '.join(places[:_SHOWN])}: {len(repeated)} ids stand more than once (first: {names}). Give each document its own id."
     )
@@ -320,7 +320,7 @@ def read_json_lines(path: Path, keys: Sequence[str]) -> Iterator[dict[str, str]]
         ValueError: The file is missing, not UTF-8, or a line is not an object with the first key.
     """
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig", newline="\n") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield _json_row(path, number, line, keys)
@@ -349,13 +349,15 @@ def read_qrels(path: Path) -> list[tuple[str, str, int]]:
     """
     judgements = []
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")
     except OSError as error:
         splits = sorted(file.stem for file in path.parent.glob("*.tsv"))
         raise ValueError(f"{path}: cannot be read ({error.strerror}; found: {splits}). Pass --split.") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}). Convert the file to UTF-8.") from None
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         fields = line.split("\t")
         if number == 1 and not fields[-1].strip().lstrip("-").isdecimal():
             continue

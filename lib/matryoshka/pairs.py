@@ -63,7 +63,7 @@ def text_id(prefix: str, text: str) -> str:
 
 
 def from_pairs(pairs: Iterable[Pair], fractions: Mapping[str, float], limits: Mapping[str, int | None], salt: str) -> Dataset:
-    """Returns the dataset of question-and-answer pairs: cleaned, split by hash of the group, sampled by hash of the query.
+    """Returns the dataset of question-and-answer pairs: cleaned, split by hash of the group, sampled by hash of the document id.
 
     A pair without a query or a document, a document text seen before, and a query text seen before are dropped and counted:
     the same text in two pairs would be a right answer that counts as wrong.

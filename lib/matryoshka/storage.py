@@ -59,12 +59,23 @@ def publish(path: Path) -> Iterator[Path]:
             _sync(file)
         _sync(temporary)
         if temporary.is_dir() and path.exists():
-            path.replace(old)
-        temporary.replace(path)
+            _swap(temporary, path, old)
+        else:
+            temporary.replace(path)
         _sync(path.parent)
     finally:
         remove(temporary)
-        remove(old)
+
+
+def _swap(new: Path, path: Path, old: Path) -> None:
+    """Puts a folder in the place of another; if that fails, the other is back where it was."""
+    path.replace(old)
+    try:
+        new.replace(path)
+    except OSError:
+        old.replace(path)
+        raise
+    remove(old)
 
 
 def _sync(path: Path) -> None:

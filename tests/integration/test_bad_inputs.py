@@ -122,7 +122,7 @@ def test_embed_leaves_out_and_counts_rows_without_text(tmp_path: Path, tiny: str
 @pytest.mark.usefixtures("no_workers")
 def test_embed_refuses_rows_without_text_where_asked_to(tmp_path: Path, tiny: str) -> None:
     texts.write_parquet(tmp_path / "corpus" / "part-0.parquet", {"id": ["a", "b"], "text": ["bada", None]})
-    with pytest.raises(ValueError, match="1 rows have no text.*--fail-on-empty"):
+    with pytest.raises(ValueError, match=r"1 rows have no text.*--fail-on-empty"):
         embed.run(_embed(tmp_path, tiny, fail_on_empty=True))
     assert not (tmp_path / "out").exists()
 
@@ -348,22 +348,20 @@ def test_an_output_folder_of_something_else_is_not_touched(
 
 def _with_output(job: str, output: Path, root: Path, dataset: Path, model: str, done: Path, replace: bool) -> Any:
     common = {"output": str(output), "replace": replace}
-    if job == "prepare":
-        path = texts.write_parquet(root / "pairs.parquet", texts.pairs(60))
-        return prepare.Settings(pairs=str(path), **common)
-    if job == "embed":
-        return embed.Settings(corpus=str(texts.write_corpus(root / "corpus")), model=model, **common)
-    if job == "finetune":
-        return finetune.Settings(data=str(dataset), model=model, batch_size=16, **common)
-    if job == "index":
-        return index.Settings(embeddings=str(done / "embeddings"), **common)
-    if job == "search":
-        return search.Settings(index=str(done / "index"), queries=str(dataset / "queries" / "test.parquet"), **common)
-    if job == "evaluate":
-        return evaluate.Settings(data=str(dataset), model=model, **common)
-    if job == "evaluate-beir":
-        return evaluate.Settings(beir=str(texts.write_beir(root / "beir")), model=model, **common)
-    return pipeline.Settings(model=model, prepare={"pairs": str(root / "pairs.parquet")}, finetune={"batch_size": 16}, **common)
+    pairs, questions = str(root / "pairs.parquet"), str(dataset / "queries" / "test.parquet")
+    texts.write_parquet(Path(pairs), texts.pairs(60))
+    corpus, beir = str(texts.write_corpus(root / "corpus")), str(texts.write_beir(root / "beir"))
+    settings: dict[str, Callable[[], Any]] = {
+        "prepare": lambda: prepare.Settings(pairs=pairs, **common),
+        "embed": lambda: embed.Settings(corpus=corpus, model=model, **common),
+        "finetune": lambda: finetune.Settings(data=str(dataset), model=model, batch_size=16, **common),
+        "index": lambda: index.Settings(embeddings=str(done / "embeddings"), **common),
+        "search": lambda: search.Settings(index=str(done / "index"), queries=questions, **common),
+        "evaluate": lambda: evaluate.Settings(data=str(dataset), model=model, **common),
+        "evaluate-beir": lambda: evaluate.Settings(beir=beir, model=model, **common),
+        "pipeline": lambda: pipeline.Settings(model=model, prepare={"pairs": pairs}, finetune={"batch_size": 16}, **common),
+    }
+    return settings[job]()
 
 
 @pytest.mark.usefixtures("no_workers")

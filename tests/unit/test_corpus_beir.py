@@ -61,3 +61,10 @@ def test_missing_qrels_name_the_splits_that_are_there(tmp_path: Path):
 def test_qrels_are_read_with_or_without_a_header(tmp_path: Path, header: str):
     (tmp_path / "test.tsv").write_text(header + "q\td\t1\nq\te\t-1\n")
     assert corpus.read_qrels(tmp_path / "test.tsv") == [("q", "d", 1), ("q", "e", -1)]
+
+
+def test_only_a_newline_ends_a_line_of_qrels(tmp_path: Path):
+    # str.splitlines would also cut at these, make a header of what stands before, and another id of the rest.
+    ids = ["q\u2028x", "q\x85x", "q\x0cx"]
+    (tmp_path / "test.tsv").write_bytes("".join(f"{query}\td\t1\r\n" for query in ids).encode())
+    assert corpus.read_qrels(tmp_path / "test.tsv") == [(query, "d", 1) for query in ids]

@@ -19,6 +19,7 @@ def write_folder(folder: Path, **files: object) -> Path:
         path = path.with_suffix(".safetensors" if name == "model" else ".json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content))
+    (folder / "vocab.txt").touch()
     return folder
 
 

@@ -16,6 +16,7 @@ def write_folder(folder: Path, **files: object) -> Path:
         path = path.with_suffix(".safetensors" if name == "model" else ".json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content))
+    (folder / "vocab.txt").touch()
     return folder
 
 
@@ -55,17 +56,17 @@ def cut_weights(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(weights)
 
 
-def take_tokenizer(folder: Path) -> None:
-    for name in ("tokenizer.json", "vocab.txt"):
-        (folder / name).unlink()
+def test_a_model_without_tokenizer_is_named(tmp_path: Path):
+    # Without one every word would become the same unknown token, and every text about the same vector.
+    (write_folder(tmp_path, config={"hidden_size": 64}, model={}) / "vocab.txt").unlink()
+    with pytest.raises(ValueError, match=rf"{tmp_path}: no tokenizer .*Save the model with its tokenizer"):
+        model.describe(str(tmp_path))
 
 
 DAMAGES = {
     "cut weights": cut_weights,
     "no pooling": lambda folder: (folder / "1_Pooling" / "config.json").unlink(),
     "no architecture": lambda folder: (folder / "config.json").write_text("{}"),
-    # Without these files every word would become the same unknown token, and every text about the same vector.
-    "no tokenizer": take_tokenizer,
 }
 
 

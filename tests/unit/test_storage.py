@@ -67,6 +67,31 @@ def test_a_folder_that_fails_half_way_leaves_the_old_one(tmp_path: Path):
     assert names(target) == ["old"]
 
 
+def test_a_folder_whose_last_move_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    target, move, moves = tmp_path / "folder", Path.replace, []
+    target.mkdir()
+    (target / "old").touch()
+
+    def move_but_fail_once(source: Path, destination: Path) -> Path:
+        if destination == target:
+            moves.append(source)
+            if len(moves) == 1:
+                raise OSError("no space left")
+        return move(source, destination)
+
+    def publish() -> None:
+        with storage.publish(target) as temporary:
+            temporary.mkdir()
+            (temporary / "new").touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", move_but_fail_once)
+        with pytest.raises(OSError, match="no space left"):
+            publish()
+    assert names(tmp_path) == ["folder"]
+    assert names(target) == ["old"]
+
+
 def test_a_writer_that_writes_nothing_is_an_error(tmp_path: Path):
     with pytest.raises(FileNotFoundError), storage.publish(tmp_path / "file"):
         pass

@@ -45,7 +45,7 @@ def run(settings: Settings) -> Manifest:
     identity = embedding.make_identity(info, precision, tokens_per_step, settings.unit_rows)
     previous = artifacts.claim(output, "embeddings", identity, settings.replace)
     units = plan_units(source.files, settings.unit_rows)
-    finished = artifacts.finished_receipts(output, previous, [unit.key for unit in units])
+    finished = artifacts.finished_receipts(output, previous, [unit.key for unit in units], compare_digests=settings.replace)
     todo = [unit for unit in units if unit.key not in finished]
     if previous and previous.is_complete and not todo and previous.inputs == {"corpus": source.fingerprint}:
         say(f"embed: nothing to do, {output} is complete ({previous.num_rows} documents)")
@@ -65,7 +65,7 @@ def run(settings: Settings) -> Manifest:
             f"embed: {len(failures)} of {len(units)} units failed {settings.attempts} times ({key}: {error})."
             " What is finished is kept. Mend the cause and run the same command again."
         )
-    receipts = tuple(finished[unit.key] for unit in units)
+    receipts = tuple(embedding.place(finished[unit.key], unit) for unit in units)
     manifest = dataclasses.replace(manifest, receipts=receipts, is_complete=True)
     manifest.write(output)
     artifacts.remove_strangers(output, embedding.UNITS, manifest)

@@ -50,6 +50,7 @@ def run(settings: Settings) -> Manifest:
     output = storage.local_path(settings.output)
     info = model.describe(settings.model)
     dims = nested.check_dims(settings.dims or info.dims, info.width, settings.model)
+    artifacts.check_owner(output, "evaluation")
     data = _open_data(settings, output)
     query_ids, texts = data.queries(settings.split)
     qrels = data.qrels(settings.split)

@@ -55,7 +55,7 @@ def run(settings: Settings) -> Manifest:
     previous = artifacts.claim(output, "index", identity, settings.replace)
     num_shards = settings.shards or max(-(-store.manifest.num_rows // _ROWS_PER_SHARD), 1)
     slots, plans = indexing.plan_shards(store, num_shards, previous.facts["slots"] if previous else {})
-    finished = artifacts.finished_receipts(output, previous, [shard.key for shard in plans])
+    finished = artifacts.finished_receipts(output, previous, [shard.key for shard in plans], compare_digests=settings.replace)
     todo = [shard for shard in plans if shard.key not in finished]
     inputs = {"embeddings": store.manifest.fingerprint}
     if previous and previous.is_complete and not todo and previous.inputs == inputs:
@@ -83,6 +83,8 @@ def run(settings: Settings) -> Manifest:
     finally:
         journal.flush()
     manifest = dataclasses.replace(manifest, receipts=tuple(finished[shard.key] for shard in plans), is_complete=True)
+    if manifest.num_rows != store.manifest.num_rows:
+        raise RuntimeError(f"index: {manifest.num_rows} documents of {store.manifest.num_rows} came in. Build it with --replace.")
     manifest.write(output)
     artifacts.remove_strangers(output, SHARDS, manifest)
     say(f"index: {manifest.num_rows} documents in {output}; {len(todo)} of {len(plans)} shards built; {plan.describe()}")

@@ -94,25 +94,26 @@ def run(settings: Settings) -> None:
     previous = artifacts.claim(output, "run", {}, settings.replace)
     with cluster.connected():
         stages = plan(settings, has_gpu=cluster.capacity().num_gpus > 0)
-        manifest = Manifest("run", {}, facts={"run": describe_run("pipeline", settings)})
-        artifacts.begin(output, manifest, previous)
+        if previous is None:
+            artifacts.begin(output, Manifest("run", {}), None)
         for name, run_stage, stage in stages:
             start = time.perf_counter()
             run_stage(stage)
             say(f"{name} took {time.perf_counter() - start:.1f} s\n")
-    _finish(output, manifest)
+    _finish(output, previous, describe_run("pipeline", settings))
 
 
-def _finish(output: Path, manifest: Manifest) -> None:
-    """Writes the report of the whole run: the figures of the last evaluation, and the chain of fingerprints behind them."""
-    last = output / "evaluation-tuned"
-    rows = report.read_rows(last)
+def _finish(output: Path, previous: Manifest | None, run: dict[str, Any]) -> None:
+    """Writes the report of the whole run, if it changed: the last evaluation's figures, and the fingerprints behind them."""
+    rows = report.read_rows(output / "evaluation-tuned")
     stages = ("data", "evaluation-base", "model", "embeddings", "index", "results", "evaluation-tuned")
     fingerprints = {name: artifacts.read(output / name).fingerprint for name in stages}
-    title = "Before and after fine-tuning"
-    report.write(output, title, rows, manifest.facts["run"]["settings"], fingerprints)
-    records = tuple(FileRecord.of(output, output / name) for name in (report.JSON, report.MARKDOWN))
-    dataclasses.replace(manifest, receipts=(Receipt("report", len(rows), records),), is_complete=True).write(output)
+    manifest = Manifest("run", {}, fingerprints, {"run": run}, is_complete=True)
+    is_current = previous and (previous.inputs, previous.facts) == (fingerprints, manifest.facts)
+    if not (previous and is_current) or artifacts.find_faults(output, previous):
+        report.write(output, "Before and after fine-tuning", rows, run["settings"], fingerprints)
+        records = tuple(FileRecord.of(output, output / name) for name in (report.JSON, report.MARKDOWN))
+        dataclasses.replace(manifest, receipts=(Receipt("report", len(rows), records),)).write(output)
     for metric, table in report.tables(rows).items():
         show_table(metric, table)
     say(report.conclude(rows))

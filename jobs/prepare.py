@@ -52,16 +52,16 @@ def run(settings: Settings) -> Manifest:
     sources = docstrings.find_sources() if settings.python_docs else []
     identity = {"source": _fingerprint(settings, sources), **settings.model_dump(exclude={"output", "replace", *_SOURCES})}
     previous = artifacts.claim(output, "dataset", identity, settings.replace)
-    if previous and previous.is_complete:
+    if previous and previous.is_complete and not artifacts.find_faults(output, previous):
         say(f"prepare: nothing to do, {output} is complete")
         return previous
     dataset = _collect(settings, sources)
     if not dataset.documents:
-        raise ValueError(f"prepare: nothing is left to work on (left out: {dict(dataset.dropped)}). Check the columns.")
+        raise ValueError(f"prepare: no pair with text is left (left out: {dict(dataset.dropped)}). Check the columns.")
     if settings.fail_on_empty and dataset.dropped.get("empty"):
         raise ValueError(f"prepare: {dataset.dropped['empty']} rows have no text. Fill them, or drop --fail-on-empty.")
     manifest = Manifest("dataset", identity, facts={**dataset.counts, "run": describe_run("prepare", settings)})
-    artifacts.begin(output, manifest, previous)
+    artifacts.begin(output, manifest, None)
     finished = Manifest("dataset", identity, {}, manifest.facts, tuple(pairs.write(output, dataset)), is_complete=True)
     finished.write(output)
     queries = ", ".join(f"{count} {split}" for split, count in dataset.counts["queries"].items())

@@ -10,28 +10,29 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 logger = logging.getLogger("jobs")
 
 
 def say(text: str) -> None:
     """Prints one line for the person who ran the job."""
-    Console(soft_wrap=True, highlight=False).print(text, markup=False)
+    Console(soft_wrap=True, highlight=False, emoji=False).print(text, markup=False)
 
 
 def complain(text: str) -> None:
     """Prints one line to standard error."""
-    Console(stderr=True, soft_wrap=True, highlight=False).print(text, markup=False)
+    Console(stderr=True, soft_wrap=True, highlight=False, emoji=False).print(text, markup=False)
 
 
 def show_table(title: str, rows: Sequence[Sequence[str]], *, text_columns: Sequence[int] = ()) -> None:
     """Prints a table whose first row is its header; ``text_columns`` are aligned left and may wrap."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for column, name in enumerate(rows[0]):
         is_text = column in text_columns
         table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
     for row in rows[1:]:
-        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+        table.add_row(*map(Text, row))
     Console().print(table)
 
 

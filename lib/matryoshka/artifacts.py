@@ -150,6 +150,26 @@ def peek(folder: Path, kind: str) -> Manifest | None:
         return None
 
 
+def check_owner(folder: Path, kind: str) -> bool:
+    """Returns whether an output folder holds an artifact of this kind, whatever its state; False where it is free.
+
+    Raises:
+        ValueError: The folder belongs to something else.
+    """
+    if not folder.exists():
+        return False
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is a file. Pass another --output.")
+    if not (folder / MANIFEST).is_file():
+        if all(is_artifact(entry) or _is_unfinished(entry) for entry in folder.iterdir()):
+            return False
+        raise ValueError(f"{folder}: holds files that are not an artifact of this project. Pass another --output.")
+    found = _kind_of(folder)
+    if found != kind:
+        raise ValueError(f"{folder}: holds '{found}', not '{kind}'. Pass another --output.")
+    return True
+
+
 def claim(folder: Path, kind: str, identity: Mapping[str, Any], replace: bool) -> Manifest | None:
     """Returns what an earlier run left in an output folder, or None where there is nothing to go on from.
 
@@ -159,17 +179,8 @@ def claim(folder: Path, kind: str, identity: Mapping[str, Any], replace: bool) -
     Raises:
         ValueError: The folder belongs to something else, or to an artifact of another identity and ``replace`` is off.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not check_owner(folder, kind):
         return None
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: is a file. Pass another --output.")
-    if not (folder / MANIFEST).is_file():
-        if all(is_artifact(entry) or _is_unfinished(entry) for entry in folder.iterdir()):
-            return None
-        raise ValueError(f"{folder}: holds files that are not an artifact of this project. Pass another --output.")
-    found = _kind_of(folder)
-    if found != kind:
-        raise ValueError(f"{folder}: holds '{found}', not '{kind}'. Pass another --output.")
     try:
         manifest = read(folder)
     except ValueError:
@@ -261,16 +272,20 @@ def read_journal(folder: Path) -> list[Receipt]:
     return [Receipt.from_json(value) for path in paths for value in storage.read_json(path)]
 
 
-def finished_receipts(folder: Path, manifest: Manifest | None, keys: Iterable[str]) -> dict[str, Receipt]:
-    """Returns the receipts, among ``keys``, of parts that are done and whose files are there at their full size."""
+def finished_receipts(
+    folder: Path, manifest: Manifest | None, keys: Iterable[str], *, compare_digests: bool = False
+) -> dict[str, Receipt]:
+    """Returns the receipts, among ``keys``, of parts that are done and whose files are as the receipts say.
+
+    Sizes are always compared; digests cost a read of every file.
+    """
     wanted = set(keys)
-    known = [*(manifest.receipts if manifest else ()), *read_journal(folder)] if manifest else []
-    return {receipt.key: receipt for receipt in known if receipt.key in wanted and _is_whole(folder, receipt)}
-
-
-def _is_whole(folder: Path, receipt: Receipt) -> bool:
-    paths = [(folder / file.path, file.num_bytes) for file in receipt.files]
-    return all(path.is_file() and path.stat().st_size == num_bytes for path, num_bytes in paths)
+    known = [*manifest.receipts, *read_journal(folder)] if manifest else []
+    return {
+        receipt.key: receipt
+        for receipt in known
+        if receipt.key in wanted and not any(_fault(folder, file, compare_digests) for file in receipt.files)
+    }
 
 
 def remove_strangers(folder: Path, parts: str, manifest: Manifest) -> None:
@@ -285,14 +300,32 @@ def find_faults(folder: Path, manifest: Manifest) -> list[str]:
     """Returns every way in which the files of an artifact differ from its receipts, one line each."""
     faults = [] if manifest.is_complete else [f"{folder}: not finished"]
     for receipt in manifest.receipts:
-        for record in receipt.files:
-            path = folder / record.path
-            if not path.resolve().is_relative_to(folder.resolve()):
-                faults.append(f"{path}: leads out of the artifact's folder")
-            elif not path.is_file():
-                faults.append(f"{path}: missing")
-            elif path.stat().st_size != record.num_bytes:
-                faults.append(f"{path}: {path.stat().st_size} bytes, the receipt says {record.num_bytes}")
-            elif storage.digest_file(path) != record.digest:
-                faults.append(f"{path}: its bytes were altered (another SHA-256 than the receipt's)")
+        found = [_fault(folder, file, compare_digests=True) for file in receipt.files]
+        faults += [fault for fault in found if fault]
     return faults
+
+
+def _fault(folder: Path, record: FileRecord, compare_digests: bool) -> str:
+    """Returns what is wrong with a file, or nothing."""
+    path = folder / record.path
+    if not path.resolve().is_relative_to(folder.resolve()):
+        return f"{path}: leads out of the artifact's folder"
+    if not path.is_file():
+        return f"{path}: missing"
+    if path.stat().st_size != record.num_bytes:
+        return f"{path}: {path.stat().st_size} bytes, the receipt says {record.num_bytes}"
+    if compare_digests and storage.digest_file(path) != record.digest:
+        return f"{path}: its bytes were altered (another SHA-256 than the receipt's)"
+    return ""
+
+
+def check_file(folder: Path, record: FileRecord) -> Path:
+    """Returns the path of a file that is exactly what its receipt says, for a reader about to parse it.
+
+    Raises:
+        ValueError: It is missing, truncated or altered.
+    """
+    fault = _fault(folder, record, compare_digests=True)
+    if fault:
+        raise ValueError(f"{fault}. Run the job that made it again with --replace.")
+    return folder / record.path

@@ -1,5 +1,6 @@
 """The embed stage's work: what there is to do, and one unit of it."""
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ def make_manifest(source: Corpus, info: ModelInfo, identity: dict[str, Any], run
         "run": run,
     }
     return artifacts.Manifest("embeddings", identity, {"corpus": source.fingerprint}, facts)
+
+
+def place(receipt: artifacts.Receipt, unit: Unit) -> artifacts.Receipt:
+    """Returns the receipt with the unit's place in the corpus as it is now: a renamed file keeps its vectors, not its slot."""
+    return dataclasses.replace(receipt, details={**receipt.details, "slot": unit.slot})
 
 
 def embed_unit(encoder: Encoder, source: Corpus, unit: Unit, folder: Path) -> artifacts.Receipt:

@@ -20,11 +20,11 @@ SHARDS = "shards"
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """One shard to build: its key (which changes with its content), the embedding files that it covers, and their rows."""
+    """One shard to build: its key (which changes with its content), and the embedding files that it covers."""
 
     key: str
-    paths: tuple[Path, ...]
-    num_rows: int
+    store: Path
+    files: tuple[FileRecord, ...]
 
 
 def plan_shards(store: EmbeddingStore, num_shards: int, previous: Mapping[str, int]) -> tuple[dict[str, int], list[ShardPlan]]:
@@ -34,23 +34,32 @@ def plan_shards(store: EmbeddingStore, num_shards: int, previous: Mapping[str, i
         store: The embeddings.
         num_shards: For a first build.
         previous: The slots of an earlier build, so that only shards whose units changed get another key.
+
+    Raises:
+        ValueError: Two units claim one place in the corpus.
     """
     receipts = {str(receipt.details["slot"]): receipt for receipt in store.manifest.receipts}
+    if len(receipts) != len(store.manifest.receipts):
+        raise ValueError(f"{store.folder}: two units have one place in the corpus. Run python -m jobs.embed with --replace.")
     slots = units.assign_shards({slot: receipt.num_rows for slot, receipt in receipts.items()}, num_shards, previous)
     plans = []
     for shard in sorted(set(slots.values())):
         own = [receipts[slot] for slot in slots if slots[slot] == shard and receipts[slot].num_rows]
         if own:
             content = storage.digest_json([[receipt.key, receipt.files[0].digest] for receipt in own])
-            paths = tuple(store.path_of(receipt) for receipt in own)
-            plans.append(ShardPlan(f"{shard:05d}-{content[:16]}", paths, sum(receipt.num_rows for receipt in own)))
+            files = tuple(receipt.files[0] for receipt in own)
+            plans.append(ShardPlan(f"{shard:05d}-{content[:16]}", store.folder.absolute(), files))
     return slots, plans
 
 
 def build_shard(plan: ShardPlan, coarse_dim: int, factory: str, folder: Path) -> Receipt:
-    """Builds one shard, publishes its folder, and returns its receipt. Memory holds the shard's vectors once, as float16."""
+    """Builds one shard, publishes its folder, and returns its receipt.
+
+    Raises:
+        ValueError: An embedding file is missing or not what its receipt says.
+    """
     start = time.perf_counter()
-    parts = [vectors.read_unit(path) for path in plan.paths]
+    parts = [vectors.read_unit(artifacts.check_file(plan.store, file)) for file in plan.files]
     full = np.concatenate([part for _, part in parts])
     target = folder / SHARDS / plan.key
     with storage.publish(target) as temporary:

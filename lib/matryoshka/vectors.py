@@ -72,14 +72,14 @@ class EmbeddingStore:
         """The resolutions of the model that made the vectors, widest first."""
         return tuple(self.manifest.facts["dims"])
 
-    def path_of(self, receipt: artifacts.Receipt) -> Path:
-        """Returns the Parquet file of one unit."""
-        return self.folder / receipt.files[0].path
-
     def blocks(self) -> Iterator[tuple[pa.Array, Float16Array]]:
-        """Yields (ids, vectors) unit by unit: memory holds one unit at a time."""
+        """Yields (ids, vectors) unit by unit: memory holds one unit at a time.
+
+        Raises:
+            ValueError: A file is missing or not what its receipt says.
+        """
         for receipt in self.manifest.receipts:
-            yield read_unit(self.path_of(receipt))
+            yield read_unit(artifacts.check_file(self.folder, receipt.files[0]))
 
 
 def write_ids(path: Path, ids: Sequence[pa.Array]) -> None:

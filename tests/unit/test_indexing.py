@@ -54,7 +54,7 @@ def test_a_shard_without_documents_is_not_built(make_store: MakeStore, random_ve
     store = make_store({"a:0": (["x"], random_vectors(1, 8)), "b:0": ([], random_vectors(0, 8))})
     slots, plans = indexing.plan_shards(store, 2, {})
     assert slots == {"a:0": 0, "b:0": 1}
-    assert [plan.num_rows for plan in plans] == [1]
+    assert [len(plan.files) for plan in plans] == [1]
 
 
 def test_building_a_shard_twice_gives_the_same_bytes(tmp_path: Path, make_store: MakeStore, parts: dict):

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
 from matryoshka import embedding, encode, model
 from matryoshka.artifacts import Receipt
@@ -41,7 +41,7 @@ class Session:
 
     def encoders(self, info: ModelInfo, precision: Precision, tokens_per_step: int, num_workers: int | None) -> "Encoders":
         """Returns a pool for this model: the one at hand, or a new one in its place."""
-        device, wanted = capacity().device, num_workers or capacity().default_workers
+        device, wanted = capacity().device, check_workers(num_workers) or capacity().default_workers
         key = (info.fingerprint, precision, tokens_per_step, device, wanted)
         if self._pool is None or key != self._key:
             self.release()
@@ -80,7 +80,7 @@ class Session:
         """Opens shards in actors, dealt out in turn, and yields the way to call them."""
         self.release()
         names = [str(folder.resolve()) for folder in folders]
-        num_actors = min(num_workers or capacity().num_cpus, len(names))
+        num_actors = min(check_workers(num_workers) or capacity().num_cpus, len(names))
         actors: list[Any] = [
             ray.remote(_ShardActor).options(num_cpus=1).remote(names[number::num_actors]) for number in range(num_actors)
         ]
@@ -124,6 +124,8 @@ def connected() -> Iterator[Session]:
     _session = Session()
     try:
         yield _session
+    except RayError as error:
+        raise RuntimeError(f"Ray: {_last_line(error)} What is finished is kept. Run the same command again.") from error
     finally:
         _session.release()
         _session = None
@@ -152,6 +154,19 @@ def capacity() -> Capacity:
     """Returns what the connected cluster has to give."""
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return Capacity(max(int(resources.get("CPU", 1)), 1), int(resources.get("GPU", 0)))
+
+
+def check_workers(num_workers: int | None) -> int | None:
+    """Returns the number of workers that was asked for, if this machine can have them; a cluster may grow to have them.
+
+    Raises:
+        ValueError: Ray runs on this machine only, and it has fewer GPUs or CPUs. They would be waited for in vain.
+    """
+    there = capacity().default_workers
+    if num_workers and num_workers > there and not os.environ.get("RAY_ADDRESS"):
+        kind = "GPUs" if capacity().num_gpus else "CPUs"
+        raise ValueError(f"--workers {num_workers}: this machine has {there} {kind}. Pass at most {there}.")
+    return num_workers
 
 
 def worker_resources(device: str) -> dict[str, float]:

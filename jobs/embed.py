@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from jobs import cluster
@@ -40,9 +41,10 @@ def run(settings: Settings) -> Manifest:
     output = storage.local_path(settings.output)
     known = artifacts.peek(output, "embeddings")
     source = _inspect(settings, known)
+    storage.keep_apart(output, *_places(settings.corpus, source), storage.local_path(settings.model))
     info = model.describe(settings.model)
     precision, tokens_per_step = _recorded(settings, known)
-    identity = embedding.make_identity(info, precision, tokens_per_step, settings.unit_rows)
+    identity = embedding.make_identity(info, source.columns, precision, tokens_per_step, settings.unit_rows)
     previous = artifacts.claim(output, "embeddings", identity, settings.replace)
     units = plan_units(source.files, settings.unit_rows)
     finished = artifacts.finished_receipts(output, previous, [unit.key for unit in units], compare_digests=settings.replace)
@@ -54,7 +56,7 @@ def run(settings: Settings) -> Manifest:
         device = cluster.capacity().device
         precision = precision or session.choose_precision(settings.precision)
         tokens_per_step = tokens_per_step or TOKENS_PER_STEP[device]
-        identity = embedding.make_identity(info, precision, tokens_per_step, settings.unit_rows)
+        identity = embedding.make_identity(info, source.columns, precision, tokens_per_step, settings.unit_rows)
         manifest = embedding.make_manifest(source, info, identity, describe_run("embed", settings))
         artifacts.begin(output, manifest, previous)
         pool = session.encoders(info, precision, tokens_per_step, settings.workers)
@@ -79,6 +81,12 @@ def _inspect(settings: Settings, known: Manifest | None) -> Corpus:
     if settings.fail_on_empty and source.num_empty:
         raise ValueError(f"{settings.corpus}: {source.num_empty} rows have no text. Fill them, or drop --fail-on-empty.")
     return source
+
+
+def _places(location: str, source: Corpus) -> list[Path]:
+    """Returns what of a corpus must not be mixed with the output: the folder that is searched for files, and the files."""
+    folder = storage.local_path(location)
+    return [*([folder] if folder.is_dir() else []), *(source.path_of(file.name) for file in source.files)]
 
 
 def _recorded(settings: Settings, known: Manifest | None) -> tuple[Precision | None, int | None]:

@@ -53,7 +53,7 @@ def _run(name: str, settings_class: type[S], run: Callable[[S], Any]) -> int:
 def _set_up_logging() -> None:
     """Sets logging up once; LOG_LEVEL=DEBUG shows where an error came from."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    logger.setLevel(os.environ.get("LOG_LEVEL", "INFO"))
+    logger.setLevel("DEBUG" if os.environ.get("LOG_LEVEL", "").upper() == "DEBUG" else "INFO")
 
 
 def describe_run(job: str, settings: JobSettings) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def run(settings: Settings) -> Manifest:
     """Evaluates the model, unless the output already holds the report."""
     output = storage.local_path(settings.output)
     info = model.describe(settings.model)
-    dims = nested.check_dims(settings.dims or info.dims, info.width, settings.model)
+    dims = nested.check_dims(settings.dims or info.dims, info.width, settings.model, info.dims if info.is_tuned else ())
     artifacts.check_owner(output, "evaluation")
     data = _open_data(settings, output)
     query_ids, texts = data.queries(settings.split)
@@ -63,6 +63,7 @@ def run(settings: Settings) -> Manifest:
         "split": settings.split,
         "dims": dims,
         "system": system,
+        "embeddings": store.manifest.fingerprint if store else None,
         "index": index.manifest.fingerprint if index else None,
         "compare": _fingerprint(settings.compare),
     }

@@ -48,6 +48,7 @@ def run(settings: Settings) -> Manifest:
     output = storage.local_path(settings.output)
     data = DatasetStore.open(storage.local_path(settings.data))
     info = model.describe(settings.model)
+    storage.keep_apart(output, data.folder, info.folder)
     dims = nested.check_dims(settings.dims or nested.default_dims(info.width), info.width, settings.model)
     chosen = settings.model_dump(exclude={"output", "replace", "data", "model", "dims", "workers"})
     known = artifacts.peek(output, "model")
@@ -62,7 +63,7 @@ def run(settings: Settings) -> Manifest:
     with cluster.connected() as session:
         session.release()
         capacity = cluster.capacity()
-        workers = workers or max(capacity.num_gpus, 1)
+        workers = cluster.check_workers(workers) or max(capacity.num_gpus, 1)
         if settings.batch_size % workers:
             raise ValueError(
                 f"--batch-size {settings.batch_size} cannot be shared by {workers} GPUs. Pass a multiple of {workers}."

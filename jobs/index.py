@@ -28,16 +28,15 @@ class Settings(StageSettings):
     coarse_index: str = Field("Flat", description="FAISS factory string of the shortlist's index; one that needs no training.")
 
 
-def check_plan(settings: Settings, dims: Sequence[int], width: int) -> FunnelPlan:
+def check_plan(settings: Settings, dims: Sequence[int], width: int, declared: Sequence[int] = ()) -> FunnelPlan:
     """Returns the funnel that the settings give, or else a cautious one for the dims of the model.
 
     Raises:
         ValueError: The funnel or the kind of coarse index is not usable with vectors of this width.
     """
     plan = FunnelPlan.parse(settings.plan) if settings.plan else nested.default_plan(dims)
-    nested.check_dims([step.dim for step in plan.steps], width, "--plan")
-    if index.needs_training(settings.coarse_index, plan.shortlist.dim):
-        raise ValueError(f"--coarse-index {settings.coarse_index}: needs training. Choose one that does not, such as Flat.")
+    nested.check_dims([step.dim for step in plan.steps], width, "--plan", declared)
+    index.check_factory(settings.coarse_index, plan.shortlist.dim)
     return plan
 
 
@@ -45,7 +44,8 @@ def run(settings: Settings) -> Manifest:
     """Builds the shards that the output lacks."""
     output = storage.local_path(settings.output)
     store = EmbeddingStore.open(storage.local_path(settings.embeddings))
-    plan = check_plan(settings, store.dims, store.width)
+    storage.keep_apart(output, store.folder)
+    plan = check_plan(settings, store.dims, store.width, store.dims if store.manifest.facts["is_tuned"] else ())
     identity = {
         "model": store.manifest.identity["model"],
         "plan": [f"{step.dim}:{step.keep}" for step in plan.steps],

@@ -2,16 +2,18 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs import cluster, embed, evaluate, finetune, index, prepare, search
+from jobs import cluster, embed, evaluate, finetune, index, prepare, search, verify
 from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import say, show_table
 from matryoshka import artifacts, model, nested, report, storage
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.config import Field, JobSettings
+from matryoshka.pairs import DatasetStore
+from matryoshka.recipe import count_steps
 
 
 class Settings(StageSettings):
@@ -28,6 +30,7 @@ class Settings(StageSettings):
     index: dict[str, Any] = Field({}, description="Options of the index job.")
     search: dict[str, Any] = Field({}, description="Options of the search job.")
     evaluate: dict[str, Any] = Field({}, description="Options of the evaluate job, for both evaluations.")
+    verify: bool = Field(True, description="Check every artifact of the run at the end, as the verify job does.")
     without_gpu: dict[str, dict[str, Any]] = Field({}, description="Sections whose options apply where there is no GPU.")
 
 
@@ -57,12 +60,21 @@ def plan(settings: Settings, *, has_gpu: bool) -> list[Stage]:
                                 "compare": before, "system": "tuned"}),
     ]  # fmt: skip
     _refuse_unknown_sections(settings.without_gpu)
+    dims = _section(settings, "finetune", has_gpu=has_gpu).get("dims")
     stages = []
     for name, job, wiring in wired:
-        own = {**getattr(settings, name), **({} if has_gpu else settings.without_gpu.get(name, {}))}
-        values = {**wiring, "replace": settings.replace, **own}
+        own = _section(settings, name, has_gpu=has_gpu)
+        fixed = sorted(own.keys() & {*wiring, "replace"})
+        if fixed:
+            raise ValueError(f"pipeline, section '{name}': '{fixed[0]}' is set by the pipeline itself. Take it out.")
+        defaults = {"dims": dims} if name == "evaluate" and dims else {}
+        values = {**defaults, **wiring, "replace": settings.replace, **own}
         stages.append((name, job.run, job.Settings.from_values(values, f"pipeline, section '{name}'")))
     return stages
+
+
+def _section(settings: Settings, name: str, *, has_gpu: bool) -> dict[str, Any]:
+    return {**getattr(settings, name), **({} if has_gpu else settings.without_gpu.get(name, {}))}
 
 
 def _refuse_unknown_sections(sections: Mapping[str, Any]) -> None:
@@ -87,6 +99,21 @@ def _refuse_early(settings: Settings) -> None:
                 index.check_plan(stage, nested.default_dims(info.width), info.width)
 
 
+def _refuse_data(folder: str, stages: Sequence[JobSettings]) -> None:
+    """Refuses data that a later stage would refuse, before the first document is embedded.
+
+    Raises:
+        ValueError: There are too few training pairs, or the split to evaluate has no queries or judgements.
+    """
+    data = DatasetStore.open(storage.local_path(folder))
+    for stage in stages:
+        if isinstance(stage, finetune.Settings):
+            count_steps(len(data.training_pairs()["query"]), stage.batch_size, stage.epochs, stage.max_steps)
+        if isinstance(stage, evaluate.Settings):
+            data.queries(stage.split)
+            data.qrels(stage.split)
+
+
 def run(settings: Settings) -> None:
     """Runs every stage that is not done yet, and writes the report."""
     output = storage.local_path(settings.output)
@@ -100,7 +127,11 @@ def run(settings: Settings) -> None:
             start = time.perf_counter()
             run_stage(stage)
             say(f"{name} took {time.perf_counter() - start:.1f} s\n")
+            if isinstance(stage, prepare.Settings):
+                _refuse_data(stage.output, [settings for _, _, settings in stages])
     _finish(output, previous, describe_run("pipeline", settings))
+    if settings.verify:
+        verify.run(verify.Settings(folder=settings.output))
 
 
 def _finish(output: Path, previous: Manifest | None, run: dict[str, Any]) -> None:

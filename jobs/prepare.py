@@ -26,7 +26,9 @@ class Settings(StageSettings):
     query_column: str = Field("query", description="Column of --pairs with the query.")
     positive_column: str = Field("positive", description="Column of --pairs with the document that answers it.")
     id_column: str | None = Field(None, description="Column of --pairs with the document's id; none: made from its text.")
-    group_column: str | None = Field(None, description="Column of --pairs whose equal values stay in one split.")
+    group_column: str | None = Field(
+        None, description="Column of --pairs whose equal values stay in one split; none: the document."
+    )
     beir: FolderPath | None = Field(None, description="BEIR folder: corpus.jsonl, queries.jsonl, qrels/<split>.tsv.")
     python_docs: bool = Field(False, description="Use docstrings of the installed packages and the standard library.")
     test_fraction: float = Field(0.2, ge=0, lt=1, description="Share of the groups that make the test split.")
@@ -49,6 +51,7 @@ class Settings(StageSettings):
 def run(settings: Settings) -> Manifest:
     """Makes the dataset, unless the output already holds it."""
     output = storage.local_path(settings.output)
+    storage.keep_apart(output, *(storage.local_path(text) for text in (settings.pairs, settings.beir) if text))
     sources = docstrings.find_sources() if settings.python_docs else []
     identity = {"source": _fingerprint(settings, sources), **settings.model_dump(exclude={"output", "replace", *_SOURCES})}
     previous = artifacts.claim(output, "dataset", identity, settings.replace)
@@ -58,8 +61,10 @@ def run(settings: Settings) -> Manifest:
     dataset = _collect(settings, sources)
     if not dataset.documents:
         raise ValueError(f"prepare: no pair with text is left (left out: {dict(dataset.dropped)}). Check the columns.")
-    if settings.fail_on_empty and dataset.dropped.get("empty"):
-        raise ValueError(f"prepare: {dataset.dropped['empty']} rows have no text. Fill them, or drop --fail-on-empty.")
+    if settings.fail_on_empty and (
+        num_empty := sum(count for reason, count in dataset.dropped.items() if reason.startswith("empty"))
+    ):
+        raise ValueError(f"prepare: {num_empty} rows have no text. Fill them, or drop --fail-on-empty.")
     manifest = Manifest("dataset", identity, facts={**dataset.counts, "run": describe_run("prepare", settings)})
     artifacts.begin(output, manifest, None)
     finished = Manifest("dataset", identity, {}, manifest.facts, tuple(pairs.write(output, dataset)), is_complete=True)
@@ -75,7 +80,7 @@ _SOURCES = ("pairs", "beir", "python_docs")
 
 def _fingerprint(settings: Settings, sources: list[SourceFile]) -> str:
     if settings.python_docs:
-        return storage.digest_json([[source.module, Path(source.path).stat().st_size] for source in sources])
+        return storage.digest_json([[source.module, storage.digest_file(Path(source.path))] for source in sources])
     if settings.beir:
         folder = storage.local_path(settings.beir)
         if not folder.is_dir():
@@ -94,7 +99,7 @@ def _collect(settings: Settings, sources: list[SourceFile]) -> Dataset:
     train = 1 - settings.test_fraction - settings.dev_fraction
     fractions = {"test": settings.test_fraction, "dev": settings.dev_fraction, "train": train}
     if settings.python_docs:
-        return pairs.from_pairs(_read_docstrings(sources), fractions, limits, settings.split_salt)
+        return pairs.from_pairs(_read_docstrings(sources), fractions, limits, settings.split_salt, one_to_one=True)
     columns = (settings.query_column, settings.positive_column, settings.id_column, settings.group_column)
     found = pairs.read_pair_files(settings.pairs or "", *columns)
     return pairs.from_pairs(found, fractions, limits, settings.split_salt)

@@ -46,6 +46,8 @@ class Settings(JobSettings):
             raise ValueError("give either --query or --queries.")
         if self.query is not None and not self.query.strip():
             raise ValueError("--query is empty. Ask something.")
+        if self.query is not None and self.output:
+            raise ValueError("--output goes with --queries; the answer to --query is printed.")
         if self.queries and not self.output:
             raise ValueError("--queries needs --output, a folder for the results.")
         return self
@@ -56,6 +58,7 @@ def run(settings: Settings) -> None:
     index = IndexStore.open(storage.local_path(settings.index))
     info = _model_of(index, settings)
     plan = FunnelPlan.parse(settings.plan) if settings.plan else index.plan
+    index.check_plan(plan)
     if settings.query is not None:
         _answer(settings.query, index, info, plan, settings.results)
     else:
@@ -85,10 +88,10 @@ def _answer(query: str, index: IndexStore, info: ModelInfo, plan: FunnelPlan, nu
 
 
 def _texts(index: IndexStore, ranking: Ranking) -> dict[str, str]:
-    """Returns the texts of the results, as far as the corpus is still where the index found it."""
+    """Returns the texts of the results, if the corpus is still what the index was made from."""
     source = corpus.recall(index.manifest.facts["corpus"])
-    there = all(source.path_of(file.name).is_file() for file in source.files)
-    return corpus.find_texts(source, [str(name) for name in ranking.ids.ravel()]) if there else {}
+    names = [str(name) for name in ranking.ids.ravel()]
+    return corpus.find_texts(source, names) if corpus.is_unchanged(source) else {}
 
 
 def _answer_all(settings: Settings, index: IndexStore, info: ModelInfo, plan: FunnelPlan) -> None:
@@ -130,7 +133,7 @@ def _write(output: Path, query_ids: list[str], ranking: Ranking) -> tuple[Receip
     with storage.publish(output / "results.parquet") as temporary:
         corpus.write_rows(temporary, columns)
     results = zip(*columns.values(), strict=True)
-    lines = (f"{query} Q0 {document} {rank} {score:.6f} {_TREC_TAG}\n" for query, rank, document, score in results)
+    lines = (f"{query} Q0 {document} {rank} {score!r} {_TREC_TAG}\n" for query, rank, document, score in results)
     storage.publish_bytes(output / "results.trec", "".join(lines).encode())
     parquet, trec = (FileRecord.of(output, output / name) for name in ("results.parquet", "results.trec"))
     return (Receipt("results", len(positions), (parquet, trec)),)

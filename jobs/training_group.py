@@ -114,7 +114,9 @@ class _Listening:
         self._thread.join()
 
     def _listen(self) -> None:
-        while not self._ended.wait(_POLL_SECONDS):
+        is_last = False
+        while not is_last:
+            is_last = self._ended.wait(_POLL_SECONDS)
             for entry in ray.get(self._mailbox.take.remote()):
                 steps = int(entry["step"]) - self._step
                 self._step += steps

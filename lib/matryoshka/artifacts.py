@@ -74,7 +74,9 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Identity of the artifact's content, from which that of everything made from it derives."""
-        parts = sorted([receipt.key, *(file.digest for file in receipt.files)] for receipt in self.receipts)
+        parts = sorted(
+            [receipt.key, str(receipt.num_rows), *(file.digest for file in receipt.files)] for receipt in self.receipts
+        )
         return storage.digest_json([self.kind, FORMAT, dict(self.identity), dict(self.inputs), parts])
 
     @property
@@ -142,8 +144,8 @@ def is_artifact(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def peek(folder: Path, kind: str) -> Manifest | None:
-    """Returns the manifest of an artifact of this kind, finished or not, or None where there is none that can be read."""
+def peek(folder: Path, kind: str | None = None) -> Manifest | None:
+    """Returns the manifest of an artifact of this kind (or of any), finished or not, or None where none can be read."""
     try:
         return read(folder, kind)
     except ValueError:
@@ -204,7 +206,7 @@ def _kind_of(folder: Path) -> str:
 
 def _is_unfinished(path: Path) -> bool:
     """Returns whether a path is something that a killed run may have left before it had a manifest."""
-    return path.name == _JOURNAL or path.name.startswith(storage.TEMPORARY)
+    return path.name.startswith(storage.TEMPORARY)
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

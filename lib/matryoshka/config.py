@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 __all__ = [
     "Field",
-    "FilePath",
     "FolderPath",
     "InputPath",
     "JobSettings",
@@ -45,7 +44,6 @@ class Positional(Metavar):
 
 
 FolderPath = Annotated[str, Metavar("FOLDER")]
-FilePath = Annotated[str, Metavar("FILE")]
 InputPath = Annotated[str, Metavar("PATH")]
 
 

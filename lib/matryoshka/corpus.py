@@ -7,7 +7,7 @@ import functools
 import glob
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,9 @@ _BATCH_ROWS = 16_384
 _SHOWN = 3
 
 
+Stamps = tuple[tuple[str, int, int], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Columns:
     """Names of the columns of a corpus."""
@@ -34,12 +37,13 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """A checked corpus: where it is, its files, how many documents it has, and how many rows have no text."""
+    """A checked corpus: where it is, its files, how many of its rows have no text, and ``stamp`` from before it was read."""
 
     root: str
     columns: Columns
     files: tuple[InputFile, ...]
     num_empty: int
+    stamps: Stamps = ()
 
     @property
     def num_rows(self) -> int:
@@ -69,7 +73,7 @@ def find_files(location: str) -> tuple[Path, list[Path]]:
     """
     path = storage.local_path(location)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*.parquet") if file.is_file() and not file.name.startswith((".", "_")))
+        files = sorted(file for file in path.rglob("*.parquet") if file.is_file() and not _is_hidden(file.relative_to(path)))
         root = path
     elif path.is_file():
         files, root = [path], path.parent
@@ -79,6 +83,10 @@ def find_files(location: str) -> tuple[Path, list[Path]]:
     if not files:
         raise ValueError(f"{location}: no Parquet files here. Pass a folder with *.parquet files, a file, or a glob pattern.")
     return root.absolute(), [file.absolute() for file in files]
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in path.parts)
 
 
 def _fixed_part(pattern: str) -> str:
@@ -100,19 +108,23 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         raise ValueError(f"{path}: not a readable Parquet file ({reason}). Write it again, or take it out.") from None
 
 
-def read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
+def read_columns(path: Path, columns: Sequence[str], id_columns: Collection[str] = ()) -> pa.Table:
     """Returns whole columns of a file as text, checked like any input.
 
     Raises:
         ValueError: The file is not readable, a column is missing or not text, or a value is not UTF-8.
     """
-    return pa.Table.from_batches(list(_text_batches(path, columns)), schema=pa.schema([(c, pa.large_string()) for c in columns]))
+    return pa.Table.from_batches(
+        list(_text_batches(path, columns, id_columns)), schema=pa.schema([(c, pa.large_string()) for c in columns])
+    )
 
 
-def _text_batches(path: Path, columns: Sequence[str], start: int = 0, stop: int | None = None) -> Iterator[pa.RecordBatch]:
-    """Yields rows ``start`` to ``stop`` as text; row groups that lie outside are not read."""
+def _text_batches(
+    path: Path, columns: Sequence[str], id_columns: Collection[str], start: int = 0, stop: int | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Yields rows ``start`` to ``stop`` as text; row groups that lie outside are not read. Ids may also be whole numbers."""
     file = open_parquet(path)
-    _check_columns(path, file.schema_arrow, columns)
+    _check_columns(path, file.schema_arrow, columns, id_columns)
     groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
     edges = list(itertools.accumulate(groups, initial=0))
     stop = edges[-1] if stop is None else stop
@@ -130,7 +142,7 @@ def _text_batches(path: Path, columns: Sequence[str], start: int = 0, stop: int 
         raise ValueError(f"{path}: damaged after row {row} ({str(error).splitlines()[0]}). Write it again.") from None
 
 
-def _check_columns(path: Path, schema: pa.Schema, columns: Sequence[str]) -> None:
+def _check_columns(path: Path, schema: pa.Schema, columns: Sequence[str], id_columns: Collection[str]) -> None:
     flags = {"id": "--id-column", "text": "--text-column"}
     for column in columns:
         if schema.names.count(column) > 1:
@@ -142,7 +154,7 @@ def _check_columns(path: Path, schema: pa.Schema, columns: Sequence[str]) -> Non
         kind = schema.field(column).type
         value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         readable = pa.types.is_string(value_kind) or pa.types.is_large_string(value_kind) or pa.types.is_string_view(value_kind)
-        if not (readable or pa.types.is_integer(value_kind)):
+        if not (readable or (pa.types.is_integer(value_kind) and column in id_columns)):
             raise ValueError(f"{path}: column '{column}' is {kind}, not text. Convert it to string, or name another column.")
 
 
@@ -183,9 +195,11 @@ def inspect(location: str, columns: Columns, known: Mapping[str, Any] | None = N
         ValueError: Anything is wrong with the input; the file, and the row or id, are named.
     """
     root, paths = find_files(location)
-    stamps = stamp(root, paths, columns)
-    if known and known["root"] == str(root) and known["stamps"] == stamps:
-        return recall(known)
+    stamps = stamp(root, paths)
+    if known:
+        before = recall(known)
+        if (before.root, before.columns, before.stamps) == (str(root), columns, stamps):
+            return before
     with ThreadPoolExecutor() as pool:
         digests = dict(zip(paths, pool.map(storage.digest_file, paths), strict=True))
         _refuse_copies(digests)
@@ -195,26 +209,31 @@ def inspect(location: str, columns: Columns, known: Mapping[str, Any] | None = N
         InputFile(path.relative_to(root).as_posix(), digests[path], len(ids))
         for path, (ids, _) in zip(paths, checked, strict=True)
     )
-    corpus = Corpus(str(root), columns, files, sum(num_empty for _, num_empty in checked))
+    corpus = Corpus(str(root), columns, files, sum(num_empty for _, num_empty in checked), stamps)
     if corpus.num_rows == corpus.num_empty:
-        raise ValueError(f"{location}: no document with text (rows: {corpus.num_rows}). Check --text-column.")
+        raise ValueError(f"{location}: no row with text (rows: {corpus.num_rows}). Check --text-column.")
     return corpus
 
 
-def stamp(root: Path, paths: Iterable[Path], columns: Columns) -> list[list[Any]]:
+def stamp(root: Path, paths: Iterable[Path]) -> Stamps:
     """Returns names, sizes and times of files: where all of them are as before, the content is taken to be as well."""
     status = [(path.relative_to(root).as_posix(), path.stat()) for path in paths]
-    return [[columns.id, columns.text], *([name, stat.st_size, stat.st_mtime_ns] for name, stat in status)]
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in status)
+
+
+def is_unchanged(corpus: Corpus) -> bool:
+    """Returns whether every file of a corpus is there as it was when it was checked."""
+    paths = [corpus.path_of(file.name) for file in corpus.files]
+    return all(path.is_file() for path in paths) and stamp(Path(corpus.root), paths) == corpus.stamps
 
 
 def remember(corpus: Corpus) -> dict[str, Any]:
     """Returns, as JSON, what ``recall`` reads, and what lets ``inspect`` skip a corpus that has not changed since."""
-    root = Path(corpus.root)
     return {
         "root": corpus.root,
         "id_column": corpus.columns.id,
         "text_column": corpus.columns.text,
-        "stamps": stamp(root, [root / file.name for file in corpus.files], corpus.columns),
+        "stamps": corpus.stamps,
         "files": [{"name": file.name, "digest": file.digest, "num_rows": file.num_rows} for file in corpus.files],
         "num_empty": corpus.num_empty,
     }
@@ -223,12 +242,13 @@ def remember(corpus: Corpus) -> dict[str, Any]:
 def recall(known: Mapping[str, Any]) -> Corpus:
     """Returns the corpus that ``remember`` described."""
     files = tuple(InputFile(**file) for file in known["files"])
-    return Corpus(known["root"], Columns(known["id_column"], known["text_column"]), files, known["num_empty"])
+    stamps = tuple((name, size, mtime) for name, size, mtime in known["stamps"])
+    return Corpus(known["root"], Columns(known["id_column"], known["text_column"]), files, known["num_empty"], stamps)
 
 
 def _inspect_file(path: Path, columns: Columns) -> tuple[pa.ChunkedArray, int]:
     ids, num_empty, row = [], 0, 0
-    for batch in _text_batches(path, [columns.id, columns.text]):
+    for batch in _text_batches(path, [columns.id, columns.text], [columns.id]):
         batch_ids = batch.column(0)
         missing = pc.fill_null(pc.equal(batch_ids, ""), True)
         if pc.any(missing).as_py():
@@ -270,7 +290,7 @@ def read_unit(path: Path, columns: Columns, unit: Unit) -> tuple[list[str], list
     status = path.stat()
     if _digest_once(path, status.st_size, status.st_mtime_ns) != unit.digest:
         raise ValueError(f"{path}: changed since this run began. Run the same command again.")
-    batches = _text_batches(path, [columns.id, columns.text], unit.start, unit.stop)
+    batches = _text_batches(path, [columns.id, columns.text], [columns.id], unit.start, unit.stop)
     parts = [batch.filter(has_text(batch.column(1))) for batch in batches]
     table = pa.Table.from_batches(parts) if parts else pa.table({columns.id: [], columns.text: []})
     return table.column(0).to_pylist(), table.column(1).to_pylist()
@@ -298,7 +318,7 @@ def find_texts(corpus: Corpus, ids: Iterable[str]) -> dict[str, str]:
     for file in corpus.files:
         if len(found) == len(wanted):
             break
-        for batch in _text_batches(corpus.path_of(file.name), [corpus.columns.id, corpus.columns.text]):
+        for batch in _text_batches(corpus.path_of(file.name), [corpus.columns.id, corpus.columns.text], [corpus.columns.id]):
             hits = batch.filter(pc.is_in(batch.column(0), wanted))
             found.update(zip(hits.column(0).to_pylist(), hits.column(1).to_pylist(), strict=True))
     return found
@@ -333,12 +353,22 @@ def read_json_lines(path: Path, keys: Sequence[str]) -> Iterator[dict[str, str]]
 def _json_row(path: Path, number: int, line: str, keys: Sequence[str]) -> dict[str, str]:
     try:
         value = json.loads(line)
-        row = {key: "" if value.get(key) is None else str(value[key]) for key in keys}
+        row = {key: _json_text(value.get(key), may_be_number=key == keys[0]) for key in keys}
     except (ValueError, TypeError, AttributeError):
-        row = {}
+        raise ValueError(f"{path}: line {number} is not a JSON object of texts. Mend it, or take it out.") from None
     if not row.get(keys[0]):
         raise ValueError(f"{path}: line {number} is not a JSON object with '{keys[0]}'. Mend it, or take it out.")
     return row
+
+
+def _json_text(value: Any, *, may_be_number: bool) -> str:
+    if may_be_number and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if value is not None and not isinstance(value, str):
+        raise TypeError
+    text = value or ""
+    text.encode()  # half a surrogate pair can be written as JSON, but is no text
+    return text
 
 
 def read_qrels(path: Path) -> list[tuple[str, str, int]]:

@@ -50,7 +50,7 @@ def _walk(root: Path) -> Iterator[SourceFile]:
         files = sorted(top.rglob("*.py")) if top.is_dir() else [top] if top.suffix == ".py" else []
         for file in files:
             parts = file.relative_to(root).with_suffix("").parts
-            if _SKIPPED_FOLDERS.isdisjoint(parts) and all(part.isidentifier() for part in parts):
+            if file.is_file() and _SKIPPED_FOLDERS.isdisjoint(parts) and all(part.isidentifier() for part in parts):
                 module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
                 yield SourceFile(str(file), module, parts[0])
 
@@ -63,7 +63,7 @@ def extract_pairs(source: SourceFile) -> list[DocstringPair]:
     try:
         with warnings.catch_warnings(action="ignore"):
             tree = ast.parse(Path(source.path).read_bytes())
-    except (SyntaxError, ValueError, RecursionError):
+    except (SyntaxError, ValueError, RecursionError, OSError):
         return []
     pairs: dict[str, DocstringPair] = {}
     for name, node in _documented_nodes(tree, source.module):
@@ -98,4 +98,6 @@ def split_docstring(docstring: str) -> tuple[str, str] | None:
     """
     summary, _, body = inspect.cleandoc(docstring).partition("\n\n")
     summary, body = " ".join(summary.split()), body.strip()
+    if any("\ud800" <= character <= "\udfff" for character in docstring):
+        return None  # half a surrogate pair, which no file can hold as text
     return (summary, body) if summary and len(body) >= MIN_BODY_CHARS else None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka import artifacts, corpus, storage, vectors
-from matryoshka.corpus import Corpus
+from matryoshka.corpus import Columns, Corpus
 from matryoshka.encode import Encoder, Precision
 from matryoshka.model import ModelInfo
 from matryoshka.units import Unit
@@ -14,11 +14,15 @@ from matryoshka.units import Unit
 UNITS = "units"
 
 
-def make_identity(info: ModelInfo, precision: Precision | None, tokens_per_step: int | None, unit_rows: int) -> dict[str, Any]:
+def make_identity(
+    info: ModelInfo, columns: Columns, precision: Precision | None, tokens_per_step: int | None, unit_rows: int
+) -> dict[str, Any]:
     """Returns what must be equal for two units to stand in one store: the model, and all that changes bytes or units."""
     return {
         "model": info.fingerprint,
         "width": info.width,
+        "id_column": columns.id,
+        "text_column": columns.text,
         "precision": precision,
         "tokens_per_step": tokens_per_step,
         "unit_rows": unit_rows,
@@ -30,6 +34,7 @@ def make_manifest(source: Corpus, info: ModelInfo, identity: dict[str, Any], run
     facts = {
         "width": info.width,
         "dims": list(info.dims),
+        "is_tuned": info.is_tuned,
         "model": str(info.folder),
         "corpus": corpus.remember(source),
         "run": run,

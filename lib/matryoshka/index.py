@@ -46,11 +46,6 @@ class CoarseIndex:
         """Documents in the index."""
         return int(self._index.ntotal)
 
-    @property
-    def dim(self) -> int:
-        """Dims of the prefixes."""
-        return int(self._index.d)
-
     def search(self, queries: Float32Array, num_results: int) -> tuple[Float32Array, npt.NDArray[np.int64]]:
         """Returns (scores, rows), best first; row -1 pads lists that came out short.
 
@@ -60,14 +55,19 @@ class CoarseIndex:
         return scores, rows
 
 
-def needs_training(factory: str, dim: int) -> bool:
-    """Returns whether an index of this kind must learn from the data first.
+def check_factory(factory: str, dim: int) -> None:
+    """Builds a small index of a kind, to see that it can be done.
 
     Raises:
-        ValueError: FAISS knows no such index.
+        ValueError: FAISS knows no such index, it must learn from data first, or it cannot hold vectors as they come.
     """
     try:
-        return not faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT).is_trained
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"--coarse-index {factory}: not a FAISS factory string ({reason}). Write for example Flat.") from None
+        probe = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError:
+        raise ValueError(f"--coarse-index {factory}: not a FAISS factory string. Write for example Flat or HNSW32.") from None
+    if not probe.is_trained:
+        raise ValueError(f"--coarse-index {factory}: needs training. Choose one that does not, such as Flat or HNSW32.")
+    try:
+        CoarseIndex.build(np.eye(4, dim, dtype=np.float32), factory)
+    except RuntimeError:
+        raise ValueError(f"--coarse-index {factory}: does not take vectors as they come. Choose Flat or HNSW32.") from None

@@ -116,10 +116,19 @@ class IndexStore:
             ValueError: The plan does not fit the index.
         """
         plan = plan or self.plan
+        self.check_plan(plan)
+        shards = call or funnel.call_locally([Shard.open(path) for path in self.shard_folders])
+        return Searcher(shards, self.open_ids(), plan)
+
+    def check_plan(self, plan: FunnelPlan) -> None:
+        """Checks that the index can be searched with a plan.
+
+        Raises:
+            ValueError: The plan does not fit the index.
+        """
         width = int(self.manifest.facts["width"])
         if plan.shortlist.dim != self.plan.shortlist.dim or plan.steps[-1].dim > width:
             raise ValueError(
                 f"{self.folder}: was built for a shortlist of {self.plan.shortlist.dim} of {width} dims, the plan is"
                 f" {plan.describe()}. Change the plan, or build another index."
             )
-        return Searcher(call or funnel.call_locally([Shard.open(path) for path in self.shard_folders]), self.open_ids(), plan)

@@ -47,11 +47,17 @@ def default_dims(width: int) -> tuple[int, ...]:
     return (width, *(dim for dim in _USUAL_DIMS if dim < width))
 
 
-def check_dims(dims: Iterable[int], width: int, place: str) -> tuple[int, ...]:
+def check_dims(dims: Iterable[int], width: int, place: str, declared: Sequence[int] = ()) -> tuple[int, ...]:
     """Returns the dims, widest first and each once.
 
+    Args:
+        dims: What was asked for.
+        width: D of the model.
+        place: What to name in an error.
+        declared: The resolutions that a tuned model was trained for; others are refused.
+
     Raises:
-        ValueError: There is none, or one is below 1 or above ``width``.
+        ValueError: There is none, one is below 1 or above ``width``, or the model was not trained for it.
     """
     ordered = tuple(sorted(set(dims), reverse=True))
     if not ordered:
@@ -59,6 +65,10 @@ def check_dims(dims: Iterable[int], width: int, place: str) -> tuple[int, ...]:
     if ordered[0] > width or ordered[-1] < 1:
         wrong = ", ".join(str(dim) for dim in ordered if not 1 <= dim <= width)
         raise ValueError(f"{place}: dims {wrong} do not fit a model of width {width}. Choose from 1 to {width}.")
+    strangers = [dim for dim in ordered if declared and dim not in declared]
+    if strangers:
+        known = ", ".join(map(str, declared))
+        raise ValueError(f"{place}: the model was not trained for {', '.join(map(str, strangers))} dims. Choose from {known}.")
     return ordered
 
 

@@ -62,38 +62,81 @@ def text_id(prefix: str, text: str) -> str:
     return f"{prefix}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def from_pairs(pairs: Iterable[Pair], fractions: Mapping[str, float], limits: Mapping[str, int | None], salt: str) -> Dataset:
-    """Returns the dataset of question-and-answer pairs: cleaned, split by hash of the group, sampled by hash of the document id.
+def from_pairs(
+    pairs: Iterable[Pair],
+    fractions: Mapping[str, float],
+    limits: Mapping[str, int | None],
+    salt: str,
+    *,
+    one_to_one: bool = False,
+) -> Dataset:
+    """Returns the dataset of question-and-answer pairs: cleaned, split by hash of the group, sampled by hash of the query.
 
-    A pair without a query or a document, a document text seen before, and a query text seen before are dropped and counted:
-    the same text in two pairs would be a right answer that counts as wrong.
+    Texts are compared without regard to white space, queries without regard to case too. A document text that stands under
+    several ids is one document, under the first of them; a query may have several documents, and a document several queries.
+    A pair that is empty or was seen before is dropped and counted, and so is one whose query or document is already in
+    another split: it would leak.
+
+    Args:
+        pairs: The pairs.
+        fractions: Share of the groups in each split; the last split takes the rest.
+        limits: Most queries of each split; documents of queries over the limit are left out as well.
+        salt: See ``choose_split``.
+        one_to_one: Also drops a pair whose query or document stands in an earlier pair.
+
+    Raises:
+        ValueError: Two texts stand under one id.
     """
     dropped: Counter[str] = Counter()
-    kept: dict[str, Pair] = {}
-    seen_queries: set[str] = set()
-    seen_texts: set[str] = set()
+    documents: dict[str, str] = {}
+    id_of_text: dict[str, str] = {}
+    queries: dict[str, tuple[str, str]] = {}
+    split_of_document: dict[str, str] = {}
+    relevant: dict[str, dict[str, int]] = {}
     for pair in pairs:
         query, text = " ".join(pair.query.split()).casefold(), " ".join(pair.document.split())
         if not query or not text:
             dropped["empty"] += 1
-        elif text in seen_texts or pair.document_id in kept:
-            dropped["duplicate document"] += 1
-        elif query in seen_queries:
-            dropped["duplicate query"] += 1
+            continue
+        document_id = id_of_text.get(text, pair.document_id)
+        if text not in id_of_text and document_id in documents:
+            raise ValueError(f"prepare: id '{document_id}' stands for two different texts. Give each document its own id.")
+        split = units.choose_split(pair.group, fractions, salt)
+        key = text_id("q", query)
+        if document_id in relevant.get(key, ()):
+            dropped["duplicate"] += 1
+        elif one_to_one and (key in relevant or text in id_of_text):
+            dropped["duplicate query" if key in relevant else "duplicate document"] += 1
+        elif queries.get(key, (split,))[0] != split or split_of_document.get(document_id, split) != split:
+            dropped["in another split"] += 1
         else:
-            kept[pair.document_id] = pair
-            seen_queries.add(query)
-            seen_texts.add(text)
-    by_split: dict[str, list[str]] = {split: [] for split in fractions}
-    for document_id, pair in kept.items():
-        by_split[units.choose_split(pair.group, fractions, salt)].append(document_id)
-    for split, ids in by_split.items():
-        by_split[split] = units.sample_keys(ids, limits.get(split), salt)
-        dropped["over the limit"] += len(ids) - len(by_split[split])
+            queries.setdefault(key, (split, pair.query))
+            split_of_document[document_id] = split
+            documents.setdefault(document_id, pair.document)
+            id_of_text[text] = document_id
+            relevant.setdefault(key, {})[document_id] = 1
+    return _sample(documents, queries, relevant, fractions, limits, salt, dropped)
+
+
+def _sample(
+    documents: Mapping[str, str],
+    queries: Mapping[str, tuple[str, str]],
+    relevant: Mapping[str, Mapping[str, int]],
+    fractions: Mapping[str, float],
+    limits: Mapping[str, int | None],
+    salt: str,
+    dropped: Counter[str],
+) -> Dataset:
+    kept: dict[str, list[str]] = {}
+    for split in fractions:
+        keys = [key for key, (own, _) in queries.items() if own == split]
+        kept[split] = units.sample_keys(keys, limits.get(split), salt)
+        dropped["over the limit"] += len(keys) - len(kept[split])
+    used = {document for keys in kept.values() for key in keys for document in relevant[key]}
     return Dataset(
-        {name: kept[name].document for ids in by_split.values() for name in ids},
-        {split: {text_id("q", kept[name].query): kept[name].query for name in ids} for split, ids in by_split.items()},
-        {split: {text_id("q", kept[name].query): {name: 1} for name in ids} for split, ids in by_split.items()},
+        {name: text for name, text in documents.items() if name in used},
+        {split: {key: queries[key][1] for key in keys} for split, keys in kept.items()},
+        {split: {key: dict(relevant[key]) for key in keys} for split, keys in kept.items()},
         +dropped,
     )
 
@@ -110,11 +153,17 @@ def read_pair_files(
     names = list(dict.fromkeys(filter(None, (query_column, positive_column, id_column, group_column))))
     pairs = []
     for path in paths:
-        columns = dict(zip(names, corpus.read_columns(path, names).to_pydict().values(), strict=True))
+        columns = dict(
+            zip(
+                names,
+                corpus.read_columns(path, names, [name for name in (id_column, group_column) if name]).to_pydict().values(),
+                strict=True,
+            )
+        )
         texts = zip(columns[query_column], columns[positive_column], strict=True)
         for row, (query, positive) in enumerate((query or "", positive or "") for query, positive in texts):
             document_id = columns[id_column][row] if id_column else text_id("d", positive)
-            group = columns[group_column][row] if group_column else text_id("q", query)
+            group = columns[group_column][row] if group_column else text_id("d", positive)
             if document_id is None or group is None:
                 raise ValueError(f"{path}: row {row} has no id or no group. Fill the column, or leave its option out.")
             pairs.append(Pair(query, positive, group, document_id))
@@ -264,5 +313,8 @@ class DatasetStore:
         Raises:
             ValueError: The dataset has no training pairs.
         """
-        columns = self._read("pairs", TRAIN)
+        path = self.folder / "pairs" / f"{TRAIN}.parquet"
+        columns = corpus.open_parquet(path).read().to_pydict() if path.is_file() else {"query": []}
+        if not columns["query"]:
+            raise ValueError(f"{self.folder}: no training pairs (no split '{TRAIN}'). Prepare data that has some.")
         return {"query": columns["query"], "positive": columns["positive"]}

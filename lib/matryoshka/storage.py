@@ -39,6 +39,18 @@ def digest_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def keep_apart(output: Path, *inputs: Path | None) -> None:
+    """Checks that an output neither holds an input nor lies in one: making it could destroy, or later read, the other.
+
+    Raises:
+        ValueError: One lies in the other.
+    """
+    for path in filter(None, inputs):
+        inner, outer = sorted((output.absolute(), path.absolute()), key=lambda place: -len(place.parts))
+        if inner.is_relative_to(outer) and (outer == output.absolute() or outer.is_dir()):
+            raise ValueError(f"{output}: the output and the input {path} lie in each other. Pass another --output.")
+
+
 def as_json(value: Any) -> Any:
     """Returns a value as it comes back from JSON: tuples as lists, keys as strings."""
     return json.loads(json.dumps(value))

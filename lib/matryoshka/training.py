@@ -55,7 +55,7 @@ def train_rank(
         listener: Called with each log entry on every rank.
 
     Raises:
-        RuntimeError: The loss is not finite.
+        RuntimeError: Steps are missing, or the weights are not finite.
     """
     num_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,6 +75,11 @@ def train_rank(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    if trainer.state.global_step < recipe.num_steps:
+        raise RuntimeError(
+            f"finetune: only {trainer.state.global_step} of {recipe.num_steps} steps were made: too few batches without a text"
+            " twice. Bring more different pairs, or pass a smaller --batch-size."
+        )
     if not all(torch.isfinite(parameter).all() for parameter in network.parameters()):
         raise RuntimeError("finetune: the weights are not finite after training. Pass a lower --learning-rate.")
     if trainer.is_world_process_zero():

@@ -61,26 +61,29 @@ def plan_units(files: Iterable[InputFile], unit_rows: int) -> list[Unit]:
 
 
 def assign_shards(rows_by_slot: Mapping[str, int], num_shards: int, previous: Mapping[str, int]) -> dict[str, int]:
-    """Returns the shard of every slot: old slots stay where they were, new ones fill the emptiest shard.
+    """Returns the shard of every slot: old slots stay where they were, new files go to the emptiest shard.
 
-    A first build cuts the slots, in their order, into runs of about equal rows. Removing or changing a unit touches its own
-    shard only. The shards that an earlier build had stay, even where ``num_shards`` is smaller than their count.
+    A first build cuts the slots, in their order, into runs of about equal rows. A file that has grown puts its new slots
+    beside its old ones, so that changing or removing a file touches its own shards only. The shards that an earlier build
+    had stay, even where ``num_shards`` is smaller than their count.
 
-    >>> assign_shards({"a": 5, "b": 5, "c": 10}, 2, {})
-    {'a': 0, 'b': 0, 'c': 1}
-    >>> assign_shards({"a": 5, "c": 10, "d": 1}, 2, {"a": 0, "b": 0, "c": 1})
-    {'a': 0, 'c': 1, 'd': 0}
+    >>> assign_shards({"a:0": 5, "b:0": 5, "c:0": 10}, 2, {})
+    {'a:0': 0, 'b:0': 0, 'c:0': 1}
+    >>> assign_shards({"a:0": 5, "c:0": 10, "c:10": 9, "d:0": 1}, 2, {"a:0": 0, "b:0": 0, "c:0": 1})
+    {'a:0': 0, 'c:0': 1, 'c:10': 1, 'd:0': 0}
     """
     kept = {slot: previous[slot] for slot in rows_by_slot if slot in previous}
     if not kept:
         return _cut_evenly(rows_by_slot, num_shards)
+    shard_of_file = {slot.rpartition(":")[0]: shard for slot, shard in kept.items()}
     load = dict.fromkeys(range(max(num_shards, *(shard + 1 for shard in kept.values()))), 0)
     for slot, shard in kept.items():
         load[shard] += rows_by_slot[slot]
     assigned = {}
     for slot, rows in rows_by_slot.items():
         if slot not in kept:
-            kept[slot] = min(load, key=lambda shard: (load[shard], shard))
+            emptiest = min(load, key=lambda shard: (load[shard], shard))
+            kept[slot] = shard_of_file.setdefault(slot.rpartition(":")[0], emptiest)
             load[kept[slot]] += rows
         assigned[slot] = kept[slot]
     return assigned

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from matryoshka import artifacts, model, pairs, vectors
+from matryoshka import artifacts, corpus, model, pairs, vectors
 from matryoshka.artifacts import Manifest
 from matryoshka.funnel import COARSE, IDS, VECTORS
 from matryoshka.index import CoarseIndex
@@ -34,7 +34,14 @@ def verify(folder: Path) -> tuple[Manifest, list[str]]:
     """
     manifest = artifacts.read(folder)
     faults = artifacts.find_faults(folder, manifest)
-    check = {"embeddings": _check_embeddings, "index": _check_index, "dataset": _check_dataset, "model": _check_model}
+    check = {
+        "dataset": _check_dataset,
+        "embeddings": _check_embeddings,
+        "index": _check_index,
+        "model": _check_model,
+        "results": _check_results,
+        "run": _check_run,
+    }
     if not faults and manifest.kind in check:
         faults = list(check[manifest.kind](folder, manifest))
     return manifest, faults
@@ -83,11 +90,37 @@ def _check_ids(folder: Path, parts: list[pa.Array]) -> Iterator[str]:
 
 def _check_dataset(folder: Path, manifest: Manifest) -> Iterator[str]:
     store = pairs.DatasetStore(folder, manifest)
+    every_id = []
+    for receipt in manifest.receipts:
+        table = corpus.open_parquet(folder / receipt.files[0].path).read()
+        if table.num_rows != receipt.num_rows:
+            yield f"{folder / receipt.files[0].path}: {table.num_rows} rows, the receipt says {receipt.num_rows}"
+        if receipt.key.startswith(f"{pairs.CORPUS}/"):
+            every_id += [chunk.cast(pa.large_string()) for chunk in table.column("id").chunks]
+    yield from _check_ids(folder, every_id)
+    if sum(map(len, every_id)) != manifest.facts["documents"]:
+        yield f"{folder}: {sum(map(len, every_id))} documents, the manifest says {manifest.facts['documents']}"
     for split in manifest.facts["queries"]:
         if manifest.facts["queries"][split]:
             strangers = set(store.qrels(split)) - set(store.queries(split)[0])
             if strangers:
                 yield f"{folder}: split '{split}' judges {len(strangers)} queries that it does not have"
+
+
+def _check_results(folder: Path, manifest: Manifest) -> Iterator[str]:
+    for receipt in manifest.receipts:
+        num_rows = corpus.open_parquet(folder / receipt.files[0].path).metadata.num_rows
+        if num_rows != receipt.num_rows:
+            yield f"{folder / receipt.files[0].path}: {num_rows} rows, the receipt says {receipt.num_rows}"
+
+
+def _check_run(folder: Path, manifest: Manifest) -> Iterator[str]:
+    for name, fingerprint in manifest.inputs.items():
+        stage = artifacts.peek(folder / name)
+        if stage is None:
+            yield f"{folder / name}: missing, or its manifest cannot be read"
+        elif stage.fingerprint != fingerprint:
+            yield f"{folder / name}: is not what the report was made from"
 
 
 def _check_model(folder: Path, manifest: Manifest) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import folders
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import texts
 
@@ -49,8 +50,8 @@ _BAD_CORPORA: dict[str, tuple[dict[str, Any] | None, str]] = {
     "text is a list": ({"id": ["a"], "text": [["x"]]}, r"part-7\.parquet: column 'text' is list<.*>, not text"),
     "ids are fractions": ({"id": [1.5], "text": ["x"]}, r"part-7\.parquet: column 'id' is double, not text"),
     "an id is null": ({"id": ["a", None], "text": ["x", "y"]}, r"part-7\.parquet: column 'id', row 1: no id"),
-    "no rows": ({"id": pa.array([], pa.string()), "text": pa.array([], pa.string())}, r"no document with text \(rows: 0\)"),
-    "no text in any row": ({"id": ["a", "b", "c"], "text": ["", None, " \n"]}, r"no document with text \(rows: 3\)"),
+    "no rows": ({"id": pa.array([], pa.string()), "text": pa.array([], pa.string())}, r"no row with text \(rows: 0\)"),
+    "no text in any row": ({"id": ["a", "b", "c"], "text": ["", None, " \n"]}, r"no row with text \(rows: 3\)"),
     "an id twice in a file": ({"id": ["a", "b", "a"], "text": ["x", "y", "z"]}, r"part-7\.parquet: 1 ids.*'a'"),
     "not UTF-8": ({"id": ["a", "b"], "text": _not_utf8()}, r"part-7\.parquet: column 'text', row 1: not UTF-8"),
 }
@@ -159,8 +160,9 @@ def test_prepare_counts_pairs_that_it_leaves_out(tmp_path: Path, capsys: pytest.
     texts.write_parquet(tmp_path / "pairs.parquet", made)
     prepare.run(_prepare(tmp_path))
     assert "27 documents" in (out := capsys.readouterr().out)
-    assert "2 empty" in out
-    assert "1 duplicate document" in out
+    assert "left out: 2 empty" in out
+    # Two questions about one document both stay.
+    assert sum(map(int, re.findall(r"(\d+) (?:test|dev|train)", out))) == 28
 
 
 def test_prepare_refuses_pairs_without_text_where_asked_to(tmp_path: Path) -> None:
@@ -260,8 +262,8 @@ def test_search_refuses_a_funnel_that_does_not_fit_the_index(
 
 
 _BAD_QUERIES: dict[str, tuple[dict[str, Any], str]] = {
-    "no rows": ({"id": pa.array([], pa.string()), "text": pa.array([], pa.string())}, r"queries\.parquet: no document with text"),
-    "no text in any row": ({"id": ["q0", "q1"], "text": ["", None]}, r"queries\.parquet: no document with text"),
+    "no rows": ({"id": pa.array([], pa.string()), "text": pa.array([], pa.string())}, r"queries\.parquet: no row with text"),
+    "no text in any row": ({"id": ["q0", "q1"], "text": ["", None]}, r"queries\.parquet: no row with text"),
     "an id twice": ({"id": ["q0", "q0"], "text": ["a", "b"]}, r"queries\.parquet: 1 ids.*'q0'"),
     "no text column": ({"id": ["q0"], "query": ["a"]}, r"queries\.parquet: no column 'text'"),
 }
@@ -417,6 +419,7 @@ _BAD_SECTIONS: dict[str, tuple[str, str]] = {
     "a value out of range": ("embed: {unit_rows: 0}", r"section 'embed': 'unit_rows'.*greater than or equal to 1"),
     "dims that are too large": ("finetune: {dims: [64, 4096]}", "4096"),
     "a funnel that is too wide": ("index: {plan: ['16:50', '4096:20']}", "4096"),
+    "a path that the pipeline sets": ("index: {output: elsewhere}", r"section 'index': 'output' is set by the pipeline itself"),
     "two sources": ("prepare: {pairs: a, beir: b}", "exactly one source"),
     "an unknown key without a GPU": ("without_gpu: {embed: {unit_row: 5}}", r"no key 'unit_row'\. Did you mean 'unit_rows'"),
     "an unknown section without a GPU": ("without_gpu: {embd: {unit_rows: 5}}", r"no section 'embd'"),
@@ -465,3 +468,47 @@ def test_an_edited_manifest_is_refused(finished_pipeline: Path, tmp_path: Path) 
     (tmp_path / "embeddings" / "manifest.json").write_text(json.dumps(made))
     with pytest.raises(ValueError, match=r"manifest\.json: was altered"):
         index.run(index.Settings(output=str(tmp_path / "out"), embeddings=str(tmp_path / "embeddings")))
+
+
+def test_an_output_inside_its_corpus_is_refused_before_it_could_be_read_as_input(tmp_path: Path, tiny: str) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    pq.write_table(pa.table({"id": ["a"], "text": ["some text"]}), corpus / "part.parquet")
+    with pytest.raises(ValueError, match="lie in each other"):
+        embed.run(embed.Settings(output=str(corpus / "vectors"), corpus=str(corpus), model=tiny))
+    assert [path.name for path in corpus.iterdir()] == ["part.parquet"]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_more_workers_than_the_machine_has_are_refused_instead_of_waited_for(tmp_path: Path, tiny: str) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    pq.write_table(pa.table({"id": ["a"], "text": ["some text"]}), corpus / "part.parquet")
+    with pytest.raises(ValueError, match=r"--workers 1000: this machine has \d+ [CG]PUs"):
+        embed.run(embed.Settings(output=str(tmp_path / "out"), corpus=str(corpus), model=tiny, workers=1000))
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_the_pipeline_refuses_too_few_pairs_before_it_embeds_anything(tmp_path: Path, tiny: str) -> None:
+    pairs = tmp_path / "pairs.parquet"
+    pq.write_table(pa.table({"query": [f"q{i}" for i in range(40)], "positive": [f"answer {i}" for i in range(40)]}), pairs)
+    settings = pipeline.Settings(
+        output=str(tmp_path / "run"), model=tiny, prepare={"pairs": str(pairs)}, finetune={"batch_size": 64}
+    )
+    with pytest.raises(ValueError, match="fewer than one batch of 64"):
+        pipeline.run(settings)
+    assert not (tmp_path / "run" / "evaluation-base").exists()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_funnel_that_does_not_fit_the_index_costs_no_earlier_answers(
+    tmp_path: Path, finished_pipeline: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queries = str(finished_pipeline / "data" / "queries" / "test.parquet")
+    settings = search.Settings(index=str(finished_pipeline / "index"), queries=queries, output=str(tmp_path / "answers"))
+    search.run(settings)
+    before = folders.times(tmp_path / "answers")
+    with pytest.raises(ValueError, match="was built for a shortlist of"):
+        search.run(settings.model_copy(update={"plan": ("32:50",), "replace": True}))
+    assert folders.times(tmp_path / "answers") == before
+    assert "queries answered" in capsys.readouterr().out

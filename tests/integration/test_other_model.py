@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 
 import folders
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import texts
 
@@ -96,3 +98,23 @@ def test_evaluate_refuses_an_index_of_another_corpus(made: Path, tiny: str, tmp_
     settings = evaluate.Settings(output=str(tmp_path / "out"), data=str(tmp_path / "data"), model=tiny, index=str(made / "index"))
     with pytest.raises(ValueError, match="was not made from"):
         evaluate.run(settings)
+
+
+def test_embed_refuses_an_output_of_another_column_and_says_which(made: Path, tiny: str, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    titles, bodies = ["first title", "second title"], ["a body", "another body"]
+    pq.write_table(pa.table({"id": ["a", "b"], "title": titles, "body": bodies}), corpus / "part.parquet")
+    settings = _embed(tmp_path / "out", made, tiny).model_copy(update={"corpus": str(corpus), "text_column": "title"})
+    embed.run(settings)
+    with pytest.raises(ValueError, match="text_column: title there, body now"):
+        embed.run(settings.model_copy(update={"text_column": "body"}))
+
+
+def test_evaluate_tells_embeddings_of_one_model_apart(made: Path, tiny: str, tmp_path: Path) -> None:
+    first = evaluate.Settings(output=str(tmp_path / "out"), data=str(made / "data"), model=tiny, embeddings=str(made / "tiny"))
+    evaluate.run(first)
+    again = tmp_path / "again"
+    embed.run(_embed(again, made, tiny).model_copy(update={"unit_rows": 7}))
+    with pytest.raises(ValueError, match="embeddings: "):
+        evaluate.run(first.model_copy(update={"embeddings": str(again)}))

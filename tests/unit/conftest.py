@@ -66,7 +66,7 @@ def make_store(tmp_path: Path) -> Callable[..., EmbeddingStore]:
             vectors.write_unit(path, ids, block)
             receipts.append(Receipt(f"unit-{number}", len(ids), (FileRecord.of(folder, path),), {"slot": slot}))
         width = next(iter(parts.values()))[1].shape[1]
-        facts = {"width": width, "dims": [width, 4]}
+        facts = {"width": width, "dims": [width, 4], "is_tuned": False}
         Manifest("embeddings", {"model": "m"}, {"corpus": "c"}, facts, tuple(receipts), is_complete=True).write(folder)
         return EmbeddingStore.open(folder)
 

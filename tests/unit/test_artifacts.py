@@ -43,6 +43,7 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path_factory: pytest.TempPa
         {"inputs": {}},
         {"receipts": ()},
         {"receipts": (dataclasses.replace(RECEIPT, key="unit-2"),)},
+        {"receipts": (dataclasses.replace(RECEIPT, num_rows=4),)},
         {"receipts": (dataclasses.replace(RECEIPT, files=(FileRecord("units/1", 4, "d2"),)),)},
     ],
 )

@@ -31,6 +31,11 @@ def write_alien_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps({"name": "my extension", "version": "1.0"}))
 
 
+def write_journal(folder: Path) -> None:
+    (folder / "journal").mkdir()
+    (folder / "journal" / "2024.txt").write_text("years of work")
+
+
 def write_other_kind(folder: Path) -> None:
     Manifest("dataset", {}, receipts=(finish(folder, "a"),), is_complete=True).write(folder)
 
@@ -41,7 +46,7 @@ def write_altered_other_kind(folder: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "inputs": {"corpus": "other"}}))
 
 
-ALIENS = [write_alien, write_alien_manifest, write_other_kind, write_altered_other_kind]
+ALIENS = [write_alien, write_alien_manifest, write_journal, write_other_kind, write_altered_other_kind]
 
 
 @pytest.mark.parametrize("replace", [False, True])

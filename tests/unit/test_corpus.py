@@ -65,6 +65,7 @@ def test_a_folder_a_pattern_and_a_file_find_the_same(tmp_path: Path):
     path = write(tmp_path / "corpus" / "a.parquet", ["1"], ["x"])
     write(tmp_path / "corpus" / "_metadata.parquet", ["2"], ["y"])
     write(tmp_path / "corpus" / ".partial-1-b.parquet", ["3"], ["z"])
+    write(tmp_path / "corpus" / ".cache" / "c.parquet", ["4"], ["z"])
     found = [corpus.find_files(str(place)) for place in (tmp_path / "corpus", tmp_path / "corpus" / "[a]*.parquet", path)]
     assert found == [((tmp_path / "corpus").resolve(), [path.resolve()])] * 3
 
@@ -147,6 +148,31 @@ def test_a_corpus_with_a_changed_new_or_removed_file_is_read_again(tmp_path: Pat
     assert corpus.inspect(str(tmp_path), Columns("id", "id"), known).num_empty == 0
 
 
+def test_a_corpus_is_unchanged_until_a_file_is_written_again_or_removed(tmp_path: Path):
+    before, after = (corpus.inspect(str(write_two_files(tmp_path / name)), COLUMNS) for name in ("one", "two"))
+    assert corpus.is_unchanged(before)
+    assert corpus.is_unchanged(after)
+    write(tmp_path / "one" / "b.parquet", ["b0", "b1"], ["text", "no longer blank"])
+    (tmp_path / "two" / "b.parquet").unlink()
+    assert not corpus.is_unchanged(before)
+    assert not corpus.is_unchanged(after)
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again_the_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, digest_file = write(tmp_path / "c.parquet", ["a"], ["text"]), corpus.storage.digest_file
+
+    def digest_and_change(found: Path) -> str:
+        digest = digest_file(found)
+        write(path, ["a", "b"], ["text", "new"])
+        return digest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus.storage, "digest_file", digest_and_change)
+        torn = corpus.inspect(str(tmp_path), COLUMNS)
+    assert not corpus.is_unchanged(torn)
+    assert corpus.inspect(str(tmp_path), COLUMNS, corpus.remember(torn)).files[0].digest == digest_file(path)
+
+
 def test_texts_are_found_by_id_as_far_as_they_are_there(tmp_path: Path):
     source = corpus.inspect(str(write_two_files(tmp_path)), COLUMNS)
     assert corpus.find_texts(source, ["b0", "a2", "gone", "b0"]) == {"a2": "text of a2", "b0": "text"}
@@ -155,4 +181,4 @@ def test_texts_are_found_by_id_as_far_as_they_are_there(tmp_path: Path):
 
 def test_columns_are_read_as_text_with_nulls_kept(tmp_path: Path):
     path = write(tmp_path / "c.parquet", [3, 4], ["x", None])
-    assert corpus.read_columns(path, ["text", "id"]).to_pydict() == {"text": ["x", None], "id": ["3", "4"]}
+    assert corpus.read_columns(path, ["text", "id"], ["id"]).to_pydict() == {"text": ["x", None], "id": ["3", "4"]}

@@ -5,12 +5,17 @@ import pytest
 from matryoshka import corpus
 
 LINES = {
-    "not JSON": (b'{"_id": "1"}\n{"_id": \n', r"line 2 is not a JSON object with '_id'\. Mend it"),
+    "not JSON": (b'{"_id": "1"}\n{"_id": \n', r"line 2 is not a JSON object of texts\. Mend it"),
     "a list": (b'["_id"]\n', r"line 1 is not a JSON object"),
     "a number": (b"5\n", r"line 1 is not a JSON object"),
     "no id": (b'\n{"text": "x"}\n', r"line 2 is not a JSON object with '_id'"),
     "empty id": (b'{"_id": ""}\n', r"line 1 is not a JSON object with '_id'"),
     "null id": (b'{"_id": null}\n', r"line 1 is not a JSON object with '_id'"),
+    "fraction for an id": (b'{"_id": 1.0}\n', r"line 1 is not a JSON object of texts"),
+    "truth for an id": (b'{"_id": true}\n', r"line 1 is not a JSON object of texts"),
+    "number for text": (b'{"_id": "1"}\n{"_id": "2", "text": 0}\n', r"line 2 is not a JSON object of texts"),
+    "list for text": (b'{"_id": "1", "text": []}\n', r"line 1 is not a JSON object of texts"),
+    "half a surrogate pair": (b'{"_id": "1", "text": "\\ud83d"}\n', r"line 1 is not a JSON object of texts"),
     "not UTF-8": (b'{"_id": "\xff"}\n', r"not UTF-8 \(.*\)\. Convert the file to UTF-8"),
 }
 
@@ -30,9 +35,9 @@ def test_a_missing_json_lines_file_is_named(tmp_path: Path):
 
 def test_json_lines_give_text_for_every_key(tmp_path: Path):
     path = tmp_path / "corpus.jsonl"
-    path.write_text('{"_id": 0, "text": 0, "more": 1}\n\n{"_id": "b", "text": null}\n{"_id": "\u00e4"}\n', "utf-8")
+    path.write_text('{"_id": 0, "text": "\\ud83d\\ude00", "more": 1}\n\n{"_id": "b", "text": null}\n{"_id": "\u00e4"}\n', "utf-8")
     found = [(row["_id"], row["text"]) for row in corpus.read_json_lines(path, ("_id", "text"))]
-    assert found == [("0", "0"), ("b", ""), ("\u00e4", "")]
+    assert found == [("0", "\U0001f600"), ("b", ""), ("\u00e4", "")]
 
 
 QRELS = {

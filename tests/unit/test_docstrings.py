@@ -94,3 +94,9 @@ def test_sources_are_those_of_the_standard_library_and_of_installed_packages():
     assert by_module["numpy.linalg"].package == "numpy"
     assert not any("tests" in source.module.split(".") for source in sources)
     assert sources == docstrings.find_sources()
+
+
+def test_half_a_surrogate_pair_and_a_file_that_cannot_be_read_give_nothing(tmp_path: Path):
+    assert extract(tmp_path / "module.py", f'"""Summary \\ud800.\n\n{BODY}\n"""'.encode()) == []
+    assert len(extract(tmp_path / "module.py", f'"""Summary \\U0001f600.\n\n{BODY}\n"""'.encode())) == 1
+    assert docstrings.extract_pairs(SourceFile(str(tmp_path / "gone.py"), "package.gone", "package")) == []

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,14 +84,24 @@ def test_a_corpus_that_changed_after_the_plan_is_refused(tmp_path: Path, source:
 
 
 def test_the_manifest_carries_what_later_stages_need(source: Corpus, minilm: ModelInfo):
-    identity = embedding.make_identity(minilm, "float32", 4096, 10)
+    identity = embedding.make_identity(minilm, Columns(), "float32", 4096, 10)
     manifest = embedding.make_manifest(source, minilm, identity, {"job": "embed"})
     assert manifest.inputs == {"corpus": source.fingerprint}
     assert (manifest.facts["width"], manifest.facts["dims"]) == (384, [384, 256, 128, 64, 32])
+    assert not manifest.facts["is_tuned"]
     assert corpus.recall(manifest.facts["corpus"]) == source
     assert not manifest.is_complete
 
 
-@pytest.mark.parametrize("other", [("bf16", 4096, 10), ("float32", 99, 10), ("float32", 4096, 11)])
-def test_whatever_changes_bytes_or_units_is_part_of_the_identity(minilm: ModelInfo, other: tuple[str, int, int]):
-    assert embedding.make_identity(minilm, *other) != embedding.make_identity(minilm, "float32", 4096, 10)
+@pytest.mark.parametrize(
+    "other",
+    [
+        (Columns("other", "text"), "float32", 4096, 10),
+        (Columns("id", "other"), "float32", 4096, 10),
+        (Columns(), "bf16", 4096, 10),
+        (Columns(), "float32", 99, 10),
+        (Columns(), "float32", 4096, 11),
+    ],
+)
+def test_whatever_changes_bytes_ids_or_units_is_part_of_the_identity(minilm: ModelInfo, other: tuple[Any, ...]):
+    assert embedding.make_identity(minilm, *other) != embedding.make_identity(minilm, Columns(), "float32", 4096, 10)

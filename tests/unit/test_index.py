@@ -28,7 +28,7 @@ def test_an_index_comes_back_as_it_was_written(tmp_path: Path, random_vectors: M
     built = CoarseIndex.build(full, "Flat")
     built.write(tmp_path / "coarse.faiss")
     read = CoarseIndex.read(tmp_path / "coarse.faiss")
-    assert (read.ntotal, read.dim) == (50, 8)
+    assert read.ntotal == 50
     for found, expected in zip(read.search(full[:3], 50), built.search(full[:3], 50), strict=True):
         np.testing.assert_array_equal(found, expected)
 
@@ -47,18 +47,25 @@ def test_a_file_that_is_no_index_is_named(tmp_path: Path, content: bytes | None)
         CoarseIndex.read(tmp_path / "coarse.faiss")
 
 
-def test_kinds_that_need_training_are_told_from_those_that_do_not():
-    assert [index.needs_training(factory, 64) for factory in ("Flat", "HNSW32", "IVF16,Flat", "PQ8")] == [
-        False,
-        False,
-        True,
-        True,
-    ]
+@pytest.mark.parametrize("dim", [1, 2, 64])
+@pytest.mark.parametrize("factory", ["Flat", "SQfp16", "HNSW32"])
+def test_kinds_that_take_vectors_as_they_come_pass(factory: str, dim: int):
+    index.check_factory(factory, dim)
 
 
-@pytest.mark.parametrize("factory", ["Plat", "", "IVF,Flat"])
-def test_a_factory_string_that_faiss_does_not_know_is_named(factory: str):
-    with pytest.raises(
-        ValueError, match=rf"--coarse-index {factory}: not a FAISS factory string \(.*\)\. Write for example Flat"
-    ):
-        index.needs_training(factory, 64)
+REFUSED = {
+    "IVF16,Flat": r"needs training\. Choose one that does not, such as Flat",
+    "PQ8": r"needs training\. Choose",
+    "SQ8": r"needs training\. Choose",
+    "IDMap,Flat": r"does not take vectors as they come\. Choose Flat",
+    "NSG32": r"(needs training|does not take vectors as they come)\. Choose",
+    "Plat": r"not a FAISS factory string\. Write for example Flat",
+    "": r"not a FAISS factory string",
+    "IVF,Flat": r"not a FAISS factory string",
+}
+
+
+@pytest.mark.parametrize("factory", REFUSED)
+def test_kinds_that_cannot_be_built_without_training_are_refused(factory: str):
+    with pytest.raises(ValueError, match=rf"--coarse-index {factory}: {REFUSED[factory]}"):
+        index.check_factory(factory, 64)

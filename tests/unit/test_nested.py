@@ -79,6 +79,12 @@ def test_check_dims_refuses_dims_that_do_not_fit(dims: list[int], message: str):
         nested.check_dims(dims, 384, "m")
 
 
+def test_check_dims_refuses_dims_that_a_model_was_not_trained_for():
+    assert nested.check_dims([64, 384], 384, "m", declared=(384, 128, 64)) == (384, 64)
+    with pytest.raises(ValueError, match=r"m: the model was not trained for 256, 32 dims\. Choose from 384, 128, 64\."):
+        nested.check_dims([384, 32, 256], 384, "m", declared=(384, 128, 64))
+
+
 @given(plans)
 def test_a_plan_is_what_its_parts_say(plan: FunnelPlan):
     assert FunnelPlan.parse([f"{step.dim}:{step.keep}" for step in plan.steps]) == plan

@@ -4,13 +4,27 @@ import pyarrow.parquet as pq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matryoshka import artifacts, corpus, pairs
+from matryoshka import artifacts, corpus, pairs, units
 from matryoshka.corpus import Columns
 from matryoshka.pairs import Dataset, DatasetStore, Pair
 
 FRACTIONS = {"test": 0.3, "dev": 0.2, "train": 0.5}
 word = st.sampled_from(["", " ", "a", "A", "b", " a  b", "a b", "c"])
-some_pairs = st.lists(st.builds(Pair, word, word, st.sampled_from("xyz"), st.sampled_from("123456")), max_size=20)
+# A text may stand under two ids, but never two texts under one.
+some_pairs = st.lists(
+    st.builds(
+        lambda query, document, group, copy: Pair(query, document, group, f"{normal(document)} {copy}"),
+        word,
+        word,
+        st.sampled_from("stuvwxyz"),  # of every split
+        st.sampled_from("12"),
+    ),
+    max_size=20,
+)
+
+
+def normal(text: str) -> str:
+    return " ".join(text.split())
 
 
 def distinct_pairs(count: int) -> list[Pair]:
@@ -27,24 +41,73 @@ def write_dataset(folder: Path, dataset: Dataset) -> DatasetStore:
     return DatasetStore.open(folder)
 
 
-@given(some_pairs)
-def test_every_pair_is_kept_or_counted_as_dropped(found: list[Pair]):
-    dataset = pairs.from_pairs(found, FRACTIONS, {}, "salt")
-    assert len(dataset.documents) + sum(dataset.dropped.values()) == len(found)
+@given(some_pairs, st.booleans())
+def test_every_pair_is_kept_or_counted_as_dropped(found: list[Pair], one_to_one: bool):
+    dataset = pairs.from_pairs(found, FRACTIONS, {}, "salt", one_to_one=one_to_one)
+    judged = [len(documents) for qrels in dataset.qrels.values() for documents in qrels.values()]
+    assert sum(judged) + sum(dataset.dropped.values()) == len(found)
     assert all(query.strip() for queries in dataset.queries.values() for query in queries.values())
     assert all(text.strip() for text in dataset.documents.values())
 
 
-@given(some_pairs)
-def test_every_query_has_exactly_its_document_and_no_text_stands_twice(found: list[Pair]):
-    dataset = pairs.from_pairs(found, FRACTIONS, {}, "salt")
-    by_query = {pairs.text_id("q", pair.query): pair for pair in found}
+@given(some_pairs, st.integers(0, 3), st.booleans())
+def test_every_judgement_is_a_pair_and_no_text_stands_twice(found: list[Pair], limit: int, one_to_one: bool):
+    dataset = pairs.from_pairs(found, FRACTIONS, {"train": limit}, "salt", one_to_one=one_to_one)
+    known = {(normal(pair.query).casefold(), normal(pair.document)) for pair in found}
+    used = set()
     for split, judged in dataset.qrels.items():
         assert list(judged) == list(dataset.queries[split])
-        assert all(len(documents) == 1 and set(documents) <= set(dataset.documents) for documents in judged.values())
-        assert all(dataset.queries[split][query] == by_query[query].query for query in judged)
-    same = [" ".join(text.split()) for text in dataset.documents.values()]
-    assert len(set(same)) == len(same) == sum(len(queries) for queries in dataset.queries.values())
+        for query, documents in judged.items():
+            text = normal(dataset.queries[split][query]).casefold()
+            assert {(text, normal(dataset.documents[document])) for document in documents} <= known
+            used.update(documents)
+    assert used == set(dataset.documents)
+    same = [normal(text) for text in dataset.documents.values()]
+    assert len(set(same)) == len(same)
+
+
+@given(some_pairs, st.booleans())
+def test_no_query_and_no_document_is_in_two_splits(found: list[Pair], one_to_one: bool):
+    dataset = pairs.from_pairs(found, FRACTIONS, {}, "salt", one_to_one=one_to_one)
+    queries = [normal(text).casefold() for own in dataset.queries.values() for text in own.values()]
+    assert len(set(queries)) == len(queries)
+    documents = [{name for judged in qrels.values() for name in judged} for qrels in dataset.qrels.values()]
+    assert len(set().union(*documents)) == sum(map(len, documents))
+
+
+@given(some_pairs)
+def test_one_to_one_leaves_each_query_its_document_alone(found: list[Pair]):
+    dataset = pairs.from_pairs(found, FRACTIONS, {}, "salt", one_to_one=True)
+    judged = [list(documents) for qrels in dataset.qrels.values() for documents in qrels.values()]
+    assert all(len(documents) == 1 for documents in judged)
+    assert len(judged) == len(dataset.documents)
+
+
+def test_a_query_keeps_several_documents_and_a_document_several_queries():
+    found = [
+        Pair("one", "a", "x", "d1"),
+        Pair("ONE", "b", "x", "d2"),
+        Pair("two", " a ", "x", "d3"),  # the text of d1
+        Pair("one ", "a", "x", "d1"),
+    ]
+    one, two = pairs.text_id("q", "one"), pairs.text_id("q", "two")
+    dataset = pairs.from_pairs(found, {"train": 1.0}, {}, "salt")
+    assert dataset.documents == {"d1": "a", "d2": "b"}
+    assert dataset.queries == {"train": {one: "one", two: "two"}}
+    assert dataset.qrels == {"train": {one: {"d1": 1, "d2": 1}, two: {"d1": 1}}}
+    assert dataset.dropped == {"duplicate": 1}
+    alone = pairs.from_pairs(found, {"train": 1.0}, {}, "salt", one_to_one=True)
+    assert alone.qrels == {"train": {one: {"d1": 1}}}
+    assert alone.dropped == {"duplicate": 1, "duplicate query": 1, "duplicate document": 1}
+
+
+def test_pairs_that_would_leak_into_another_split_are_dropped_and_counted():
+    groups = {units.choose_split(group, FRACTIONS, "salt"): group for group in "stuvwxyz"}
+    assert set(groups) == set(FRACTIONS)
+    found = [Pair("one", "a", groups["train"], "d1"), Pair("One", "b", groups["test"], "d2")]
+    dataset = pairs.from_pairs([*found, Pair("two", "a", groups["dev"], "d3")], FRACTIONS, {}, "salt")
+    assert split_of(dataset) == {"d1": "train"}
+    assert dataset.dropped == {"in another split": 2}
 
 
 def test_a_group_is_never_cut_by_a_split():

@@ -5,7 +5,7 @@ import pytest
 
 from matryoshka import corpus, pairs
 from matryoshka.artifacts import Manifest
-from matryoshka.pairs import Dataset, DatasetStore
+from matryoshka.pairs import Dataset, DatasetStore, Pair
 
 
 def write_beir(folder: Path) -> Path:
@@ -70,6 +70,7 @@ NO_TEXT = pa.array([], pa.string())
 PAIR_FAULTS = {
     "missing column": ({"query": ["a"], "answer": ["b"]},
                        r"p\.parquet: no column 'positive' \(found: 'query', 'answer'\)\. Pass"),
+    "whole numbers": ({"query": ["a"], "positive": [1]}, r"p\.parquet: column 'positive' is int64, not text.*Convert it"),
     "wrong type": ({"query": ["a"], "positive": [["b"]]}, r"p\.parquet: column 'positive' is list.*Convert it"),
     "no rows": ({"query": NO_TEXT, "positive": NO_TEXT}, r": no pairs \(0 rows\)\. Pass files with rows"),
     "null id": ({"query": ["a", "b"], "positive": ["b", "c"], "id": ["x", None]},
@@ -88,6 +89,12 @@ def test_every_fault_of_pair_files_is_named(tmp_path: Path, fault: str):
         pairs.read_pair_files(str(tmp_path), "query", "positive", *optional)
 
 
+def test_an_id_that_stands_for_two_texts_is_named():
+    found = [Pair("one", "a", "x", "d1"), Pair("two", "b", "x", "d1")]
+    with pytest.raises(ValueError, match=r"id 'd1' stands for two different texts\. Give each document its own id"):
+        pairs.from_pairs(found, {"train": 1.0}, {}, "salt")
+
+
 def test_pair_files_that_are_not_there_are_named(tmp_path: Path):
     with pytest.raises(ValueError, match=r"nowhere: no Parquet files here\. Pass"):
         pairs.read_pair_files(str(tmp_path / "nowhere"), "query", "positive", None, None)
@@ -103,7 +110,7 @@ def test_a_dataset_names_its_splits_when_asked_for_another(tmp_path: Path):
         store.queries("eval")
     with pytest.raises(ValueError, match=rf"{tmp_path}: split 'test' is empty\. Pass another --split"):
         store.qrels("test")
-    with pytest.raises(ValueError, match=rf"{tmp_path}: no split 'train'"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}: no training pairs \(no split 'train'\)\. Prepare data"):
         store.training_pairs()
 
 

@@ -19,6 +19,11 @@ def test_the_readme_has_the_options_that_the_jobs_declare():
     assert reference.with_tables(text) == text, "run python -m jobs.reference"
 
 
+def test_the_readme_has_no_placeholder_left():
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    assert [line for line in lines if re.fullmatch(r"[A-Z_]+", line.strip())] == []
+
+
 def test_every_module_stands_in_the_module_map():
     module_map = (ROOT / "README.md").read_text("utf-8").partition("## Module map")[2].partition("## Glossary")[0]
     rooms = set(re.findall(r"`([a-z_]+)`", module_map))

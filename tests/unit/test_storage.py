@@ -164,6 +164,24 @@ def test_urls_are_refused(url: str):
         storage.local_path(url)
 
 
+@pytest.mark.parametrize(
+    ("output", "place"), [("a", "a"), ("a", "a/b"), ("a/b/c", "a"), ("a", "a/b/file"), ("a/b/file", "a/b/file")]
+)
+def test_an_output_that_holds_an_input_or_lies_in_one_is_refused(tmp_path: Path, output: str, place: str):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").touch()
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path / output}: .*input {tmp_path / place} lie in each other\. Pass another --output"
+    ):
+        storage.keep_apart(tmp_path / output, None, tmp_path / place)
+
+
+def test_an_output_beside_its_inputs_is_kept_apart(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "file").touch()
+    storage.keep_apart(tmp_path / "a b", tmp_path / "a", None, tmp_path / "file", tmp_path / "a b-2")
+
+
 def test_digest_of_a_file_is_its_sha256(tmp_path: Path):
     (tmp_path / "abc").write_bytes(b"abc")
     # FIPS 180-2, appendix B.1

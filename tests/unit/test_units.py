@@ -8,7 +8,10 @@ from matryoshka.units import InputFile, assign_shards, choose_split, plan_units,
 corpora = st.lists(st.integers(0, 300), max_size=5).map(
     lambda counts: [InputFile(f"{number}.parquet", f"{number:064x}"[::-1], count) for number, count in enumerate(counts)]
 )
-slots = st.lists(st.integers(0, 50), max_size=20).map(lambda rows: {f"slot-{number}": count for number, count in enumerate(rows)})
+slots = st.lists(st.integers(0, 50), max_size=20).map(
+    lambda rows: {f"file-{number // 2}:{number % 2 * 50}": count for number, count in enumerate(rows)}
+)
+starts = st.sets(st.integers(1, 50), max_size=5).map(lambda found: found | {0})  # every file has a unit that starts at row 0
 keys = st.lists(st.text(st.characters(codec="utf-8"), max_size=8), unique=True, max_size=30)
 FRACTIONS = {"test": 0.2, "dev": 0.1, "train": 0.7}
 
@@ -66,9 +69,31 @@ def test_a_later_build_covers_all_slots_and_leaves_old_ones_where_they_were(
     assert all(0 <= shard < max(num_shards, num_shards_now) for shard in assigned.values())
 
 
-def test_new_slots_fill_the_emptiest_shard():
-    assigned = assign_shards({"a": 9, "b": 1, "c": 4, "d": 5}, 2, {"a": 0, "b": 1})
-    assert assigned == {"a": 0, "b": 1, "c": 1, "d": 1}
+def test_new_files_fill_the_emptiest_shard():
+    assigned = assign_shards({"a:0": 9, "b:0": 1, "c:0": 4, "d:0": 5}, 2, {"a:0": 0, "b:0": 1})
+    assert assigned == {"a:0": 0, "b:0": 1, "c:0": 1, "d:0": 1}
+
+
+@given(
+    st.dictionaries(st.sampled_from(["a", "b", "c", "d:0"]), starts, min_size=1),
+    starts,
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.data(),
+)
+def test_a_file_that_grows_touches_no_shard_but_its_own(
+    before: dict[str, set[int]], grown: set[int], num_shards: int, num_shards_now: int, data: st.DataObject
+):
+    name = data.draw(st.sampled_from(sorted(before)))
+    old, new = (
+        {f"{file}:{start}": start + 1 for file, own in files.items() for start in sorted(own)}
+        for files in (before, {**before, name: grown})
+    )
+    previous = assign_shards(old, num_shards, {})
+    assigned = assign_shards(new, num_shards_now, previous)
+    touched = {previous[slot] for slot in old if slot.rpartition(":")[0] == name}
+    for shard in {*previous.values(), *assigned.values()} - touched:
+        assert {slot for slot in new if assigned[slot] == shard} == {slot for slot in old if previous[slot] == shard}
 
 
 @given(st.text(st.characters(codec="utf-8")), st.floats(0, 0.5), st.floats(0, 0.5))

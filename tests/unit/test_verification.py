@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from matryoshka import artifacts, pairs, verification
-from matryoshka.artifacts import Manifest
+from matryoshka import artifacts, corpus, pairs, verification
+from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.indexing import IndexStore
 from matryoshka.pairs import Dataset
 from matryoshka.vectors import EmbeddingStore
@@ -102,6 +102,53 @@ def test_counts_and_widths_other_than_the_manifest_says_are_found(
 def test_judgements_of_queries_that_are_not_there_are_found(tmp_path: Path):
     folder = write_dataset(tmp_path, {"q": {"d": 1}, "r": {"d": 1}, "s": {"d": 1}})
     assert verification.verify(folder)[1] == [f"{folder}: split 'test' judges 2 queries that it does not have"]
+
+
+def test_rows_ids_and_documents_of_a_dataset_are_counted(tmp_path: Path):
+    folder = write_dataset(tmp_path, {"q": {"d": 1}})
+    manifest = artifacts.read(folder)
+    assert verification.verify(folder)[1] == []
+    receipts = [dataclasses.replace(receipt, num_rows=7) for receipt in manifest.receipts]
+    dataclasses.replace(manifest, receipts=tuple(receipts)).write(folder)
+    faults = verification.verify(folder)[1]
+    assert len(faults) == len(receipts)
+    assert all("rows, the receipt says 7" in fault for fault in faults)
+    dataclasses.replace(manifest, facts={**manifest.facts, "documents": 2}).write(folder)
+    assert verification.verify(folder)[1] == [f"{folder}: 1 documents, the manifest says 2"]
+
+
+def test_an_id_that_stands_twice_in_a_dataset_is_counted(tmp_path: Path):
+    folder = write_dataset(tmp_path, {"q": {"d": 1}})
+    manifest, path = artifacts.read(folder), folder / "corpus" / "part-00000.parquet"
+    corpus.write_rows(path, {"id": ["d", "d"], "text": ["text", "other"]})
+    receipts = [
+        dataclasses.replace(receipt, num_rows=2, files=(FileRecord.of(folder, path),))
+        if receipt.files[0].path == "corpus/part-00000.parquet"
+        else receipt
+        for receipt in manifest.receipts
+    ]
+    dataclasses.replace(manifest, facts={**manifest.facts, "documents": 2}, receipts=tuple(receipts)).write(folder)
+    assert verification.verify(folder)[1] == [f"{folder}: 1 ids stand more than once"]
+
+
+def test_results_with_other_rows_than_the_receipt_says_are_found(tmp_path: Path):
+    path = tmp_path / "results.parquet"
+    corpus.write_rows(path, {"query_id": ["q"], "document_id": ["d"]})
+    for num_rows, faults in ((1, []), (2, [f"{path}: 1 rows, the receipt says 2"])):
+        receipt = Receipt("results", num_rows, (FileRecord.of(tmp_path, path),))
+        Manifest("results", {}, receipts=(receipt,), is_complete=True).write(tmp_path)
+        assert verification.verify(tmp_path)[1] == faults
+
+
+def test_a_run_whose_stages_changed_or_went_away_is_found(tmp_path: Path):
+    data = write_dataset(tmp_path / "data", {"q": {"d": 1}})
+    Manifest("run", {}, {"data": artifacts.read(data).fingerprint}, is_complete=True).write(tmp_path)
+    assert verification.verify(tmp_path)[1] == []
+    manifest = artifacts.read(data)
+    dataclasses.replace(manifest, identity={"other": 1}).write(data)
+    assert verification.verify(tmp_path)[1] == [f"{data}: is not what the report was made from"]
+    (data / artifacts.MANIFEST).unlink()
+    assert verification.verify(tmp_path)[1] == [f"{data}: missing, or its manifest cannot be read"]
 
 
 def test_an_unfinished_artifact_is_a_fault_and_an_altered_manifest_is_refused(make_store: MakeStore, random_vectors: Make):

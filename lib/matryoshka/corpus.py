@@ -37,7 +37,7 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """A checked corpus: where it is, its files, how many of its rows have no text, and ``stamp`` from before it was read."""
+    """A checked corpus: where it is, its files, how many of its rows have no text, and ``stamps`` from before it was read."""
 
     root: str
     columns: Columns

@@ -67,7 +67,10 @@ def check_factory(factory: str, dim: int) -> None:
         raise ValueError(f"--coarse-index {factory}: not a FAISS factory string. Write for example Flat or HNSW32.") from None
     if not probe.is_trained:
         raise ValueError(f"--coarse-index {factory}: needs training. Choose one that does not, such as Flat or HNSW32.")
+    known = np.eye(min(4, dim), dim, dtype=np.float32)
     try:
-        CoarseIndex.build(np.eye(4, dim, dtype=np.float32), factory)
+        _, rows = CoarseIndex.build(known, factory).search(known, 1)
     except RuntimeError:
-        raise ValueError(f"--coarse-index {factory}: does not take vectors as they come. Choose Flat or HNSW32.") from None
+        rows = np.empty((0, 1), dtype=np.int64)
+    if rows.ravel().tolist() != list(range(len(known))):
+        raise ValueError(f"--coarse-index {factory}: does not find unit vectors again. Choose Flat or HNSW32.")

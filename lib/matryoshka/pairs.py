@@ -90,6 +90,7 @@ def from_pairs(
     dropped: Counter[str] = Counter()
     documents: dict[str, str] = {}
     id_of_text: dict[str, str] = {}
+    text_of_id: dict[str, str] = {}
     queries: dict[str, tuple[str, str]] = {}
     split_of_document: dict[str, str] = {}
     relevant: dict[str, dict[str, int]] = {}
@@ -99,8 +100,8 @@ def from_pairs(
             dropped["empty"] += 1
             continue
         document_id = id_of_text.get(text, pair.document_id)
-        if text not in id_of_text and document_id in documents:
-            raise ValueError(f"prepare: id '{document_id}' stands for two different texts. Give each document its own id.")
+        if text_of_id.setdefault(pair.document_id, text) != text:
+            raise ValueError(f"prepare: id '{pair.document_id}' stands for two different texts. Give each document its own id.")
         split = units.choose_split(pair.group, fractions, salt)
         key = text_id("q", query)
         if document_id in relevant.get(key, ()):

@@ -46,8 +46,8 @@ def keep_apart(output: Path, *inputs: Path | None) -> None:
         ValueError: One lies in the other.
     """
     for path in filter(None, inputs):
-        inner, outer = sorted((output.absolute(), path.absolute()), key=lambda place: -len(place.parts))
-        if inner.is_relative_to(outer) and (outer == output.absolute() or outer.is_dir()):
+        inner, outer = sorted((output.resolve(), path.resolve()), key=lambda place: -len(place.parts))
+        if inner.is_relative_to(outer) and (outer == output.resolve() or outer.is_dir()):
             raise ValueError(f"{output}: the output and the input {path} lie in each other. Pass another --output.")
 
 

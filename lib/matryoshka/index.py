@@ -67,7 +67,8 @@ def check_factory(factory: str, dim: int) -> None:
         raise ValueError(f"--coarse-index {factory}: not a FAISS factory string. Write for example Flat or HNSW32.") from None
     if not probe.is_trained:
         raise ValueError(f"--coarse-index {factory}: needs training. Choose one that does not, such as Flat or HNSW32.")
-    known = np.eye(min(4, dim), dim, dtype=np.float32)
+    random = np.random.default_rng(0).standard_normal((dim, min(4, dim)))
+    known = np.linalg.qr(random).Q.T.astype(np.float32)
     try:
         _, rows = CoarseIndex.build(known, factory).search(known, 1)
     except RuntimeError:

@@ -173,7 +173,7 @@ def test_pair_files_are_read_with_ids_and_groups_from_columns_or_text(tmp_path: 
     corpus.write_rows(tmp_path / "p.parquet", {"q": ["a", None], "p": ["b", "c"], "id": [1, 2], "g": ["x", "y"]})
     assert pairs.read_pair_files(str(tmp_path), "q", "p", "id", "g") == [Pair("a", "b", "x", "1"), Pair("", "c", "y", "2")]
     first, _ = pairs.read_pair_files(str(tmp_path), "q", "p", None, None)
-    assert first == Pair("a", "b", pairs.text_id("q", "a"), pairs.text_id("d", "b"))
+    assert first == Pair("a", "b", pairs.text_id("d", "b"), pairs.text_id("d", "b"))
 
 
 def test_one_column_may_serve_as_id_and_as_group(tmp_path: Path):

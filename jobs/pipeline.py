@@ -128,7 +128,7 @@ def run(settings: Settings) -> None:
             run_stage(stage)
             say(f"{name} took {time.perf_counter() - start:.1f} s\n")
             if isinstance(stage, prepare.Settings):
-                _refuse_data(stage.output, [settings for _, _, settings in stages])
+                _refuse_data(stage.output, [later for _, _, later in stages])
     _finish(output, previous, describe_run("pipeline", settings))
     if settings.verify:
         verify.run(verify.Settings(folder=settings.output))

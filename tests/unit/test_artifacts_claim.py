@@ -4,22 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from manifests import IDENTITY, MANIFEST, finish, tree
 
-from matryoshka import artifacts, storage
-from matryoshka.artifacts import FileRecord, Manifest, Receipt
-
-IDENTITY = {"model": "m", "dims": (4, 2)}
-MANIFEST = Manifest("embeddings", IDENTITY)
-
-
-def finish(folder: Path, key: str, content: bytes = b"abcd") -> Receipt:
-    path = folder / "units" / key
-    storage.publish_bytes(path, content)
-    return Receipt(key, 1, (FileRecord.of(folder, path),))
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+from matryoshka import artifacts
+from matryoshka.artifacts import Manifest
 
 
 def write_alien(folder: Path) -> None:

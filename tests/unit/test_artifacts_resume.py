@@ -2,22 +2,10 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from manifests import IDENTITY, MANIFEST, finish, tree
 
 from matryoshka import artifacts, storage
-from matryoshka.artifacts import FileRecord, Journal, Manifest, Receipt
-
-IDENTITY = {"model": "m", "dims": (4, 2)}
-MANIFEST = Manifest("embeddings", IDENTITY)
-
-
-def finish(folder: Path, key: str, content: bytes = b"abcd") -> Receipt:
-    path = folder / "units" / key
-    storage.publish_bytes(path, content)
-    return Receipt(key, 1, (FileRecord.of(folder, path),))
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+from matryoshka.artifacts import Journal
 
 
 def test_a_run_that_was_killed_is_taken_up_where_it_stood(tmp_path: Path):

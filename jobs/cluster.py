@@ -1,6 +1,8 @@
 """All Ray mechanics: connecting, actors, units bounded in flight, retries. Training has a room of its own."""
 
+import collections
 import contextlib
+import errno
 import logging
 import os
 from collections import deque
@@ -12,21 +14,28 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util import metrics
 
-from matryoshka import embedding, encode, model
+from jobs.terminal import say
+from matryoshka import calibration, embedding, model
 from matryoshka.artifacts import Receipt
+from matryoshka.calibration import Calibration
+from matryoshka.clock import Clock
 from matryoshka.corpus import Corpus
-from matryoshka.encode import Encoder, Precision, Role
+from matryoshka.encode import Encoder, Precision
 from matryoshka.funnel import CallShards, Shard
 from matryoshka.model import ModelInfo
+from matryoshka.tokens import Long, Role
 from matryoshka.units import Unit
 
 T = TypeVar("T")
 
-_IN_FLIGHT_PER_WORKER = 2
-_MAX_RESTARTS = 3
+_IN_FLIGHT_PER_WORKER = 3  # one is read and tokenised, one computed, one written
+_LOSSES_IN_A_ROW = 10  # per worker: then it is not a unit's fault
 _TEXTS_PER_CALL = 1024
+_MOST_CPUS_PER_GPU = 16
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Session:
@@ -39,13 +48,18 @@ class Session:
         self._key: tuple[Any, ...] | None = None
         self._pool: Encoders | None = None
 
-    def encoders(self, info: ModelInfo, precision: Precision, tokens_per_step: int, num_workers: int | None) -> "Encoders":
+    def encoders(
+        self, info: ModelInfo, precision: Precision, tokens_per_step: int, num_workers: int | None, long: Long = "truncate"
+    ) -> "Encoders":
         """Returns a pool for this model: the one at hand, or a new one in its place."""
-        device, wanted = capacity().device, check_workers(num_workers) or capacity().default_workers
-        key = (info.fingerprint, precision, tokens_per_step, device, wanted)
+        there = capacity()
+        wanted = check_workers(num_workers) or there.default_workers
+        key = (info.fingerprint, precision, tokens_per_step, there.device, wanted, long)
         if self._pool is None or key != self._key:
             self.release()
-            self._key, self._pool = key, Encoders(info, precision, tokens_per_step, device, wanted)
+            num_tokenisers = there.cpus_per_gpu - 1 if there.device == "cuda" else 0
+            arguments = (str(info.folder), there.device, precision, tokens_per_step, long, num_tokenisers)
+            self._key, self._pool = key, Encoders(arguments, worker_resources(there), wanted)
         return self._pool
 
     def release(self) -> None:
@@ -58,10 +72,18 @@ class Session:
         """Returns the precision that was asked for, or for ``auto`` what a measurement on a worker says."""
         if wanted != "auto":
             return "bf16" if wanted == "bf16" else "float32"
+        return self._on_worker(calibration.best_precision, capacity().device)
+
+    def calibrate(
+        self, info: ModelInfo, precision: Precision | None, tokens_per_step: int | None, texts: Sequence[str]
+    ) -> Calibration:
+        """Returns how a worker should run the model; see ``calibration.calibrate``."""
+        return self._on_worker(calibration.calibrate, info.folder, capacity().device, precision, tokens_per_step, list(texts))
+
+    def _on_worker(self, function: Callable[..., T], *arguments: Any) -> T:
         self.release()
-        device = capacity().device
-        measure = ray.remote(encode.best_precision).options(**worker_resources(device))
-        return ray.get(measure.remote(device))
+        result: T = _get(ray.remote(function).options(**worker_resources(capacity())).remote(*arguments))
+        return result
 
     def run_tasks(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
         """Yields the results of a function, called once per tuple of arguments, in the order given; few are in flight."""
@@ -149,6 +171,11 @@ class Capacity:
         """One worker per GPU, or per CPU."""
         return self.num_gpus or self.num_cpus
 
+    @property
+    def cpus_per_gpu(self) -> int:
+        """CPUs that a worker with a GPU takes: its own, and those that tokenise for it."""
+        return max(min(self.num_cpus // self.num_gpus, _MOST_CPUS_PER_GPU), 1) if self.num_gpus else 1
+
 
 def capacity() -> Capacity:
     """Returns what the connected cluster has to give."""
@@ -169,9 +196,9 @@ def check_workers(num_workers: int | None) -> int | None:
     return num_workers
 
 
-def worker_resources(device: str) -> dict[str, float]:
-    """Returns what one worker takes: a GPU, or a CPU."""
-    return {"num_cpus": 1, "num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
+def worker_resources(there: Capacity) -> dict[str, float]:
+    """Returns what one worker takes: a GPU and its share of the CPUs, or a CPU."""
+    return {"num_cpus": there.cpus_per_gpu, **({"num_gpus": 1} if there.num_gpus else {})}
 
 
 def _get(reference: Any) -> Any:
@@ -182,38 +209,63 @@ def _get(reference: Any) -> Any:
 
 
 class _EncoderActor:
-    """Holds one loaded model."""
+    """Holds one loaded model; its calls overlap."""
 
-    def __init__(self, folder: str, device: str, precision: Precision, tokens_per_step: int) -> None:
+    def __init__(
+        self, folder: str, device: str, precision: Precision, tokens_per_step: int, long: Long, num_tokenisers: int
+    ) -> None:
         model.quieten()
-        self._encoder = Encoder(Path(folder), device, precision, tokens_per_step)
+        self._encoder = Encoder(Path(folder), device, precision, tokens_per_step, long, num_tokenisers)
+        self._clock = Clock()
+        self._counters = {
+            name: metrics.Counter(f"matryoshka_embed_{name}", description=f"Embedding: {text}.")
+            for name, text in _METRICS.items()
+        }
 
-    def ready(self) -> None:
-        """Returns once the model is loaded."""
+    def ready(self) -> str:
+        """Returns, once the model is loaded, why it runs padded, or nothing."""
+        return self._encoder.notice
 
     def embed(self, source: Corpus, unit: Unit, folder: str) -> Receipt:
         """Embeds one unit."""
-        return embedding.embed_unit(self._encoder, source, unit, Path(folder))
+        receipt = embedding.embed_unit(self._encoder, source, unit, Path(folder), self._clock)
+        counts = {**receipt.details, "num_units": 1, "num_documents": receipt.num_rows}
+        for name, counter in self._counters.items():
+            if counts[name]:
+                counter.inc(counts[name])
+        return receipt
 
     def encode(self, texts: list[str], role: Role) -> npt.NDArray[np.float16]:
         """Returns the vectors of a few texts."""
         return self._encoder.encode(texts, role).vectors
 
 
+_METRICS = {
+    "num_units": "units finished",
+    "num_documents": "documents finished",
+    "num_tokens": "tokens computed, without padding",
+    "num_padded_tokens": "tokens computed, with padding",
+    "num_truncated": "documents that were cut to the model's window",
+    "compute_seconds": "seconds in which a worker computed",
+    "read_seconds": "seconds in which a worker waited for documents and tokens",
+    "write_seconds": "seconds in which a worker waited for the writer",
+    "idle_seconds": "seconds in which a worker waited for work",
+}
+
+
 class Encoders:
     """A pool of encoder actors; they start when there is first something to do.
 
     Args:
-        info: The model.
-        precision: See ``choose_precision``.
-        tokens_per_step: See ``Encoder``.
-        device: ``cpu`` or ``cuda``.
-        num_workers: Most actors to start.
+        arguments: Of ``_EncoderActor``.
+        resources: What each of them takes.
+        num_workers: How many to start.
     """
 
-    def __init__(self, info: ModelInfo, precision: Precision, tokens_per_step: int, device: str, num_workers: int) -> None:
-        self._arguments = (str(info.folder), device, precision, tokens_per_step)
-        self._options = {**worker_resources(device), "max_restarts": _MAX_RESTARTS, "max_task_retries": 0}
+    def __init__(self, arguments: tuple[Any, ...], resources: Mapping[str, float], num_workers: int) -> None:
+        self._arguments = arguments
+        # A worker that is lost comes back for as long as anything is to be done: see ``run_on_actors``.
+        self._options = {**resources, "max_restarts": -1, "max_task_retries": 0, "max_concurrency": _IN_FLIGHT_PER_WORKER}
         self._num_workers = num_workers
         self._actors: list[Any] = []
 
@@ -228,10 +280,12 @@ class Encoders:
             start = ray.remote(_EncoderActor).options(**self._options).remote
             actors: list[Any] = [start(*self._arguments) for _ in range(self._num_workers)]
             try:
-                ray.get([actor.ready.remote() for actor in actors])
+                notices = set(ray.get([actor.ready.remote() for actor in actors]))
             except RayActorError as error:
                 raise RuntimeError(f"encoder: no worker could load the model ({_last_line(error)}). Mend that first.") from None
             self._actors = actors
+            for notice in notices - {""}:
+                say(notice)
         return self._actors
 
     def embed(self, source: Corpus, todo: Sequence[Unit], folder: Path, attempts: int) -> "Iterator[Outcome[Receipt]]":
@@ -282,31 +336,74 @@ def run_on_actors(
 ) -> Iterator[Outcome[Any]]:
     """Calls a method once per entry, spread over actors, and yields outcomes in the order in which they are ready.
 
-    Two calls are in flight per actor, so that none waits for the driver. A call that fails, or whose worker is lost, is
-    tried again elsewhere; an actor that is lost for good gets no more calls.
+    A few calls are in flight per actor, so that none waits for the driver. A call that fails is tried again, bad input
+    (``ValueError``) excepted. A call whose worker was lost is a suspect: it is tried again with no other call beside it, so
+    that a call that ends its worker costs no other call its attempts.
+
+    Raises:
+        RuntimeError: The disk is full, or workers are lost again and again: no call would fare better.
     """
-    waiting = deque((key, 1) for key in calls)
-    idle = deque(actor for _ in range(_IN_FLIGHT_PER_WORKER) for actor in actors)
-    running: dict[Any, tuple[Any, str, int]] = {}
-    while waiting or running:
-        while waiting and idle:
-            actor, (key, attempt) = idle.popleft(), waiting.popleft()
-            running[getattr(actor, method).remote(*calls[key])] = (actor, key, attempt)
-        if not running:
-            yield from (Outcome(key, None, "no worker is left") for key, _ in waiting)
-            return
-        (reference,), _ = ray.wait(list(running), num_returns=1)
-        actor, key, attempt = running.pop(reference)
+    crew = _Crew(actors, method, calls)
+    losses_in_a_row = 0
+    while crew.start():
+        key, reference = crew.next()
+        is_last = crew.tries[key] >= attempts
         try:
             yield Outcome(key, ray.get(reference))
-        except (RayTaskError, RayActorError) as error:
-            if attempt < attempts:
-                waiting.append((key, attempt + 1))
+            losses_in_a_row = 0
+        except RayActorError as error:
+            losses_in_a_row += 1
+            if losses_in_a_row > _LOSSES_IN_A_ROW * len(actors):
+                raise RuntimeError(f"{method}: workers are lost again and again ({_last_line(error)}).") from None
+            if is_last:
+                yield Outcome(key, None, f"its worker was lost: {_last_line(error)}")
             else:
+                crew.suspects.append(key)
+        except RayTaskError as error:
+            if isinstance(error.cause, OSError) and error.cause.errno in _NO_SPACE:
+                raise RuntimeError(f"{method}: {error.cause}. Make room, then run the same command again.") from None
+            if is_last or isinstance(error.cause, ValueError):
                 yield Outcome(key, None, _last_line(error))
-            if isinstance(error, ActorDiedError):
-                continue
-        idle.append(actor)
+            else:
+                crew.waiting.append(key)
+
+
+class _Crew:
+    """Actors, the calls in flight on each, and those that wait.
+
+    Attributes:
+        waiting: Calls for any actor that has room.
+        suspects: Calls whose worker was lost: each for an actor that has nothing else in flight.
+        tries: How often each call was made.
+    """
+
+    def __init__(self, actors: Sequence[Any], method: str, calls: Mapping[str, tuple[Any, ...]]) -> None:
+        self._actors, self._method, self._calls = actors, method, calls
+        self._load = [0] * len(actors)
+        self._running: dict[Any, tuple[int, str, int]] = {}
+        self.waiting, self.suspects = deque(calls), deque[str]()
+        self.tries: collections.Counter[str] = collections.Counter()
+
+    def start(self) -> bool:
+        """Makes the calls that there is room for; returns whether any is in flight."""
+        for number in range(len(self._actors)):
+            if self.suspects and not self._load[number]:
+                self._call(number, self.suspects.popleft(), _IN_FLIGHT_PER_WORKER)
+        while self.waiting and min(self._load) < _IN_FLIGHT_PER_WORKER:
+            self._call(self._load.index(min(self._load)), self.waiting.popleft(), 1)
+        return bool(self._running)
+
+    def next(self) -> tuple[str, Any]:
+        """Returns a call that has ended: its key, and the reference to its result."""
+        (reference,), _ = ray.wait(list(self._running), num_returns=1)
+        number, key, room = self._running.pop(reference)
+        self._load[number] -= room
+        return key, reference
+
+    def _call(self, number: int, key: str, room: int) -> None:
+        self.tries[key] += 1
+        self._load[number] += room
+        self._running[getattr(self._actors[number], self._method).remote(*self._calls[key])] = (number, key, room)
 
 
 def _last_line(error: Exception) -> str:

@@ -1,9 +1,10 @@
 """Turns the documents of a corpus into vectors, unit by unit: what is finished stays finished, whatever happens."""
 
 import dataclasses
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jobs import cluster
 from jobs.cluster import Encoders
@@ -13,8 +14,12 @@ from matryoshka import artifacts, corpus, embedding, model, storage
 from matryoshka.artifacts import Journal, Manifest, Receipt
 from matryoshka.config import Field, InputPath
 from matryoshka.corpus import Columns, Corpus
-from matryoshka.encode import TOKENS_PER_STEP, Precision
+from matryoshka.encode import Precision
+from matryoshka.tokens import Long
 from matryoshka.units import Unit, plan_units
+
+_WORTH_MEASURING = 20_000  # rows: from here on, the fastest size of step is measured
+_SAMPLE_ROWS = 1_000
 
 
 class Settings(StageSettings):
@@ -30,7 +35,8 @@ class Settings(StageSettings):
     text_column: str = Field("text", description="Column with the document's text.")
     unit_rows: int = Field(20_000, ge=1, description="Most rows in a unit, which is what one worker does in one go.")
     precision: Literal["auto", "bf16", "float32"] = Field("auto", description="auto: bf16 where a measurement says it pays.")
-    tokens_per_step: int | None = Field(None, ge=1, description="Padded tokens per forward pass; none: what suits the device.")
+    tokens_per_step: int | None = Field(None, ge=1, description="Most tokens in a forward pass; none: the fastest, measured.")
+    long: Long = Field("truncate", description="Texts beyond the model's window: cut, or the mean of overlapping windows.")
     workers: int | None = Field(None, ge=1, description="Encoder processes; none: one per GPU, or per CPU.")
     attempts: int = Field(3, ge=1, description="How often a unit is tried before it counts as failed.")
     fail_on_empty: bool = Field(False, description="Make an error of rows without text instead of leaving them out.")
@@ -44,7 +50,7 @@ def run(settings: Settings) -> Manifest:
     storage.keep_apart(output, *_places(settings.corpus, source), storage.local_path(settings.model))
     info = model.describe(settings.model)
     precision, tokens_per_step = _recorded(settings, known)
-    identity = embedding.make_identity(info, source.columns, precision, tokens_per_step, settings.unit_rows)
+    identity = embedding.make_identity(info, source.columns, precision, tokens_per_step, settings.unit_rows, settings.long)
     previous = artifacts.claim(output, "embeddings", identity, settings.replace)
     units = plan_units(source.files, settings.unit_rows)
     finished = artifacts.finished_receipts(output, previous, [unit.key for unit in units], compare_digests=settings.replace)
@@ -53,26 +59,65 @@ def run(settings: Settings) -> Manifest:
         say(f"embed: nothing to do, {output} is complete ({previous.num_rows} documents)")
         return previous
     with cluster.connected() as session:
-        device = cluster.capacity().device
-        precision = precision or session.choose_precision(settings.precision)
-        tokens_per_step = tokens_per_step or TOKENS_PER_STEP[device]
-        identity = embedding.make_identity(info, source.columns, precision, tokens_per_step, settings.unit_rows)
+        sample = _sample(source, todo) if tokens_per_step is None else []
+        best = session.calibrate(info, precision, tokens_per_step, sample)
+        identity = embedding.make_identity(
+            info, source.columns, best.precision, best.tokens_per_step, settings.unit_rows, settings.long
+        )
         manifest = embedding.make_manifest(source, info, identity, describe_run("embed", settings))
         artifacts.begin(output, manifest, previous)
-        pool = session.encoders(info, precision, tokens_per_step, settings.workers)
+        budget = embedding.tokens_per_step_that_fit(finished.values(), best.tokens_per_step)
+        pool = session.encoders(info, best.precision, budget, settings.workers, settings.long)
+        start = time.perf_counter()
         failures = _embed(pool, source, todo, settings, finished)
+        seconds = time.perf_counter() - start
+    done = [finished[unit.key] for unit in todo if unit.key in finished]
+    summary = embedding.summarise(done, seconds, best.flops_per_second)
+    if done:
+        _report(summary)
     if failures:
         key, error = next(iter(failures.items()))
         raise RuntimeError(
-            f"embed: {len(failures)} of {len(units)} units failed {settings.attempts} times ({key}: {error})."
-            " What is finished is kept. Mend the cause and run the same command again."
+            f"embed: {len(failures)} of {len(units)} units failed ({key}: {error})."
+            " The others are finished and kept. Mend the cause and run the same command again."
         )
     receipts = tuple(embedding.place(finished[unit.key], unit) for unit in units)
-    manifest = dataclasses.replace(manifest, receipts=receipts, is_complete=True)
+    facts = {**manifest.facts, "last_run": summary}
+    manifest = dataclasses.replace(manifest, facts=facts, receipts=receipts, is_complete=True)
     manifest.write(output)
     artifacts.remove_strangers(output, embedding.UNITS, manifest)
     say(f"embed: {manifest.num_rows} documents in {output}, {source.num_empty} rows had no text; {len(todo)} units done now")
     return manifest
+
+
+def _sample(source: Corpus, todo: Sequence[Unit]) -> list[str]:
+    """Returns documents to measure with, or none where measuring would take longer than it can gain."""
+    if not todo or sum(unit.num_rows for unit in todo) < _WORTH_MEASURING:
+        return []
+    unit = todo[0]
+    head = Unit(unit.name, unit.digest, unit.start, min(unit.start + _SAMPLE_ROWS, unit.stop))
+    return corpus.read_unit(source.path_of(head.name), source.columns, head)[1]
+
+
+def _report(summary: Mapping[str, Any]) -> None:
+    """Says what the run did and where its time went."""
+    say(
+        f"embed: {summary['num_documents']:,} documents and {summary['num_tokens']:,} tokens in {summary['seconds']} s:"
+        f" {summary['documents_per_second']:,.0f} documents/s, {summary['tokens_per_second']:,.0f} tokens/s"
+    )
+    say(
+        f"embed: workers computed {summary['compute_share']:.1%} of the time, waited for tokens"
+        f" {summary['wait_for_tokens_share']:.1%}, for the writer {summary['wait_for_writer_share']:.1%}, for work"
+        f" {summary['wait_for_work_share']:.1%}; padding {summary['padding_share']:.1%} of the tokens;"
+        f" {summary['matrix_rate_share']:.0%} of the measured matrix rate"
+    )
+    if summary["num_truncated"]:
+        say(
+            f"embed: {summary['num_truncated']:,} documents were longer than the model's window and lost"
+            f" {summary['num_cut_tokens']:,} tokens. Pass --long mean to keep them."
+        )
+    if summary["num_split"]:
+        say(f"embed: {summary['num_split']:,} documents were longer than the model's window and are the mean of several.")
 
 
 def _inspect(settings: Settings, known: Manifest | None) -> Corpus:

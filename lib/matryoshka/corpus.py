@@ -3,6 +3,7 @@
 Everything that can be wrong with an input is found here, by ``inspect``, before a worker is taken.
 """
 
+import collections
 import functools
 import glob
 import itertools
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -22,6 +25,8 @@ from matryoshka.units import InputFile, Unit
 
 _BATCH_ROWS = 16_384
 _SHOWN = 3
+_MOST_HASHES = 2**25  # at once: 256 MiB
+_LOOKED_AT = 1_000
 
 
 Stamps = tuple[tuple[str, int, int], ...]
@@ -204,10 +209,10 @@ def inspect(location: str, columns: Columns, known: Mapping[str, Any] | None = N
         digests = dict(zip(paths, pool.map(storage.digest_file, paths), strict=True))
         _refuse_copies(digests)
         checked = list(pool.map(lambda path: _inspect_file(path, columns), paths))
-    _refuse_duplicates([ids for ids, _ in checked], paths)
+        _refuse_duplicates(paths, columns, sum(num_rows for num_rows, _ in checked), pool)
     files = tuple(
-        InputFile(path.relative_to(root).as_posix(), digests[path], len(ids))
-        for path, (ids, _) in zip(paths, checked, strict=True)
+        InputFile(path.relative_to(root).as_posix(), digests[path], num_rows)
+        for path, (num_rows, _) in zip(paths, checked, strict=True)
     )
     corpus = Corpus(str(root), columns, files, sum(num_empty for _, num_empty in checked), stamps)
     if corpus.num_rows == corpus.num_empty:
@@ -246,18 +251,18 @@ def recall(known: Mapping[str, Any]) -> Corpus:
     return Corpus(known["root"], Columns(known["id_column"], known["text_column"]), files, known["num_empty"], stamps)
 
 
-def _inspect_file(path: Path, columns: Columns) -> tuple[pa.ChunkedArray, int]:
-    ids, num_empty, row = [], 0, 0
+def _inspect_file(path: Path, columns: Columns) -> tuple[int, int]:
+    """Returns how many rows a file has, and how many of them have no text."""
+    num_empty = row = 0
     for batch in _text_batches(path, [columns.id, columns.text], [columns.id]):
         batch_ids = batch.column(0)
         missing = pc.fill_null(pc.equal(batch_ids, ""), True)
         if pc.any(missing).as_py():
             first = row + pc.index(missing, True).as_py()
             raise ValueError(f"{path}: column '{columns.id}', row {first}: no id. Give every document an id.")
-        ids.append(batch_ids)
         num_empty += batch.num_rows - pc.sum(has_text(batch.column(1))).as_py()
         row += batch.num_rows
-    return pa.chunked_array(ids, pa.large_string()), num_empty
+    return row, num_empty
 
 
 def _refuse_copies(digests: Mapping[Path, str]) -> None:
@@ -268,17 +273,46 @@ def _refuse_copies(digests: Mapping[Path, str]) -> None:
             raise ValueError(f"{path}: is a copy of {first}, so every id stands twice. Take one of them out.")
 
 
-def _refuse_duplicates(ids_by_file: Sequence[pa.ChunkedArray], paths: Sequence[Path]) -> None:
-    every_id = pa.chunked_array([chunk for ids in ids_by_file for chunk in ids.chunks], pa.large_string())
-    if pc.count_distinct(every_id).as_py() == len(every_id):
-        return
-    counts = pc.value_counts(every_id)
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-    names = ", ".join(f"'{value}'" for value in repeated[:_SHOWN].to_pylist())
-    places = [str(path) for path, ids in zip(paths, ids_by_file, strict=True) if pc.any(pc.is_in(ids, repeated)).as_py()]
-    raise ValueError(
-        f"{', '.join(places[:_SHOWN])}: {len(repeated)} ids stand more than once (first: {names}). Give each document its own id."
-    )
+def _refuse_duplicates(paths: Sequence[Path], columns: Columns, num_rows: int, pool: ThreadPoolExecutor) -> None:
+    """Checks that no id stands twice, in memory that is bounded whatever the size of the corpus.
+
+    Hashes of ids are compared, a share of all hashes at a time; ids of equal hash are then looked at themselves.
+    """
+    num_shares = -(-num_rows // _MOST_HASHES)
+    for share in range(num_shares):
+        parts = pool.map(lambda path: _hash_ids(path, columns, share, num_shares), paths)  # noqa: B023 - used at once
+        hashes = np.concatenate(list(parts))
+        hashes.sort()
+        repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        for start in range(0, len(repeated), _LOOKED_AT):
+            _refuse_repeated(paths, columns, set(repeated[start : start + _LOOKED_AT].tolist()), len(repeated))
+
+
+def _hash_ids(path: Path, columns: Columns, share: int, num_shares: int) -> npt.NDArray[np.int64]:
+    """Returns the hashes of a file's ids that fall into one share of all hashes."""
+    batches = _text_batches(path, [columns.id], [columns.id])
+    parts = [np.fromiter(map(hash, batch.column(0).to_pylist()), np.int64, batch.num_rows) for batch in batches]
+    hashes = np.concatenate([np.empty(0, np.int64), *parts])
+    return hashes if num_shares == 1 else hashes[hashes % num_shares == share]
+
+
+def _refuse_repeated(paths: Sequence[Path], columns: Columns, hashes: Collection[int], num_repeated: int) -> None:
+    """Checks whether ids of equal hash are equal."""
+    counts: collections.Counter[str] = collections.Counter()
+    places: dict[str, list[str]] = {}
+    for path in paths:
+        for batch in _text_batches(path, [columns.id], [columns.id]):
+            found = [name for name in batch.column(0).to_pylist() if hash(name) in hashes]
+            counts.update(found)
+            for name in found:
+                places.setdefault(name, []).append(str(path))
+    names = [name for name, count in counts.items() if count > 1]
+    if names:
+        where = dict.fromkeys(place for name in names for place in places[name])
+        raise ValueError(
+            f"{', '.join(list(where)[:_SHOWN])}: {num_repeated} ids stand more than once"
+            f" (first: {', '.join(map(repr, names[:_SHOWN]))}). Give each document its own id."
+        )
 
 
 def read_unit(path: Path, columns: Columns, unit: Unit) -> tuple[list[str], list[str]]:

@@ -2,20 +2,28 @@
 
 import dataclasses
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from matryoshka import artifacts, corpus, storage, vectors
+from matryoshka.clock import PHASES, Clock
 from matryoshka.corpus import Columns, Corpus
 from matryoshka.encode import Encoder, Precision
 from matryoshka.model import ModelInfo
+from matryoshka.tokens import Long
 from matryoshka.units import Unit
 
 UNITS = "units"
 
 
 def make_identity(
-    info: ModelInfo, columns: Columns, precision: Precision | None, tokens_per_step: int | None, unit_rows: int
+    info: ModelInfo,
+    columns: Columns,
+    precision: Precision | None,
+    tokens_per_step: int | None,
+    unit_rows: int,
+    long: Long = "truncate",
 ) -> dict[str, Any]:
     """Returns what must be equal for two units to stand in one store: the model, and all that changes bytes or units."""
     return {
@@ -26,6 +34,7 @@ def make_identity(
         "precision": precision,
         "tokens_per_step": tokens_per_step,
         "unit_rows": unit_rows,
+        "long": long,
     }
 
 
@@ -47,31 +56,80 @@ def place(receipt: artifacts.Receipt, unit: Unit) -> artifacts.Receipt:
     return dataclasses.replace(receipt, details={**receipt.details, "slot": unit.slot})
 
 
-def embed_unit(encoder: Encoder, source: Corpus, unit: Unit, folder: Path) -> artifacts.Receipt:
+def embed_unit(encoder: Encoder, source: Corpus, unit: Unit, folder: Path, clock: Clock | None = None) -> artifacts.Receipt:
     """Embeds one unit, publishes its file, and returns its receipt.
+
+    Several threads of a worker may each be at a unit of their own: one reads while another computes and a third writes.
+
+    Args:
+        encoder: The model.
+        source: The corpus.
+        unit: The rows.
+        folder: The embeddings artifact.
+        clock: Counts what the worker does and waits for.
 
     Raises:
         ValueError: The input changed since it was planned, or documents (named) have no finite vector.
     """
-    start = time.perf_counter()
-    ids, texts = corpus.read_unit(source.path_of(unit.name), source.columns, unit)
+    start, clock = time.perf_counter(), clock or Clock()
+    with clock.phase("read"):
+        ids, texts = corpus.read_unit(source.path_of(unit.name), source.columns, unit)
+        tokens = encoder.tokenise(texts, "document")
     try:
-        encoded = encoder.encode(texts, "document")
+        with clock.phase("compute"):
+            encoded = encoder.compute(tokens, "document")
     except ValueError as error:
         reason, rows = error.args if len(error.args) == 2 else (error, [])
         names = ", ".join(f"'{ids[row]}'" for row in rows[:3])
         raise ValueError(f"{unit.name}, rows {unit.start} to {unit.stop}: {reason} ({len(rows)} documents: {names}).") from None
-    encode_seconds = time.perf_counter() - start
     path = folder / UNITS / f"{unit.key}.parquet"
-    with storage.publish(path) as temporary:
-        vectors.write_unit(temporary, ids, encoded.vectors)
+    with clock.phase("write"):
+        with storage.publish(path) as temporary:
+            vectors.write_unit(temporary, ids, encoded.vectors)
+        record = artifacts.FileRecord.of(folder, path)
     details = {
         "slot": unit.slot,
         "num_empty": unit.num_rows - len(ids),
-        "num_tokens": encoded.num_tokens,
-        "num_padded_tokens": encoded.num_padded_tokens,
-        "num_truncated": encoded.num_truncated,
-        "encode_seconds": round(encode_seconds, 3),
+        **{name: getattr(encoded, name) for name in _COUNTS},
         "seconds": round(time.perf_counter() - start, 3),
+        **{f"{name}_seconds": round(seconds, 3) for name, seconds in clock.take().items()},
     }
-    return artifacts.Receipt(unit.key, len(ids), (artifacts.FileRecord.of(folder, path),), details)
+    return artifacts.Receipt(unit.key, len(ids), (record,), details)
+
+
+_COUNTS = ("num_tokens", "num_padded_tokens", "num_truncated", "num_cut_tokens", "num_split", "num_flops", "tokens_per_step")
+
+
+def summarise(receipts: Iterable[artifacts.Receipt], seconds: float, flops_per_second: float) -> dict[str, Any]:
+    """Returns what a run did and where its time went, from the receipts of the units that it finished.
+
+    Args:
+        receipts: Of the units of this run.
+        seconds: How long the run took, from the first call to a worker to the last receipt.
+        flops_per_second: What one worker could reach with large matrix products.
+    """
+    totals: dict[str, float] = {"num_documents": 0}
+    for receipt in receipts:
+        totals["num_documents"] += receipt.num_rows
+        for name in (*_COUNTS[:-1], *(f"{phase}_seconds" for phase in PHASES)):
+            totals[name] = totals.get(name, 0) + receipt.details[name]
+    phases = {phase: totals.pop(f"{phase}_seconds", 0.0) for phase in PHASES}
+    worker_seconds = sum(phases.values()) or 1.0
+    num_tokens, num_flops = totals.get("num_tokens", 0), totals.pop("num_flops", 0)
+    return {
+        **totals,
+        "seconds": round(seconds, 1),
+        "documents_per_second": round(totals["num_documents"] / max(seconds, 1e-9), 1),
+        "tokens_per_second": round(num_tokens / max(seconds, 1e-9), 1),
+        "padding_share": round(1 - num_tokens / max(totals.get("num_padded_tokens", 0), 1), 4),
+        "compute_share": round(phases["compute"] / worker_seconds, 4),
+        "wait_for_tokens_share": round(phases["read"] / worker_seconds, 4),
+        "wait_for_writer_share": round(phases["write"] / worker_seconds, 4),
+        "wait_for_work_share": round(phases["idle"] / worker_seconds, 4),
+        "matrix_rate_share": round(num_flops / max(phases["compute"], 1e-9) / flops_per_second, 4),
+    }
+
+
+def tokens_per_step_that_fit(receipts: Iterable[artifacts.Receipt], planned: int) -> int:
+    """Returns the smallest budget that any worker ended up with: where memory ran out once, it would again."""
+    return min((receipt.details["tokens_per_step"] for receipt in receipts), default=planned)

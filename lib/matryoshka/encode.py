@@ -1,26 +1,31 @@
-"""Text to vectors: batches of like length under a token budget, normalised, float16.
+"""Token ids to vectors: packed steps under a token budget, normalised on the device, float16.
 
-Prompts are put before texts here and nowhere else.
+Steps are queued on the device without waiting for any of them; the host waits once, for all vectors of a call.
 """
 
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from matryoshka import model
+from matryoshka.packed import Attention, CannotPackError, PackedModel
+from matryoshka.tokens import Long, Role, Tokeniser, TokeniserPool, Tokens
 
-Role = Literal["query", "document"]
 Precision = Literal["float32", "bf16"]
 
-# Padded tokens per step. CPU: 2-4k measured best with MiniLM (larger batches fall out of the caches).
-TOKENS_PER_STEP = {"cpu": 4_096, "cuda": 65_536}
+# Tokens per step where nothing was measured. CPU: larger steps fall out of the caches.
+TOKENS_PER_STEP = {"cpu": 2_048, "cuda": 65_536}
 
-_BF16_MUST_GAIN = 1.3
+_CHECK_LENGTHS = (130, 60, 33, 16, 12, 5)
+_ROUNDING = 1e-5  # least difference of cosines that float32 itself explains
+_TIMES_DTYPE = 4  # a packed step may differ from a padded one this many times as much as its dtype from float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,114 +36,301 @@ class Encoded:
         vectors: Unit length, float16, in the order of the texts; [N, D].
         num_tokens: Real tokens, prompts and special tokens included.
         num_padded_tokens: Tokens that went through the model, padding included.
-        num_truncated: Texts that were longer than the model's window.
+        num_truncated: Texts that were longer than the model's window and lost their end.
+        num_cut_tokens: Tokens that they lost.
+        num_split: Texts that were longer than the window and are the mean of several windows.
+        num_flops: Floating-point operations of the matrix products that the real tokens need.
+        tokens_per_step: The budget that held in the end: memory may have run out on the way.
+        compute_seconds: From the first step to the last vector on the host.
     """
 
     vectors: npt.NDArray[np.float16]
     num_tokens: int
     num_padded_tokens: int
     num_truncated: int
-
-
-def best_precision(device: str) -> Precision:
-    """Returns ``bf16`` where a small measurement shows that it pays on this machine, else ``float32``.
-
-    No list of processors decides: bf16 without hardware for it runs, several times slower.
-    """
-    seconds = {dtype: _matrix_seconds(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    return "bf16" if seconds[torch.float32] >= _BF16_MUST_GAIN * seconds[torch.bfloat16] else "float32"
-
-
-def _matrix_seconds(device: str, dtype: torch.dtype) -> float:
-    left = torch.full((1024, 384), 0.01, dtype=dtype, device=device)
-    right = torch.full((384, 1536), 0.01, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(30):  # the best of many: other work on the machine must not decide
-        start = time.perf_counter()
-        product = left @ right
-        float(product[0, 0])  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return best
+    num_cut_tokens: int
+    num_split: int
+    num_flops: float
+    tokens_per_step: int
+    compute_seconds: float
 
 
 class Encoder:
-    """A loaded model that turns texts into vectors.
+    """A loaded model that turns texts into vectors; several threads may use it, one of them computes at a time.
 
     Args:
         folder: A model folder.
         device: ``cpu`` or ``cuda``.
         precision: Of weights and activations; pooled vectors are normalised in float32 either way.
-        tokens_per_step: Most padded tokens in one forward pass; by default what suits the device.
+        tokens_per_step: Most tokens in one forward pass; by default what suits the device.
+        long: What becomes of texts beyond the model's window: ``truncate``, or ``mean`` of overlapping windows.
+        num_tokenisers: Processes that tokenise; with 0, the calling thread does.
+
+    Attributes:
+        notice: Why the model runs padded; empty where it runs packed.
+        tokens_per_step: The budget; it is halved when memory runs out.
     """
 
-    def __init__(self, folder: Path, device: str, precision: Precision, tokens_per_step: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        device: str,
+        precision: Precision,
+        tokens_per_step: int | None = None,
+        long: Long = "truncate",
+        num_tokenisers: int = 0,
+    ) -> None:
         self._device = device
-        self._tokens_per_step = tokens_per_step or TOKENS_PER_STEP[device]
+        self.tokens_per_step = tokens_per_step or TOKENS_PER_STEP[device]
         self._model = model.load(folder, device).eval()
-        if precision == "bf16":
-            self._model = self._model.to(torch.bfloat16)
+        self._width = int(self._model.get_embedding_dimension() or 0)
+        self._window = int(self._model.max_seq_length or self._model.tokenizer.model_max_length)
+        self._prompts = {role: text for role in ("query", "document") if (text := self._model.prompts.get(role))}
+        tokeniser = Tokeniser(model.rust_tokenizer(self._model), self._window, self._prompts, long)
+        self._tokenise = TokeniserPool(tokeniser, num_tokenisers)
+        self._turn = threading.Lock()
+        self._flops_per_token, self._flops_per_square = _count_flops(self._model)
+        self._packed, self.notice = self._choose_path(precision)
+
+    def tokenise(self, texts: list[str], role: Role) -> Tokens:
+        """Returns the tokens of texts, with the model's prompt for queries or documents put before each."""
+        return self._tokenise(texts, role)
 
     def encode(self, texts: list[str], role: Role) -> Encoded:
-        """Returns the vectors of texts, with the model's prompt for queries or documents put before each.
+        """Returns the vectors of texts.
 
         Raises:
             ValueError: A vector is not finite or has no length; ``args[1]`` holds the numbers of the texts.
 
         Shapes: vectors [N, D].
         """
-        prompt = self._model.prompts.get(role) or ""
-        tokenizer = self._model.tokenizer
-        max_tokens = self._model.max_seq_length or tokenizer.model_max_length
-        prompted = [prompt + text for text in texts] if prompt else texts
-        tokens = tokenizer(prompted, truncation=True, max_length=max_tokens) if texts else {"input_ids": []}
-        lengths = np.asarray([len(ids) for ids in tokens["input_ids"]], dtype=np.int64)
-        num_truncated = sum(bool(encoding.overflowing) for encoding in getattr(tokens, "encodings", None) or ())
-        extras = self._prompt_extras(prompt)
-        vectors = np.zeros((len(texts), self._width), dtype=np.float16)
-        num_padded = 0
+        return self.compute(self.tokenise(texts, role), role)
+
+    def compute(self, tokens: Tokens, role: Role) -> Encoded:
+        """Returns the vectors of tokenised texts.
+
+        Raises:
+            ValueError: As ``encode``.
+            RuntimeError: A single document does not fit into the device's memory.
+        """
+        start = time.perf_counter()
+        order = np.argsort(-tokens.lengths, kind="stable")
+        with self._turn:
+            windows, num_padded = self._run(tokens, order, self._prompt_extras(role))
+        vectors = self._on_host(windows)
+        vectors[order] = vectors.copy()
+        broken = _find_broken(vectors)
+        if broken.size and self._packed:  # scores that overflow in one kernel may not in the other
+            with self._turn:
+                again, _ = self._run(tokens, broken, self._prompt_extras(role), is_padded=True)
+            vectors[broken] = self._on_host(again)
+            broken = _find_broken(vectors)
+        if broken.size:
+            numbers = np.unique(tokens.owners[broken]).tolist()
+            raise ValueError("the model gave vectors that are not finite or have no length", numbers)
+        squares = float(np.square(tokens.lengths, dtype=np.float64).sum())
+        return Encoded(
+            _average(vectors, tokens),
+            int(tokens.lengths.sum()),
+            num_padded,
+            tokens.num_truncated,
+            tokens.num_cut_tokens,
+            tokens.num_split,
+            self._flops_per_token * float(tokens.lengths.sum()) + self._flops_per_square * squares,
+            self.tokens_per_step,
+            time.perf_counter() - start,
+        )
+
+    def close(self) -> None:
+        """Ends the tokenising processes."""
+        self._tokenise.close()
+
+    def _run(
+        self, tokens: Tokens, order: npt.NDArray[np.int64], extras: dict[str, int], *, is_padded: bool = False
+    ) -> tuple[Tensor, int]:
+        """Queues the steps of some windows; returns their unit vectors, in the order given, and the tokens of all steps."""
+        stream = _Stream.of(tokens, order, self._packed.first_position if self._packed else 0, self._device)
+        vectors = torch.zeros((len(order), self._width), dtype=torch.float16, device=self._device)
+        is_padded = is_padded or self._packed is None
+        start = num_padded = 0
         with torch.inference_mode():
-            for rows in plan_steps(lengths, self._tokens_per_step):
-                step = {name: [values[row] for row in rows] for name, values in tokens.items()}
-                features = tokenizer.pad(step, return_tensors="pt").to(self._device)
-                num_padded += features["input_ids"].numel()
-                pooled = self._model({**features, **extras})["sentence_embedding"]
-                vectors[rows] = torch.nn.functional.normalize(pooled.float(), dim=-1).half().cpu().numpy()
-        _refuse_broken(vectors)
-        return Encoded(vectors, int(lengths.sum()), num_padded, num_truncated)
+            while start < len(order):
+                stop = end_of_step(stream.lengths, start, self.tokens_per_step, is_padded=is_padded)
+                step = stream.step(start, stop)
+                try:
+                    pooled = self._padded_step(step, extras) if is_padded else self._packed_step(step, extras)
+                    vectors[start:stop] = torch.nn.functional.normalize(pooled.float(), dim=-1).half()
+                except torch.OutOfMemoryError:
+                    self._halve(stop - start, int(stream.lengths[start]))
+                    continue
+                num_padded += int(step.lengths[0]) * len(step.lengths) if is_padded else int(step.lengths.sum())
+                start = stop
+        return vectors, num_padded
 
-    @property
-    def _width(self) -> int:
-        return int(self._model.get_embedding_dimension() or 0)
+    def _halve(self, num_documents: int, longest: int) -> None:
+        if num_documents == 1:
+            raise RuntimeError(f"a document of {longest} tokens does not fit into the memory of the {self._device} device")
+        self.tokens_per_step = max(self.tokens_per_step // 2, 1)
+        torch.cuda.empty_cache()
 
-    def _prompt_extras(self, prompt: str) -> dict[str, int]:
+    def _packed_step(self, step: "_Stream", extras: dict[str, int]) -> Tensor:
+        assert self._packed is not None
+        return self._packed(step.ids, step.positions, step.owners, step.bounds, step.lengths, extras)
+
+    def _padded_step(self, step: "_Stream", extras: dict[str, int]) -> Tensor:
+        lengths = torch.from_numpy(step.lengths).to(self._device)
+        mask = torch.arange(int(step.lengths[0]), device=self._device) < lengths[:, None]  # [n, longest]
+        ids = torch.full(mask.shape, self._model.tokenizer.pad_token_id or 0, device=self._device)
+        ids[mask] = step.ids.long()
+        pooled: Tensor = self._model({"input_ids": ids, "attention_mask": mask.long(), **extras})["sentence_embedding"]
+        return pooled
+
+    def _on_host(self, vectors: Tensor) -> npt.NDArray[np.float16]:
+        """Returns vectors once they are computed; other threads may queue their own steps meanwhile."""
+        if self._device == "cpu":
+            return np.asarray(vectors.numpy())
+        host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
+        host.copy_(vectors, non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        done.synchronize()
+        return np.asarray(host.numpy())
+
+    def _prompt_extras(self, role: Role) -> dict[str, int]:
         """Returns what the pooling needs where it leaves the prompt's tokens out (as Instructor models do)."""
-        if not prompt:
-            return {}
-        length = self._model.preprocess([""], prompt=prompt).get("prompt_length")
+        prompt = self._prompts.get(role)
+        length = self._model.preprocess([""], prompt=prompt).get("prompt_length") if prompt else None
         return {} if length is None else {"prompt_length": int(length)}
 
+    def _choose_path(self, precision: Precision) -> tuple[PackedModel | None, str]:
+        """Casts the model, and returns it packed if a few documents then have the vectors that they have when padded."""
+        reference = self._check_vectors(None)
+        if precision == "bf16":
+            self._model = self._model.to(torch.bfloat16)
+        tolerance = max(_ROUNDING, _TIMES_DTYPE * _difference(self._check_vectors(None), reference))
+        notice = ""
+        has_kernel = self._device == "cuda" and precision == "bf16"
+        kinds: tuple[Attention, ...] = ("varlen", "grouped") if has_kernel else ("grouped",)
+        for attention in kinds:
+            try:
+                packed = PackedModel(self._model, attention)
+                difference = _difference(self._check_vectors(packed), reference)
+            except (CannotPackError, RuntimeError, TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
+                notice = notice or str(error).splitlines()[0]
+                continue
+            if difference <= tolerance:
+                return packed, ""
+            notice = f"packed vectors differ from padded ones by {difference:.1e} (explained: {tolerance:.1e})"
+        return None, f"batches are padded: {notice}"
 
-def plan_steps(lengths: npt.NDArray[np.int64], tokens_per_step: int) -> list[npt.NDArray[np.int64]]:
-    """Returns which rows go through the model together: of like length, longest first, within the budget when padded.
+    def _check_vectors(self, packed: PackedModel | None) -> npt.NDArray[np.float64]:
+        """Returns vectors of a few documents of made-up tokens by one of the two paths."""
+        lengths = np.minimum(_CHECK_LENGTHS, self._window)
+        count = int(self._model.tokenizer.vocab_size)
+        ids = np.random.default_rng(0).integers(count // 2, count, lengths.sum(), dtype=np.int32)
+        tokens = Tokens(ids, lengths, np.arange(len(lengths)), len(lengths))
+        self._packed = packed
+        vectors, _ = self._run(tokens, np.arange(len(lengths)), {})
+        return self._on_host(vectors).astype(np.float64)
 
-    Longest first makes the first step the largest, so that memory runs out at once or never. A single text that is longer
-    than the budget is a step of its own. Every row is in exactly one step.
 
-    >>> [rows.tolist() for rows in plan_steps(np.array([3, 9, 2, 4]), tokens_per_step=9)]
-    [[1], [3, 0], [2]]
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """Windows end to end, longest first: ids, positions and owners of T tokens on the device, lengths of N windows here."""
+
+    ids: Tensor
+    positions: Tensor
+    owners: Tensor
+    bounds: Tensor
+    lengths: npt.NDArray[np.int64]
+    edges: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, tokens: Tokens, order: npt.NDArray[np.int64], first_position: int, device: str) -> "_Stream":
+        """Returns the stream of some windows, with one copy to the device for each part."""
+        lengths = tokens.lengths[order]
+        edges = np.concatenate([[0], np.cumsum(lengths)])
+        places = np.arange(edges[-1]) - np.repeat(edges[:-1], lengths)  # [T], of each token in its window
+        firsts = np.cumsum(tokens.lengths) - tokens.lengths
+        ids = tokens.ids[np.repeat(firsts[order], lengths) + places]
+        owners = np.repeat(np.arange(len(order)), lengths)
+
+        def put(array: npt.NDArray[Any], dtype: torch.dtype) -> Tensor:
+            tensor = torch.from_numpy(array).to(dtype)
+            return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+        return cls(
+            put(ids, torch.int32),
+            put(places + first_position, torch.int64),
+            put(owners, torch.int64),
+            put(edges, torch.int32),
+            lengths,
+            edges,
+        )
+
+    def step(self, start: int, stop: int) -> "_Stream":
+        """Returns windows ``start`` to ``stop`` as a stream of their own; nothing is copied from the host."""
+        rows = slice(int(self.edges[start]), int(self.edges[stop]))
+        return replace(
+            self,
+            ids=self.ids[rows],
+            positions=self.positions[rows],
+            owners=self.owners[rows] - start,
+            bounds=self.bounds[start : stop + 1] - rows.start,
+            lengths=self.lengths[start:stop],
+            edges=self.edges[start : stop + 1] - rows.start,
+        )
+
+
+def end_of_step(lengths: npt.NDArray[np.int64], start: int, tokens_per_step: int, *, is_padded: bool = False) -> int:
+    """Returns where the step that begins at ``start`` ends: as many windows as the budget holds, and at least one.
+
+    Longest first makes the first step the largest, so that memory runs out at once or never.
+
+    Args:
+        lengths: Tokens of all windows, longest first; [N].
+        start: First window of the step.
+        tokens_per_step: Most tokens of a step; a longer window is a step of its own.
+        is_padded: Whether every window of a step costs as much as its longest.
+
+    >>> end_of_step(np.array([9, 4, 3, 2]), 1, tokens_per_step=9)
+    4
+    >>> end_of_step(np.array([9, 4, 3, 2]), 1, tokens_per_step=9, is_padded=True)
+    3
     """
-    order = np.argsort(-lengths, kind="stable")
-    steps, start = [], 0
-    while start < len(order):
-        longest = max(int(lengths[order[start]]), 1)
-        stop = min(start + max(tokens_per_step // longest, 1), len(order))
-        steps.append(order[start:stop])
-        start = stop
-    return steps
+    if is_padded:
+        count = tokens_per_step // max(int(lengths[start]), 1)
+    else:
+        count = int(np.searchsorted(np.cumsum(lengths[start : start + tokens_per_step]), tokens_per_step, side="right"))
+    return int(min(start + max(count, 1), len(lengths)))
 
 
-def _refuse_broken(vectors: npt.NDArray[np.float16]) -> None:
+def _average(vectors: npt.NDArray[np.float16], tokens: Tokens) -> npt.NDArray[np.float16]:
+    """Returns one unit vector per text: the mean of its windows, weighted by their tokens.
+
+    Shapes: vectors [windows, D]; result [N, D].
+    """
+    if len(vectors) == tokens.num_texts:
+        return vectors
+    weighted = vectors.astype(np.float32) * tokens.lengths[:, None]
+    sums = np.add.reduceat(weighted, np.searchsorted(tokens.owners, np.arange(tokens.num_texts)), axis=0)
+    return np.asarray(sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-9)).astype(np.float16)
+
+
+def _find_broken(vectors: npt.NDArray[np.float16]) -> npt.NDArray[np.int64]:
     squares = np.einsum("nd,nd->n", vectors, vectors, dtype=np.float32)
-    broken = np.flatnonzero(~(np.abs(squares - 1) < 0.01))
-    if broken.size:
-        raise ValueError("the model gave vectors that are not finite or have no length", broken.tolist())
+    return np.flatnonzero(~(np.abs(squares - 1) < 0.01))
+
+
+def _difference(left: npt.NDArray[np.float64], right: npt.NDArray[np.float64]) -> float:
+    """Returns the largest 1 - cosine of corresponding rows; infinite where one is not a number."""
+    norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    return float(np.nan_to_num(np.max(1 - (left * right).sum(axis=1) / norms), nan=np.inf))
+
+
+def _count_flops(loaded: Any) -> tuple[float, float]:
+    """Returns the operations of a model's matrix products: per token, and per square of a document's tokens."""
+    weights = sum(part.weight.numel() for part in loaded[0].modules() if isinstance(part, torch.nn.Linear))
+    config = getattr(getattr(loaded[0], "auto_model", None), "config", None)
+    width, layers = getattr(config, "hidden_size", 0), getattr(config, "num_hidden_layers", 0)
+    return 2.0 * weights, 4.0 * width * layers

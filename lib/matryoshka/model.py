@@ -183,6 +183,19 @@ def dropout_rates(folder: Path) -> dict[str, float]:
     return {name: rate for name, rate in config.items() if "dropout" in name and isinstance(rate, float)}
 
 
+def rust_tokenizer(loaded: "SentenceTransformer") -> Any:
+    """Returns the ``tokenizers.Tokenizer`` of a loaded model.
+
+    Raises:
+        ValueError: Its tokenizer is written in Python only.
+    """
+    tokenizer = getattr(loaded.tokenizer, "backend_tokenizer", None)
+    if tokenizer is None:
+        name = type(loaded.tokenizer).__name__
+        raise ValueError(f"{name}: a tokenizer in Python only. Save the model with a fast one (tokenizer.json).")
+    return tokenizer
+
+
 def quieten() -> None:
     """Leaves only errors of the model libraries in the log; a job calls it once, a library never."""
     for name in ("sentence_transformers", "transformers", "huggingface_hub", "datasets", "accelerate"):

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,13 @@ def publish_bytes(path: Path, data: bytes) -> None:
 def publish_json(path: Path, value: Any) -> None:
     """Writes a value as indented JSON, atomically."""
     publish_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def publish_json_lines(path: Path, head: Mapping[str, Any], key: str, values: Iterable[Any]) -> None:
+    """Writes a JSON object atomically: ``head``, then one more key that holds a list, with one of its values per line."""
+    text = json.dumps(dict(head), indent=1, ensure_ascii=False).removesuffix("\n}")
+    lines = ",\n".join(json.dumps(value, ensure_ascii=False) for value in values)
+    publish_bytes(path, f'{text},\n "{key}": [\n{lines}\n ]\n}}\n'.encode())
 
 
 def read_json(path: Path) -> Any:

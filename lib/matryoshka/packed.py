@@ -1,0 +1,289 @@
+"""Forward passes without padding: documents lie end to end, and attention stays within each of them.
+
+The model's own code runs unchanged but for its attention, which transformers lets one replace by name. On CUDA that is one
+variable-length kernel; elsewhere documents of like length are attended to together.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+Attention = Literal["varlen", "grouped"]
+
+# Families whose attention can be replaced, and where their positions start (RoBERTa's kin: after the padding index).
+FIRST_POSITIONS = {
+    "bert": 0,
+    "camembert": 2,
+    "distilbert": 0,
+    "electra": 0,
+    "modernbert": 0,
+    "mpnet": 2,
+    "qwen3": 0,
+    "roberta": 2,
+    "xlm-roberta": 2,
+}
+
+_TILE = 16  # lengths within attention are rounded up to this; CPU kernels run twice as fast on whole tiles [measured, AMX]
+
+
+class CannotPackError(Exception):
+    """A model cannot run packed; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Documents whose lengths round up to the same number of tiles: one batch of attention.
+
+    Attributes:
+        num_documents: n.
+        length: P, their rounded length.
+        is_real: Which of the n x P places hold a token; None where all do.
+    """
+
+    num_documents: int
+    length: int
+    is_real: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the documents of one step lie in its stream of T tokens.
+
+    Attributes:
+        bounds: First token of each document, and T; int32, [N + 1].
+        max_length: Tokens of the longest.
+        groups: For grouped attention, in the order of the stream.
+        spread: For each place of all groups, the token that stands there; [sum of n x P].
+        collect: For each token, its place; [T].
+        masks: What layers of this step share, by group and window.
+    """
+
+    bounds: Tensor
+    max_length: int
+    groups: tuple[Group, ...] = ()
+    spread: Tensor | None = None
+    collect: Tensor | None = None
+    masks: dict[Any, Tensor | None] = field(default_factory=dict)
+
+
+def group_documents(lengths: npt.NDArray[np.int64], device: str) -> tuple[tuple[Group, ...], Tensor, Tensor]:
+    """Returns (groups, spread, collect) of documents that lie end to end, longest first; see ``Layout``."""
+    starts = np.cumsum(lengths) - lengths
+    rounded = -(-lengths // _TILE) * _TILE
+    edges = [0, *(np.flatnonzero(np.diff(rounded)) + 1).tolist(), len(lengths)]
+    groups, spread, collect, num_places = [], [], [], 0
+    for first, last in itertools.pairwise(edges):
+        places = np.arange(rounded[first])
+        is_real = places < lengths[first:last, None]  # [n, P]
+        spread.append((starts[first:last, None] + np.where(is_real, places, 0)).ravel())
+        collect.append(num_places + np.flatnonzero(is_real))
+        num_places += is_real.size
+        mask = None if is_real.all() else torch.from_numpy(is_real).to(device)
+        groups.append(Group(int(last - first), int(rounded[first]), mask))
+    return (
+        tuple(groups),
+        torch.from_numpy(np.concatenate(spread)).to(device),
+        torch.from_numpy(np.concatenate(collect)).to(device),
+    )
+
+
+def grouped_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _attention_mask: Tensor | None,
+    *,
+    layout: Layout,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Returns attention within each document, group by group.
+
+    Shapes: query [1, H, T, d]; key, value [1, H or fewer, T, d]; bias [1, H, P, P] or larger; result [1, T, H, d].
+    """
+    assert layout.spread is not None
+    assert layout.collect is not None
+    # One row per place: T tokens become sum(n x P) places, in which every group is a block of equal lengths.
+    q, k, v = (part[0].transpose(0, 1).index_select(0, layout.spread) for part in (query, key, value))
+    is_causal = bool(getattr(module, "is_causal", False))
+    parts, start = [], 0
+    for number, group in enumerate(layout.groups):
+        rows, shape = (
+            slice(start, start + group.num_documents * group.length),
+            (group.num_documents, group.length, -1, q.shape[2]),
+        )
+        own_q, own_k, own_v = (part[rows].view(shape).transpose(1, 2) for part in (q, k, v))  # [n, H, P, d]
+        mask = _mask(layout, number, sliding_window, is_causal, bias)
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            own_q,
+            own_k,
+            own_v,
+            attn_mask=mask,
+            is_causal=is_causal and mask is None,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        parts.append(attended.transpose(1, 2).flatten(0, 1))
+        start = rows.stop
+    return torch.cat(parts).index_select(0, layout.collect).unsqueeze(0), None
+
+
+def _mask(layout: Layout, number: int, window: int | None, is_causal: bool, bias: Tensor | None) -> Tensor | None:
+    """Returns what a group's attention must leave out or add: [n, 1 or H, P, P], or None.
+
+    Padding stands after a document, so that a causal mask hides it as well.
+    """
+    key = (number, window)
+    if key not in layout.masks:
+        group, allowed = layout.groups[number], None
+        device = layout.bounds.device
+        if window is not None and window < group.length:
+            places = torch.arange(group.length, device=device)
+            distance = places[:, None] - places[None, :]
+            allowed = ((distance.abs() < window) & ((distance >= 0) | (not is_causal)))[None, None]
+        if group.is_real is not None and not (is_causal and allowed is None):
+            real = group.is_real[:, None, None, :].expand(-1, 1, group.length, -1)
+            # A row of padding would otherwise see nothing at all, and softmax over nothing is not a number.
+            allowed = real if allowed is None else (real & allowed) | ~group.is_real[:, None, :, None]
+        layout.masks[key] = allowed
+        if bias is not None:
+            own = bias[..., : group.length, : group.length]
+            layout.masks[key] = own if allowed is None else own.masked_fill(~allowed, float("-inf"))
+    return layout.masks[key]
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _attention_mask: Tensor | None,
+    *,
+    layout: Layout,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Returns attention within each document by torch's variable-length kernel (CUDA, half precision).
+
+    Shapes: as ``grouped_attention``.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    reach = -1 if sliding_window is None else sliding_window - 1
+    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # [T, H, d]
+    shared: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    window = (reach, 0 if getattr(module, "is_causal", False) else reach)
+    ends = (layout.bounds, layout.bounds, layout.max_length, layout.max_length)
+    attended = varlen_attn(q, k, v, *ends, scale=scaling, window_size=window, **shared)
+    assert isinstance(attended, Tensor)
+    return attended.unsqueeze(0), None
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"varlen": varlen_attention, "grouped": grouped_attention}
+
+
+class PackedModel:
+    """A sentence-transformers model whose transformer runs on documents laid end to end.
+
+    Args:
+        model: Its first module is the transformer; the modules after it (pooling, dense, normalise) run as they are.
+        attention: ``varlen`` or ``grouped``.
+
+    Raises:
+        CannotPackError: The model is of a family whose attention cannot be replaced, or pools in an unknown way.
+    """
+
+    def __init__(self, model: Any, attention: Attention) -> None:
+        self._network, self._tail = _take_apart(model)
+        family = self._network.config.model_type
+        self._attention = attention
+        self.first_position = FIRST_POSITIONS[family]
+        self._name = f"matryoshka_{attention}"
+        self._layout: Layout | None = None
+        self._is_adapted = family == "mpnet"
+        if self._is_adapted:
+            if attention != "grouped":
+                raise CannotPackError("its relative positions need grouped attention")
+            _adapt_mpnet(self._network, lambda: self._layout)
+        AttentionInterface.register(self._name, _FUNCTIONS[attention])
+        AttentionMaskInterface.register(self._name, lambda *_, **__: None)
+
+    def __call__(
+        self, ids: Tensor, positions: Tensor, owners: Tensor, bounds: Tensor, lengths: npt.NDArray[np.int64], extras: Any
+    ) -> Tensor:
+        """Returns the pooled vectors of documents that lie end to end, longest first.
+
+        Args:
+            ids: Token ids; [T].
+            positions: Of each token in its document, counted from ``first_position``; [T].
+            owners: Number of each token's document; [T].
+            bounds: First token of each document, and T; int32, [N + 1].
+            lengths: Tokens of each document, on the host; [N].
+            extras: Further features for the modules after the transformer.
+
+        Shapes: result [N, D].
+        """
+        parts = group_documents(lengths, str(ids.device)) if self._attention == "grouped" else ()
+        self._layout = layout = Layout(bounds, int(lengths[0]), *parts)
+        own = getattr(self._network.config, "_attn_implementation", None)
+        self._network.set_attn_implementation(own if self._is_adapted else self._name)
+        try:
+            hidden = self._network(input_ids=ids[None], position_ids=positions[None], layout=layout)[0]
+        finally:
+            self._layout = None
+            self._network.set_attn_implementation(own)
+        features = {"token_embeddings": hidden, "cu_seq_lens_q": bounds, "seq_idx": owners[None], **extras}
+        for module in self._tail:
+            features = module(features)
+        pooled: Tensor = features["sentence_embedding"]
+        return pooled
+
+
+def _take_apart(model: Any) -> tuple[Any, list[Any]]:
+    """Returns the transformer of a model, and the modules after it."""
+    first, *tail = model
+    network = getattr(first, "auto_model", None)
+    family = getattr(getattr(network, "config", None), "model_type", type(first).__name__)
+    if network is None or family not in FIRST_POSITIONS:
+        raise CannotPackError(f"models of type '{family}' are not known to pack")
+    if not tail or not hasattr(tail[0], "pooling_mode"):
+        raise CannotPackError("its second module does not pool")
+    return network, tail
+
+
+def _adapt_mpnet(network: Any, layout: Callable[[], Layout | None]) -> None:
+    """Gives MPNet, which does not let its attention be replaced by name, grouped attention with its relative positions."""
+
+    def position_bias(own: Callable[..., Tensor], hidden: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        at_hand = layout()
+        if at_hand is None:
+            return own(hidden, *arguments, **named)
+        return own(hidden[:, : max(group.length for group in at_hand.groups)], *arguments, **named)
+
+    def attend(own: Callable[..., Any], module: Any, hidden: Tensor, mask: Any = None, bias: Any = None, **named: Any) -> Any:
+        at_hand = layout()
+        if at_hand is None:
+            return own(hidden, mask, bias, **named)
+        shape = (*hidden.shape[:-1], -1, module.attention_head_size)
+        q, k, v = (projection(hidden).view(shape).transpose(1, 2) for projection in (module.q, module.k, module.v))
+        attended, _ = grouped_attention(module, q, k, v, None, layout=at_hand, bias=bias)
+        return (module.o(attended.flatten(2)),)
+
+    encoder = network.encoder
+    encoder.compute_position_bias = functools.partial(position_bias, encoder.compute_position_bias)
+    for layer in encoder.layer:
+        module = layer.attention.attn
+        module.forward = functools.partial(attend, module.forward, module)

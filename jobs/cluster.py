@@ -345,14 +345,14 @@ def run_on_actors(
     """
     crew = _Crew(actors, method, calls)
     losses_in_a_row = 0
-    while crew.start():
-        key, reference = crew.next()
+    while call := crew.next():
+        key, number, reference = call
         is_last = crew.tries[key] >= attempts
         try:
             yield Outcome(key, ray.get(reference))
             losses_in_a_row = 0
         except RayActorError as error:
-            losses_in_a_row += 1
+            losses_in_a_row += crew.await_return(number)
             if losses_in_a_row > _LOSSES_IN_A_ROW * len(actors):
                 raise RuntimeError(f"{method}: workers are lost again and again ({_last_line(error)}).") from None
             if is_last:
@@ -366,6 +366,7 @@ def run_on_actors(
                 yield Outcome(key, None, _last_line(error))
             else:
                 crew.waiting.append(key)
+    yield from (Outcome(key, None, "no worker is left") for key in (*crew.suspects, *crew.waiting))
 
 
 class _Crew:
@@ -379,31 +380,51 @@ class _Crew:
 
     def __init__(self, actors: Sequence[Any], method: str, calls: Mapping[str, tuple[Any, ...]]) -> None:
         self._actors, self._method, self._calls = actors, method, calls
-        self._load = [0] * len(actors)
-        self._running: dict[Any, tuple[int, str, int]] = {}
+        self._present = set(range(len(actors)))
+        self._running: dict[Any, tuple[str, int, int]] = {}
+        self._returning: dict[Any, int] = {}
         self.waiting, self.suspects = deque(calls), deque[str]()
         self.tries: collections.Counter[str] = collections.Counter()
 
-    def start(self) -> bool:
-        """Makes the calls that there is room for; returns whether any is in flight."""
-        for number in range(len(self._actors)):
-            if self.suspects and not self._load[number]:
-                self._call(number, self.suspects.popleft(), _IN_FLIGHT_PER_WORKER)
-        while self.waiting and min(self._load) < _IN_FLIGHT_PER_WORKER:
-            self._call(self._load.index(min(self._load)), self.waiting.popleft(), 1)
-        return bool(self._running)
+    def next(self) -> tuple[str, int, Any] | None:
+        """Makes the calls that there is room for; returns key, actor and result of one that has ended, or None at the end."""
+        self._fill()
+        while self._running or self._returning:
+            (reference,), _ = ray.wait([*self._running, *self._returning], num_returns=1)
+            if reference in self._running:
+                key, number, _ = self._running.pop(reference)
+                return key, number, reference
+            number = self._returning.pop(reference)
+            with contextlib.suppress(RayActorError):  # lost for good
+                ray.get(reference)
+                self._present.add(number)
+            self._fill()
+        return None
 
-    def next(self) -> tuple[str, Any]:
-        """Returns a call that has ended: its key, and the reference to its result."""
-        (reference,), _ = ray.wait(list(self._running), num_returns=1)
-        number, key, room = self._running.pop(reference)
-        self._load[number] -= room
-        return key, reference
+    def await_return(self, number: int) -> bool:
+        """Makes no calls to a lost actor until it is there again: they would fail at once. Returns whether this is news."""
+        if number not in self._present:
+            return False
+        self._present.remove(number)
+        self._returning[self._actors[number].__ray_ready__.options(max_task_retries=-1).remote()] = number
+        return True
 
-    def _call(self, number: int, key: str, room: int) -> None:
+    def _fill(self) -> None:
+        load = dict.fromkeys(sorted(self._present), 0)
+        for _, number, room in self._running.values():
+            if number in load:
+                load[number] += room
+        for number in load:
+            if self.suspects and not load[number]:
+                load[number] = self._call(number, self.suspects.popleft(), _IN_FLIGHT_PER_WORKER)
+        while self.waiting and load and min(load.values()) < _IN_FLIGHT_PER_WORKER:
+            number = min(load, key=load.__getitem__)
+            load[number] += self._call(number, self.waiting.popleft(), 1)
+
+    def _call(self, number: int, key: str, room: int) -> int:
         self.tries[key] += 1
-        self._load[number] += room
-        self._running[getattr(self._actors[number], self._method).remote(*self._calls[key])] = (number, key, room)
+        self._running[getattr(self._actors[number], self._method).remote(*self._calls[key])] = (key, number, room)
+        return room
 
 
 def _last_line(error: Exception) -> str:

@@ -19,7 +19,7 @@ ROBERTA_KIN = ("camembert", "mpnet", "roberta", "xlm-roberta")  # their position
 _CONFIGS: dict[str, dict[str, Any]] = {
     "distilbert": {"hidden_dim": 128},
     "electra": {"embedding_size": 32},
-    "modernbert": {"local_attention": 16, **dict.fromkeys(("bos_token_id", "cls_token_id"), 2), "eos_token_id": 3},
+    "modernbert": {"local_attention": 16, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3},
     "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
 }
 _SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}

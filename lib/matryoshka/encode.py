@@ -86,7 +86,8 @@ class Encoder:
         self._width = int(self._model.get_embedding_dimension() or 0)
         self._window = int(self._model.max_seq_length or self._model.tokenizer.model_max_length)
         self._prompts = {role: text for role in ("query", "document") if (text := self._model.prompts.get(role))}
-        tokeniser = Tokeniser(model.rust_tokenizer(self._model), self._window, self._prompts, long)
+        cut = self._model.tokenizer.truncation_side
+        tokeniser = Tokeniser(model.rust_tokenizer(self._model), self._window, self._prompts, long, cut)
         self._tokenise = TokeniserPool(tokeniser, num_tokenisers)
         self._turn = threading.Lock()
         self._flops_per_token, self._flops_per_square = _count_flops(self._model)
@@ -114,6 +115,8 @@ class Encoder:
             RuntimeError: A single document does not fit into the device's memory.
         """
         start = time.perf_counter()
+        if not tokens.lengths.all():
+            raise ValueError("texts without any token have no vector", tokens.owners[tokens.lengths == 0].tolist())
         order = np.argsort(-tokens.lengths, kind="stable")
         with self._turn:
             windows, num_padded = self._run(tokens, order, self._prompt_extras(role))
@@ -121,6 +124,7 @@ class Encoder:
         vectors[order] = vectors.copy()
         broken = _find_broken(vectors)
         if broken.size and self._packed:  # scores that overflow in one kernel may not in the other
+            broken = broken[np.argsort(-tokens.lengths[broken], kind="stable")]
             with self._turn:
                 again, _ = self._run(tokens, broken, self._prompt_extras(role), is_padded=True)
             vectors[broken] = self._on_host(again)
@@ -216,7 +220,7 @@ class Encoder:
                 packed = PackedModel(self._model, attention)
                 difference = _difference(self._check_vectors(packed), reference)
             except (CannotPackError, RuntimeError, TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
-                notice = notice or str(error).splitlines()[0]
+                notice = notice or (str(error).splitlines() or [type(error).__name__])[0]
                 continue
             if difference <= tolerance:
                 return packed, ""

@@ -271,7 +271,7 @@ def _adapt_mpnet(network: Any, layout: Callable[[], Layout | None]) -> None:
         at_hand = layout()
         if at_hand is None:
             return own(hidden, *arguments, **named)
-        return own(hidden[:, : max(group.length for group in at_hand.groups)], *arguments, **named)
+        return own(hidden.new_empty((1, max(group.length for group in at_hand.groups), 0)), *arguments, **named)
 
     def attend(own: Callable[..., Any], module: Any, hidden: Tensor, mask: Any = None, bias: Any = None, **named: Any) -> Any:
         at_hand = layout()

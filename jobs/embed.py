@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jobs import cluster
-from jobs.cluster import Encoders
+from jobs.cluster import Encoders, Session
 from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import Counter, say
 from matryoshka import artifacts, corpus, embedding, model, storage
 from matryoshka.artifacts import Journal, Manifest, Receipt
+from matryoshka.calibration import Calibration
 from matryoshka.config import Field, InputPath
 from matryoshka.corpus import Columns, Corpus
-from matryoshka.encode import Precision
+from matryoshka.encode import TOKENS_PER_STEP, Precision
+from matryoshka.model import ModelInfo
 from matryoshka.tokens import Long
 from matryoshka.units import Unit, plan_units
 
-_WORTH_MEASURING = 20_000  # rows: from here on, the fastest size of step is measured
+_WORTH_MEASURING = 20_000  # rows: for fewer, measuring takes longer than it can gain
 _SAMPLE_ROWS = 1_000
 
 
@@ -59,8 +61,7 @@ def run(settings: Settings) -> Manifest:
         say(f"embed: nothing to do, {output} is complete ({previous.num_rows} documents)")
         return previous
     with cluster.connected() as session:
-        sample = _sample(source, todo) if tokens_per_step is None else []
-        best = session.calibrate(info, precision, tokens_per_step, sample)
+        best = _calibrate(session, info, source, todo, precision, tokens_per_step)
         identity = embedding.make_identity(
             info, source.columns, best.precision, best.tokens_per_step, settings.unit_rows, settings.long
         )
@@ -90,13 +91,22 @@ def run(settings: Settings) -> Manifest:
     return manifest
 
 
-def _sample(source: Corpus, todo: Sequence[Unit]) -> list[str]:
-    """Returns documents to measure with, or none where measuring would take longer than it can gain."""
-    if not todo or sum(unit.num_rows for unit in todo) < _WORTH_MEASURING:
-        return []
-    unit = todo[0]
-    head = Unit(unit.name, unit.digest, unit.start, min(unit.start + _SAMPLE_ROWS, unit.stop))
-    return corpus.read_unit(source.path_of(head.name), source.columns, head)[1]
+def _calibrate(
+    session: Session,
+    info: ModelInfo,
+    source: Corpus,
+    todo: Sequence[Unit],
+    precision: Precision | None,
+    tokens_per_step: int | None,
+) -> Calibration:
+    """Returns how workers should run: measured where there is enough to do, otherwise what usually suits the device."""
+    if sum(unit.num_rows for unit in todo) < _WORTH_MEASURING:
+        usual = TOKENS_PER_STEP[cluster.capacity().device]
+        return Calibration(precision or session.choose_precision("auto"), tokens_per_step or usual)
+    first = todo[0]
+    head = dataclasses.replace(first, stop=min(first.start + _SAMPLE_ROWS, first.stop))
+    _, texts = corpus.read_unit(source.path_of(head.name), source.columns, head)
+    return session.calibrate(info, precision, tokens_per_step, texts)
 
 
 def _report(summary: Mapping[str, Any]) -> None:
@@ -108,9 +118,10 @@ def _report(summary: Mapping[str, Any]) -> None:
     say(
         f"embed: workers computed {summary['compute_share']:.1%} of the time, waited for tokens"
         f" {summary['wait_for_tokens_share']:.1%}, for the writer {summary['wait_for_writer_share']:.1%}, for work"
-        f" {summary['wait_for_work_share']:.1%}; padding {summary['padding_share']:.1%} of the tokens;"
-        f" {summary['matrix_rate_share']:.0%} of the measured matrix rate"
+        f" {summary['wait_for_work_share']:.1%}; padding {summary['padding_share']:.1%} of the tokens"
     )
+    if summary["matrix_rate_share"] is not None:
+        say(f"embed: while computing, {summary['matrix_rate_share']:.0%} of the rate of a large matrix product on this machine")
     if summary["num_truncated"]:
         say(
             f"embed: {summary['num_truncated']:,} documents were longer than the model's window and lost"

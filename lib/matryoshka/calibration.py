@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from matryoshka.encode import TOKENS_PER_STEP, Encoder, Precision
+from matryoshka.encode import Encoder, Precision
 from matryoshka.tokens import Tokens
 
 _BF16_MUST_GAIN = 1.3
@@ -24,14 +24,12 @@ class Calibration:
     Attributes:
         precision: The faster one.
         tokens_per_step: The fastest budget.
-        flops_per_second: Of a large matrix product in this precision: the machine's ceiling.
-        notice: Why the model runs padded; empty where it runs packed.
+        flops_per_second: Of a large matrix product in this precision: a worker's ceiling; None where it was not measured.
     """
 
     precision: Precision
     tokens_per_step: int
-    flops_per_second: float
-    notice: str
+    flops_per_second: float | None = None
 
 
 def calibrate(
@@ -44,14 +42,12 @@ def calibrate(
         device: ``cpu`` or ``cuda``.
         precision: See ``best_precision``.
         tokens_per_step: See ``best_budget``.
-        texts: A sample of the documents; without any, the budget is the usual one of the device.
+        texts: A sample of the documents.
     """
     precision = precision or best_precision(device)
-    encoder = Encoder(folder, device, precision)
     if tokens_per_step is None:
-        tokens_per_step = best_budget(encoder, device, texts) if texts else TOKENS_PER_STEP[device]
-    rate = matrix_rate(device, precision)
-    return Calibration(precision, tokens_per_step, rate, encoder.notice)
+        tokens_per_step = best_budget(Encoder(folder, device, precision), device, texts)
+    return Calibration(precision, tokens_per_step, matrix_rate(device, precision))
 
 
 def best_precision(device: str) -> Precision:

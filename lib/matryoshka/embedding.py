@@ -100,13 +100,13 @@ def embed_unit(encoder: Encoder, source: Corpus, unit: Unit, folder: Path, clock
 _COUNTS = ("num_tokens", "num_padded_tokens", "num_truncated", "num_cut_tokens", "num_split", "num_flops", "tokens_per_step")
 
 
-def summarise(receipts: Iterable[artifacts.Receipt], seconds: float, flops_per_second: float) -> dict[str, Any]:
+def summarise(receipts: Iterable[artifacts.Receipt], seconds: float, flops_per_second: float | None) -> dict[str, Any]:
     """Returns what a run did and where its time went, from the receipts of the units that it finished.
 
     Args:
         receipts: Of the units of this run.
         seconds: How long the run took, from the first call to a worker to the last receipt.
-        flops_per_second: What one worker could reach with large matrix products.
+        flops_per_second: What one worker could reach with large matrix products, if it was measured.
     """
     totals: dict[str, float] = {"num_documents": 0}
     for receipt in receipts:
@@ -126,7 +126,7 @@ def summarise(receipts: Iterable[artifacts.Receipt], seconds: float, flops_per_s
         "wait_for_tokens_share": round(phases["read"] / worker_seconds, 4),
         "wait_for_writer_share": round(phases["write"] / worker_seconds, 4),
         "wait_for_work_share": round(phases["idle"] / worker_seconds, 4),
-        "matrix_rate_share": round(num_flops / max(phases["compute"], 1e-9) / flops_per_second, 4),
+        "matrix_rate_share": round(num_flops / max(phases["compute"], 1e-9) / flops_per_second, 4) if flops_per_second else None,
     }
 
 

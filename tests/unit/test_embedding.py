@@ -101,7 +101,30 @@ def test_the_manifest_carries_what_later_stages_need(source: Corpus, minilm: Mod
         (Columns(), "bf16", 4096, 10),
         (Columns(), "float32", 99, 10),
         (Columns(), "float32", 4096, 11),
+        (Columns(), "float32", 4096, 10, "mean"),
     ],
 )
 def test_whatever_changes_bytes_ids_or_units_is_part_of_the_identity(minilm: ModelInfo, other: tuple[Any, ...]):
     assert embedding.make_identity(minilm, *other) != embedding.make_identity(minilm, Columns(), "float32", 4096, 10)
+
+
+def test_a_summary_adds_up_what_the_units_cost():
+    details = {
+        "num_tokens": 90, "num_padded_tokens": 100, "num_truncated": 1, "num_cut_tokens": 7, "num_split": 0, "num_flops": 50.0,
+        "tokens_per_step": 64, "compute_seconds": 3.0, "read_seconds": 0.5, "write_seconds": 0.25, "idle_seconds": 0.25,
+    }  # fmt: skip
+    receipts = [artifacts.Receipt(key, 10, (), details) for key in "ab"]
+    summary = embedding.summarise(receipts, seconds=5.0, flops_per_second=100.0)
+    assert (summary["num_documents"], summary["num_tokens"], summary["num_cut_tokens"]) == (20, 180, 14)
+    assert (summary["documents_per_second"], summary["tokens_per_second"]) == (4.0, 36.0)
+    assert (summary["compute_share"], summary["wait_for_tokens_share"]) == (0.75, 0.125)
+    assert (summary["wait_for_writer_share"], summary["wait_for_work_share"]) == (0.0625, 0.0625)
+    assert summary["padding_share"] == 0.1
+    assert summary["matrix_rate_share"] == pytest.approx(100 / 6 / 100, abs=1e-4)
+    assert embedding.summarise(receipts, 5.0, None)["matrix_rate_share"] is None
+
+
+def test_the_budget_that_fitted_last_is_where_a_resumed_run_starts():
+    receipts = [artifacts.Receipt(str(budget), 1, (), {"tokens_per_step": budget}) for budget in (512, 256, 512)]
+    assert embedding.tokens_per_step_that_fit(receipts, 512) == 256
+    assert embedding.tokens_per_step_that_fit([], 512) == 512

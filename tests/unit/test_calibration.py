@@ -1,0 +1,57 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import tiny_model
+from texts import WORDS
+
+from matryoshka import calibration
+from matryoshka.encode import Encoder
+
+TEXTS = [" ".join(WORDS[number : number + 20]) for number in range(100)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model.save(tmp_path_factory.mktemp("models") / "tiny", seed=1)
+
+
+def test_what_is_given_is_kept(folder: Path):
+    best = calibration.calibrate(folder, "cpu", "float32", 77, TEXTS)
+    assert (best.precision, best.tokens_per_step) == ("float32", 77)
+    assert best.flops_per_second is not None
+    assert best.flops_per_second > 0
+
+
+def test_what_is_not_given_is_one_of_the_choices(folder: Path):
+    best = calibration.calibrate(folder, "cpu", None, None, TEXTS)
+    assert best.precision in ("float32", "bf16")
+    assert best.tokens_per_step in (1_024, 2_048, 4_096)
+
+
+def test_the_fastest_budget_wins(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    encoder = Encoder(folder, "cpu", "float32")
+    seconds = {1_024: 3.0, 2_048: 1.0, 4_096: 2.0}
+    compute = encoder.compute
+
+    def pretend(*arguments: object) -> object:
+        return dataclasses.replace(compute(*arguments), compute_seconds=seconds[encoder.tokens_per_step])
+
+    monkeypatch.setattr(encoder, "compute", pretend)
+    assert calibration.best_budget(encoder, "cpu", TEXTS) == 2_048
+
+
+def test_bf16_must_pay_to_be_chosen(monkeypatch: pytest.MonkeyPatch):
+    def pretend(_device: str, dtype: object, *_: int, **__: int) -> float:
+        return {"torch.float32": 1.0, "torch.bfloat16": ratio}[str(dtype)]
+
+    monkeypatch.setattr(calibration, "_product_seconds", pretend)
+    ratio = 0.9
+    assert calibration.best_precision("cpu") == "float32"
+    ratio = 0.5
+    assert calibration.best_precision("cpu") == "bf16"
+
+
+def test_the_matrix_rate_counts_a_multiplication_and_an_addition_per_element(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(calibration, "_product_seconds", lambda *_, **__: 2.0)
+    assert calibration.matrix_rate("cpu", "float32", side=10) == 1000.0

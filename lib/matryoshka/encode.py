@@ -3,8 +3,8 @@
 Steps are queued on the device without waiting for any of them; the host waits once, for all vectors of a call.
 """
 
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -89,7 +89,8 @@ class Encoder:
         cut = self._model.tokenizer.truncation_side
         tokeniser = Tokeniser(model.rust_tokenizer(self._model), self._window, self._prompts, long, cut)
         self._tokenise = TokeniserPool(tokeniser, num_tokenisers)
-        self._turn = threading.Lock()
+        # One thread computes for all: the allocator and the kernel caches hold their memory by thread.
+        self._computing = ThreadPoolExecutor(1)
         self._flops_per_token, self._flops_per_square = _count_flops(self._model)
         self._packed, self.notice = self._choose_path(precision)
 
@@ -118,15 +119,13 @@ class Encoder:
         if not tokens.lengths.all():
             raise ValueError("texts without any token have no vector", tokens.owners[tokens.lengths == 0].tolist())
         order = np.argsort(-tokens.lengths, kind="stable")
-        with self._turn:
-            windows, num_padded = self._run(tokens, order, self._prompt_extras(role))
+        windows, num_padded = self._computing.submit(self._run, tokens, order, self._prompt_extras(role)).result()
         vectors = self._on_host(windows)
         vectors[order] = vectors.copy()
         broken = _find_broken(vectors)
         if broken.size and self._packed:  # scores that overflow in one kernel may not in the other
             broken = broken[np.argsort(-tokens.lengths[broken], kind="stable")]
-            with self._turn:
-                again, _ = self._run(tokens, broken, self._prompt_extras(role), is_padded=True)
+            again, _ = self._computing.submit(self._run, tokens, broken, self._prompt_extras(role), is_padded=True).result()
             vectors[broken] = self._on_host(again)
             broken = _find_broken(vectors)
         if broken.size:
@@ -146,7 +145,8 @@ class Encoder:
         )
 
     def close(self) -> None:
-        """Ends the tokenising processes."""
+        """Ends the computing thread and the tokenising processes."""
+        self._computing.shutdown()
         self._tokenise.close()
 
     def _run(

@@ -155,14 +155,16 @@ class TokeniserPool:
             RuntimeError: A tokenising process was lost; the next call has new ones.
         """
         parts = [texts[start : start + _TEXTS_PER_TASK] for start in range(0, len(texts), _TEXTS_PER_TASK)]
-        if self._executor is None:
+        executor = self._executor
+        if executor is None:
             with self._lock:
                 return Tokens.join([self._tokeniser(part, role) for part in parts])
         try:
-            return Tokens.join(list(self._executor.map(_tokenise, parts, [role] * len(parts))))
+            return Tokens.join(list(executor.map(_tokenise, parts, [role] * len(parts))))
         except BrokenProcessPool:
             with self._lock:
-                self._executor = self._start_processes()
+                if self._executor is executor:  # no other thread has replaced it yet
+                    self._executor = self._start_processes()
             raise RuntimeError("a tokenising process was lost") from None
 
     def close(self) -> None:

@@ -17,17 +17,20 @@ DOORS = {
     "pydantic": ("lib/matryoshka/config.py",),
     "yaml": ("lib/matryoshka/config.py",),
     "huggingface_hub": ("lib/matryoshka/model.py",),
-    "sentence_transformers": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "training", "encode")),
+    "sentence_transformers": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "training")),
+    "transformers": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "packed", "training", "peers")),
+    "tokenizers": ("lib/matryoshka/tokens.py",),
     "pyarrow": tuple(f"lib/matryoshka/{room}.py" for room in ("corpus", "vectors", "funnel", "indexing", "verification")),
+    **dict.fromkeys(("nncf", "onnxruntime", "openvino"), ("lib/matryoshka/peers.py",)),
     "rich": ("jobs/terminal.py",),
     "jobs": ("jobs/",),
 }
-PURE = ("units", "nested", "topk")
+PURE = ("units", "nested", "topk", "clock")
 LAYERS = [
-    {"config", "units", "nested", "topk"},
+    {"config", "units", "nested", "topk", "clock"},
     {"storage", "corpus", "index", "metrics", "docstrings", "recipe"},
-    {"artifacts", "model", "pairs", "encode", "vectors", "funnel"},
-    {"training", "embedding", "indexing", "evaluation", "report", "verification"},
+    {"artifacts", "model", "pairs", "encode", "tokens", "packed", "vectors", "funnel"},
+    {"training", "embedding", "indexing", "evaluation", "report", "verification", "calibration", "peers"},
 ]
 
 

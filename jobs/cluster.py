@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util import metrics
 
 from jobs.terminal import say
-from matryoshka import calibration, embedding, model
+from matryoshka import calibration, embedding, encode, model
 from matryoshka.artifacts import Receipt
 from matryoshka.calibration import Calibration
 from matryoshka.clock import Clock
@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 _IN_FLIGHT_PER_WORKER = 3  # one is read and tokenised, one computed, one written
 _LOSSES_IN_A_ROW = 10  # per worker: then it is not a unit's fault
+_RETURN_SECONDS = 600.0  # how long to wait for a lost worker where there is no other
 _TEXTS_PER_CALL = 1024
 _MOST_CPUS_PER_GPU = 16
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -82,7 +83,10 @@ class Session:
 
     def _on_worker(self, function: Callable[..., T], *arguments: Any) -> T:
         self.release()
-        result: T = _get(ray.remote(function).options(**worker_resources(capacity())).remote(*arguments))
+        # A process that was used once ends, and leaves the device's memory to the workers.
+        options: dict[str, Any] = {**worker_resources(capacity()), "max_calls": 1}
+        remote = ray.remote(**options)(function)
+        result: T = _get(remote.remote(*arguments))
         return result
 
     def run_tasks(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
@@ -156,10 +160,17 @@ def connected() -> Iterator[Session]:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What the cluster has to give."""
+    """What the cluster has to give.
+
+    Attributes:
+        num_cpus: On all nodes.
+        num_gpus: On all nodes.
+        cpus_per_gpu: CPUs that a worker with a GPU takes, its own and those that tokenise for it, so that every node has them.
+    """
 
     num_cpus: int
     num_gpus: int
+    cpus_per_gpu: int = 1
 
     @property
     def device(self) -> str:
@@ -171,16 +182,17 @@ class Capacity:
         """One worker per GPU, or per CPU."""
         return self.num_gpus or self.num_cpus
 
-    @property
-    def cpus_per_gpu(self) -> int:
-        """CPUs that a worker with a GPU takes: its own, and those that tokenise for it."""
-        return max(min(self.num_cpus // self.num_gpus, _MOST_CPUS_PER_GPU), 1) if self.num_gpus else 1
-
 
 def capacity() -> Capacity:
     """Returns what the connected cluster has to give."""
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return Capacity(max(int(resources.get("CPU", 1)), 1), int(resources.get("GPU", 0)))
+    shares = [
+        int(node["Resources"].get("CPU", 1) // node["Resources"]["GPU"])
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"] and node["Resources"].get("GPU")
+    ]
+    cpus_per_gpu = max(min([*shares, _MOST_CPUS_PER_GPU]), 1) if shares else 1
+    return Capacity(max(int(resources.get("CPU", 1)), 1), int(resources.get("GPU", 0)), cpus_per_gpu)
 
 
 def check_workers(num_workers: int | None) -> int | None:
@@ -215,6 +227,7 @@ class _EncoderActor:
         self, folder: str, device: str, precision: Precision, tokens_per_step: int, long: Long, num_tokenisers: int
     ) -> None:
         model.quieten()
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this worker has one CPU, or processes that tokenise
         self._encoder = Encoder(Path(folder), device, precision, tokens_per_step, long, num_tokenisers)
         self._clock = Clock()
         self._counters = {
@@ -228,7 +241,12 @@ class _EncoderActor:
 
     def embed(self, source: Corpus, unit: Unit, folder: str) -> Receipt:
         """Embeds one unit."""
-        receipt = embedding.embed_unit(self._encoder, source, unit, Path(folder), self._clock)
+        try:
+            receipt = embedding.embed_unit(self._encoder, source, unit, Path(folder), self._clock)
+        except RuntimeError as error:
+            if encode.is_device_lost(error):
+                os._exit(1)  # every later call would fail as well; Ray starts another process
+            raise
         counts = {**receipt.details, "num_units": 1, "num_documents": receipt.num_rows}
         for name, counter in self._counters.items():
             if counts[name]:
@@ -288,9 +306,14 @@ class Encoders:
                 say(notice)
         return self._actors
 
+    def start(self) -> int:
+        """Starts the workers, if they have not started yet; returns how many there are."""
+        return len(self._started())
+
     def embed(self, source: Corpus, todo: Sequence[Unit], folder: Path, attempts: int) -> "Iterator[Outcome[Receipt]]":
         """Yields the outcome of each unit as it is finished, or has failed every time."""
-        calls = {unit.key: (source, unit, str(folder.resolve())) for unit in todo}
+        shared = ray.put(source)  # once: a corpus of many files is large
+        calls = {unit.key: (shared, unit, str(folder.resolve())) for unit in todo}
         return run_on_actors(self._started(), "embed", calls, attempts)
 
     def encode(self, texts: Sequence[str], role: Role) -> npt.NDArray[np.float16]:
@@ -346,26 +369,26 @@ def run_on_actors(
     crew = _Crew(actors, method, calls)
     losses_in_a_row = 0
     while call := crew.next():
-        key, number, reference = call
-        is_last = crew.tries[key] >= attempts
+        key, number, is_alone, reference = call
         try:
             yield Outcome(key, ray.get(reference))
             losses_in_a_row = 0
-        except RayActorError as error:
-            losses_in_a_row += crew.await_return(number)
-            if losses_in_a_row > _LOSSES_IN_A_ROW * len(actors):
-                raise RuntimeError(f"{method}: workers are lost again and again ({_last_line(error)}).") from None
-            if is_last:
-                yield Outcome(key, None, f"its worker was lost: {_last_line(error)}")
-            else:
-                crew.suspects.append(key)
         except RayTaskError as error:
             if isinstance(error.cause, OSError) and error.cause.errno in _NO_SPACE:
                 raise RuntimeError(f"{method}: {error.cause}. Make room, then run the same command again.") from None
-            if is_last or isinstance(error.cause, ValueError):
+            if crew.tries[key] >= attempts or isinstance(error.cause, ValueError):
                 yield Outcome(key, None, _last_line(error))
             else:
                 crew.waiting.append(key)
+        except RayError as error:  # the worker was lost: killed, evicted for want of memory, or its node is gone
+            losses_in_a_row += crew.await_return(number)
+            if losses_in_a_row > _LOSSES_IN_A_ROW * len(actors):
+                raise RuntimeError(f"{method}: workers are lost again and again ({_last_line(error)}).") from None
+            crew.tries[key] -= not is_alone  # with others beside it, it may be innocent
+            if crew.tries[key] >= attempts:
+                yield Outcome(key, None, f"its worker was lost: {_last_line(error)}")
+            else:
+                crew.suspects.append(key)
     yield from (Outcome(key, None, "no worker is left") for key in (*crew.suspects, *crew.waiting))
 
 
@@ -386,17 +409,23 @@ class _Crew:
         self.waiting, self.suspects = deque(calls), deque[str]()
         self.tries: collections.Counter[str] = collections.Counter()
 
-    def next(self) -> tuple[str, int, Any] | None:
-        """Makes the calls that there is room for; returns key, actor and result of one that has ended, or None at the end."""
+    def next(self) -> tuple[str, int, bool, Any] | None:
+        """Makes the calls that there is room for, and returns one that has ended, or None where none is left to wait for.
+
+        Returns its key, the number of its actor, whether it was alone there, and its result.
+        """
         self._fill()
-        while self._running or self._returning:
-            (reference,), _ = ray.wait([*self._running, *self._returning], num_returns=1)
-            if reference in self._running:
-                key, number, _ = self._running.pop(reference)
-                return key, number, reference
-            number = self._returning.pop(reference)
-            with contextlib.suppress(RayActorError):  # lost for good
-                ray.get(reference)
+        while self._running or (self._returning and (self.waiting or self.suspects)):
+            patience = None if self._running else _RETURN_SECONDS
+            ended, _ = ray.wait([*self._running, *self._returning], num_returns=1, timeout=patience)
+            if not ended:
+                return None
+            if ended[0] in self._running:
+                key, number, room = self._running.pop(ended[0])
+                return key, number, room > 1, ended[0]
+            number = self._returning.pop(ended[0])
+            with contextlib.suppress(RayError):  # lost for good
+                ray.get(ended[0])
                 self._present.add(number)
             self._fill()
         return None

@@ -54,6 +54,8 @@ def run(settings: Settings) -> Manifest:
     precision, tokens_per_step = _recorded(settings, known)
     identity = embedding.make_identity(info, source.columns, precision, tokens_per_step, settings.unit_rows, settings.long)
     previous = artifacts.claim(output, "embeddings", identity, settings.replace)
+    if previous is None:  # what is discarded decides nothing
+        precision, tokens_per_step = _recorded(settings, None)
     units = plan_units(source.files, settings.unit_rows)
     finished = artifacts.finished_receipts(output, previous, [unit.key for unit in units], compare_digests=settings.replace)
     todo = [unit for unit in units if unit.key not in finished]
@@ -69,11 +71,12 @@ def run(settings: Settings) -> Manifest:
         artifacts.begin(output, manifest, previous)
         budget = embedding.tokens_per_step_that_fit(finished.values(), best.tokens_per_step)
         pool = session.encoders(info, best.precision, budget, settings.workers, settings.long)
+        num_workers = pool.start() if todo else 0
         start = time.perf_counter()
         failures = _embed(pool, source, todo, settings, finished)
         seconds = time.perf_counter() - start
     done = [finished[unit.key] for unit in todo if unit.key in finished]
-    summary = embedding.summarise(done, seconds, best.flops_per_second)
+    summary = embedding.summarise(done, num_workers, seconds, best.flops_per_second)
     if done:
         _report(summary)
     if failures:

@@ -2,7 +2,7 @@
 
 Starts ``python -m jobs.embed`` again and again, ends its driver or one of its encoder workers with SIGKILL at random
 moments, and, once the command has succeeded, verifies the result: every document of the corpus once, every file as its receipt
-says. Prints the resident memory of driver and workers against the documents done. Any size of corpus will do.
+says. FOLDER.soak.json has the resident memory of driver and workers against the units done. Any size of corpus will do.
 """
 
 import argparse
@@ -36,6 +36,8 @@ def main() -> None:
     kills: list[str] = []
     start = time.monotonic()
     while (code := _run_once(options, chance, kills, memory, start)) != 0:
+        if code > 0:
+            sys.exit(f"soak: the command failed by itself, with exit code {code}")
         say(f"the command ended with {code}; starting it again")
     seconds = time.monotonic() - start
     subprocess.run([sys.executable, "-m", "jobs.verify", str(options.output)], check=True)

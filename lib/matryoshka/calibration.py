@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from matryoshka.encode import Encoder, Precision
+from matryoshka.encode import TOKENS_PER_STEP, Encoder, Precision
 from matryoshka.tokens import Tokens
 
 _BF16_MUST_GAIN = 1.3
@@ -46,7 +46,10 @@ def calibrate(
     """
     precision = precision or best_precision(device)
     if tokens_per_step is None:
-        tokens_per_step = best_budget(Encoder(folder, device, precision), device, texts)
+        try:
+            tokens_per_step = best_budget(Encoder(folder, device, precision), device, texts)
+        except ValueError:  # a document of the sample has no vector: its unit says so, with the document's name
+            tokens_per_step = TOKENS_PER_STEP[device]
     return Calibration(precision, tokens_per_step, matrix_rate(device, precision))
 
 
@@ -85,8 +88,14 @@ def _best(action: Callable[[], object], repeats: int) -> float:
 
 
 def best_budget(encoder: Encoder, device: str, texts: Sequence[str]) -> int:
-    """Returns the tokens per step with which a sample of documents is encoded fastest."""
+    """Returns the tokens per step with which a sample of documents is encoded fastest; without any, the usual ones.
+
+    Raises:
+        ValueError: The model gives no finite vector for a document of the sample.
+    """
     budgets = _BUDGETS[device]
+    if not texts:
+        return TOKENS_PER_STEP[device]
     sample = _sample(encoder.tokenise(list(texts), "document"), 4 * budgets[-1])
     seconds = dict.fromkeys(budgets, float("inf"))
     for _ in range(_ROUNDS):  # interleaved, so that a disturbance hits them all

@@ -8,6 +8,7 @@ import functools
 import glob
 import itertools
 import json
+import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -291,9 +292,11 @@ def _refuse_duplicates(paths: Sequence[Path], columns: Columns, num_rows: int, p
 def _hash_ids(path: Path, columns: Columns, share: int, num_shares: int) -> npt.NDArray[np.int64]:
     """Returns the hashes of a file's ids that fall into one share of all hashes."""
     batches = _text_batches(path, [columns.id], [columns.id])
-    parts = [np.fromiter(map(hash, batch.column(0).to_pylist()), np.int64, batch.num_rows) for batch in batches]
-    hashes = np.concatenate([np.empty(0, np.int64), *parts])
-    return hashes if num_shares == 1 else hashes[hashes % num_shares == share]
+    parts = [np.empty(0, np.int64)]
+    for batch in batches:
+        hashes = np.fromiter(map(hash, batch.column(0).to_pylist()), np.int64, batch.num_rows)
+        parts.append(hashes if num_shares == 1 else hashes[hashes % num_shares == share])
+    return np.concatenate(parts)
 
 
 def _refuse_repeated(paths: Sequence[Path], columns: Columns, hashes: Collection[int], num_repeated: int) -> None:
@@ -330,9 +333,17 @@ def read_unit(path: Path, columns: Columns, unit: Unit) -> tuple[list[str], list
     return table.column(0).to_pylist(), table.column(1).to_pylist()
 
 
-@functools.lru_cache(maxsize=1024)
-def _digest_once(path: Path, _size: int, _mtime_ns: int) -> str:
+def _digest_once(path: Path, size: int, mtime_ns: int) -> str:
     """Returns a file's digest; a worker that does many units of a file reads it all for the first one only."""
+    with _digesting:  # threads at units of one file wait for the first of them
+        return _digest(path, size, mtime_ns)
+
+
+_digesting = threading.Lock()
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest(path: Path, _size: int, _mtime_ns: int) -> str:
     return storage.digest_file(path)
 
 

@@ -86,7 +86,8 @@ def embed_unit(encoder: Encoder, source: Corpus, unit: Unit, folder: Path, clock
     with clock.phase("write"):
         with storage.publish(path) as temporary:
             vectors.write_unit(temporary, ids, encoded.vectors)
-        record = artifacts.FileRecord.of(folder, path)
+            written = artifacts.FileRecord.of(folder, temporary)
+        record = dataclasses.replace(written, path=path.relative_to(folder).as_posix())
     details = {
         "slot": unit.slot,
         "num_empty": unit.num_rows - len(ids),
@@ -100,11 +101,14 @@ def embed_unit(encoder: Encoder, source: Corpus, unit: Unit, folder: Path, clock
 _COUNTS = ("num_tokens", "num_padded_tokens", "num_truncated", "num_cut_tokens", "num_split", "num_flops", "tokens_per_step")
 
 
-def summarise(receipts: Iterable[artifacts.Receipt], seconds: float, flops_per_second: float | None) -> dict[str, Any]:
+def summarise(
+    receipts: Iterable[artifacts.Receipt], num_workers: int, seconds: float, flops_per_second: float | None
+) -> dict[str, Any]:
     """Returns what a run did and where its time went, from the receipts of the units that it finished.
 
     Args:
         receipts: Of the units of this run.
+        num_workers: How many workers there were; what none of their units accounts for, they waited for work.
         seconds: How long the run took, from the first call to a worker to the last receipt.
         flops_per_second: What one worker could reach with large matrix products, if it was measured.
     """
@@ -114,7 +118,8 @@ def summarise(receipts: Iterable[artifacts.Receipt], seconds: float, flops_per_s
         for name in (*_COUNTS[:-1], *(f"{phase}_seconds" for phase in PHASES)):
             totals[name] = totals.get(name, 0) + receipt.details[name]
     phases = {phase: totals.pop(f"{phase}_seconds", 0.0) for phase in PHASES}
-    worker_seconds = sum(phases.values()) or 1.0
+    worker_seconds = max(num_workers * seconds, sum(phases.values()) - phases["idle"], 1e-9)
+    shares = {phase: round(phases[phase] / worker_seconds, 4) for phase in ("compute", "read", "write")}
     num_tokens, num_flops = totals.get("num_tokens", 0), totals.pop("num_flops", 0)
     return {
         **totals,
@@ -122,10 +127,10 @@ def summarise(receipts: Iterable[artifacts.Receipt], seconds: float, flops_per_s
         "documents_per_second": round(totals["num_documents"] / max(seconds, 1e-9), 1),
         "tokens_per_second": round(num_tokens / max(seconds, 1e-9), 1),
         "padding_share": round(1 - num_tokens / max(totals.get("num_padded_tokens", 0), 1), 4),
-        "compute_share": round(phases["compute"] / worker_seconds, 4),
-        "wait_for_tokens_share": round(phases["read"] / worker_seconds, 4),
-        "wait_for_writer_share": round(phases["write"] / worker_seconds, 4),
-        "wait_for_work_share": round(phases["idle"] / worker_seconds, 4),
+        "compute_share": shares["compute"],
+        "wait_for_tokens_share": shares["read"],
+        "wait_for_writer_share": shares["write"],
+        "wait_for_work_share": round(1 - sum(shares.values()), 4),
         "matrix_rate_share": round(num_flops / max(phases["compute"], 1e-9) / flops_per_second, 4) if flops_per_second else None,
     }
 

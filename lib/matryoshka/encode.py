@@ -1,13 +1,14 @@
 """Token ids to vectors: packed steps under a token budget, normalised on the device, float16.
 
-Steps are queued on the device without waiting for any of them; the host waits once, for all vectors of a call.
+With the variable-length kernel, steps are queued on the device without waiting for any of them; the host waits once, for all
+vectors of a call.
 """
 
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -92,6 +93,7 @@ class Encoder:
         # One thread computes for all: the allocator and the kernel caches hold their memory by thread.
         self._computing = ThreadPoolExecutor(1)
         self._flops_per_token, self._flops_per_square = _count_flops(self._model)
+        self._extras = {role: self._prompt_extras(role) for role in get_args(Role)}
         self._packed, self.notice = self._choose_path(precision)
 
     def tokenise(self, texts: list[str], role: Role) -> Tokens:
@@ -115,17 +117,16 @@ class Encoder:
             ValueError: As ``encode``.
             RuntimeError: A single document does not fit into the device's memory.
         """
-        start = time.perf_counter()
         if not tokens.lengths.all():
             raise ValueError("texts without any token have no vector", tokens.owners[tokens.lengths == 0].tolist())
         order = np.argsort(-tokens.lengths, kind="stable")
-        windows, num_padded = self._computing.submit(self._run, tokens, order, self._prompt_extras(role)).result()
+        start, windows, num_padded = self._computing.submit(self._begin, tokens, order, role).result()
         vectors = self._on_host(windows)
         vectors[order] = vectors.copy()
         broken = _find_broken(vectors)
         if broken.size and self._packed:  # scores that overflow in one kernel may not in the other
             broken = broken[np.argsort(-tokens.lengths[broken], kind="stable")]
-            again, _ = self._computing.submit(self._run, tokens, broken, self._prompt_extras(role), is_padded=True).result()
+            _, again, _ = self._computing.submit(self._begin, tokens, broken, role, is_padded=True).result()
             vectors[broken] = self._on_host(again)
             broken = _find_broken(vectors)
         if broken.size:
@@ -149,6 +150,13 @@ class Encoder:
         self._computing.shutdown()
         self._tokenise.close()
 
+    def _begin(
+        self, tokens: Tokens, order: npt.NDArray[np.int64], role: Role, *, is_padded: bool = False
+    ) -> tuple[float, Tensor, int]:
+        """Queues the steps of some windows when it is their turn; returns the time at which this began, and as ``_run``."""
+        start = time.perf_counter()
+        return start, *self._run(tokens, order, self._extras[role], is_padded=is_padded)
+
     def _run(
         self, tokens: Tokens, order: npt.NDArray[np.int64], extras: dict[str, int], *, is_padded: bool = False
     ) -> tuple[Tensor, int]:
@@ -164,17 +172,25 @@ class Encoder:
                 try:
                     pooled = self._padded_step(step, extras) if is_padded else self._packed_step(step, extras)
                     vectors[start:stop] = torch.nn.functional.normalize(pooled.float(), dim=-1).half()
+                    fits = True
                 except torch.OutOfMemoryError:
-                    self._halve(stop - start, int(stream.lengths[start]))
+                    fits = False  # what the step holds is free only after this block
+                if not fits:
+                    self._halve(step)
                     continue
-                num_padded += int(step.lengths[0]) * len(step.lengths) if is_padded else int(step.lengths.sum())
+                num_tokens = int(step.lengths.sum())
+                by_longest = int(step.lengths[0]) * len(step.lengths)
+                num_padded += by_longest if is_padded or not self._packed else self._packed.length_of(num_tokens)
                 start = stop
         return vectors, num_padded
 
-    def _halve(self, num_documents: int, longest: int) -> None:
-        if num_documents == 1:
-            raise RuntimeError(f"a document of {longest} tokens does not fit into the memory of the {self._device} device")
-        self.tokens_per_step = max(self.tokens_per_step // 2, 1)
+    def _halve(self, step: "_Stream") -> None:
+        """Makes the next try of a step that did not fit half as large."""
+        if len(step.lengths) == 1:
+            raise RuntimeError(
+                f"a document of {step.lengths[0]} tokens does not fit into the memory of the {self._device} device"
+            )
+        self.tokens_per_step = max(min(self.tokens_per_step, int(step.lengths.sum())) // 2, 1)
         torch.cuda.empty_cache()
 
     def _packed_step(self, step: "_Stream", extras: dict[str, int]) -> Tensor:
@@ -210,7 +226,8 @@ class Encoder:
         """Casts the model, and returns it packed if a few documents then have the vectors that they have when padded."""
         reference = self._check_vectors(None)
         if precision == "bf16":
-            self._model = self._model.to(torch.bfloat16)
+            for parameter in self._model.parameters():  # no buffers: rotary frequencies must stay exact
+                parameter.data = parameter.data.to(torch.bfloat16)
         tolerance = max(_ROUNDING, _TIMES_DTYPE * _difference(self._check_vectors(None), reference))
         notice = ""
         has_kernel = self._device == "cuda" and precision == "bf16"
@@ -223,7 +240,7 @@ class Encoder:
                 notice = notice or (str(error).splitlines() or [type(error).__name__])[0]
                 continue
             if difference <= tolerance:
-                return packed, ""
+                return packed, f"no variable-length kernel, attention is grouped: {notice}" if notice else ""
             notice = f"packed vectors differ from padded ones by {difference:.1e} (explained: {tolerance:.1e})"
         return None, f"batches are padded: {notice}"
 
@@ -309,6 +326,11 @@ def end_of_step(lengths: npt.NDArray[np.int64], start: int, tokens_per_step: int
     return int(min(start + max(count, 1), len(lengths)))
 
 
+def is_device_lost(error: RuntimeError) -> bool:
+    """Returns whether an error leaves its process unable to use the device again, as most errors of CUDA itself do."""
+    return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
+
+
 def _average(vectors: npt.NDArray[np.float16], tokens: Tokens) -> npt.NDArray[np.float16]:
     """Returns one unit vector per text: the mean of its windows, weighted by their tokens.
 
@@ -334,7 +356,8 @@ def _difference(left: npt.NDArray[np.float64], right: npt.NDArray[np.float64]) -
 
 def _count_flops(loaded: Any) -> tuple[float, float]:
     """Returns the operations of a model's matrix products: per token, and per square of a document's tokens."""
-    weights = sum(part.weight.numel() for part in loaded[0].modules() if isinstance(part, torch.nn.Linear))
+    parts = [part for name, part in loaded[0].named_modules() if isinstance(part, torch.nn.Linear) and "pooler" not in name]
     config = getattr(getattr(loaded[0], "auto_model", None), "config", None)
-    width, layers = getattr(config, "hidden_size", 0), getattr(config, "num_hidden_layers", 0)
-    return 2.0 * weights, 4.0 * width * layers
+    heads, layers = getattr(config, "num_attention_heads", 0), getattr(config, "num_hidden_layers", 0)
+    width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // max(heads, 1)
+    return 2.0 * sum(part.weight.numel() for part in parts), 4.0 * heads * width * layers

@@ -15,7 +15,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 Attention = Literal["varlen", "grouped"]
 
@@ -222,7 +221,10 @@ class PackedModel:
                 raise CannotPackError("its relative positions need grouped attention")
             _adapt_mpnet(self._network, lambda: self._layout)
         AttentionInterface.register(self._name, _FUNCTIONS[attention])
-        AttentionMaskInterface.register(self._name, lambda *_, **__: None)
+
+    def length_of(self, num_tokens: int) -> int:
+        """Returns how many tokens go through the model for a step of so many."""
+        return num_tokens if self._attention == "varlen" else -(-num_tokens // _STREAM_TILE) * _STREAM_TILE
 
     def __call__(
         self, ids: Tensor, positions: Tensor, owners: Tensor, bounds: Tensor, lengths: npt.NDArray[np.int64], extras: Any
@@ -241,7 +243,7 @@ class PackedModel:
         """
         num_tokens = len(ids)
         if self._attention == "grouped":
-            filling = (0, -num_tokens % _STREAM_TILE)
+            filling = (0, self.length_of(num_tokens) - num_tokens)
             ids = torch.nn.functional.pad(ids, filling)
             positions = torch.nn.functional.pad(positions, filling, value=self.first_position)
             groups, spread, collect = group_documents(lengths, str(ids.device))

@@ -108,7 +108,8 @@ class PeerEncoder:
         self._loaded = model.load(setup.folder, setup.device).eval()
         self.num_threads = torch.get_num_threads()
         if setup.precision == "bf16":
-            self._loaded = self._loaded.to(torch.bfloat16)
+            for parameter in self._loaded.parameters():  # as our encoder does: rotary frequencies must stay exact
+                parameter.data = parameter.data.to(torch.bfloat16)
         if setup.network:
             transformer: Any = self._loaded[0]
             transformer.model = _Runtime(transformer.model.config, _OPENERS[setup.name](setup.network, self.num_threads))

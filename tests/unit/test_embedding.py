@@ -114,14 +114,14 @@ def test_a_summary_adds_up_what_the_units_cost():
         "tokens_per_step": 64, "compute_seconds": 3.0, "read_seconds": 0.5, "write_seconds": 0.25, "idle_seconds": 0.25,
     }  # fmt: skip
     receipts = [artifacts.Receipt(key, 10, (), details) for key in "ab"]
-    summary = embedding.summarise(receipts, seconds=5.0, flops_per_second=100.0)
+    summary = embedding.summarise(receipts, num_workers=2, seconds=5.0, flops_per_second=100.0)
     assert (summary["num_documents"], summary["num_tokens"], summary["num_cut_tokens"]) == (20, 180, 14)
     assert (summary["documents_per_second"], summary["tokens_per_second"]) == (4.0, 36.0)
-    assert (summary["compute_share"], summary["wait_for_tokens_share"]) == (0.75, 0.125)
-    assert (summary["wait_for_writer_share"], summary["wait_for_work_share"]) == (0.0625, 0.0625)
+    assert (summary["compute_share"], summary["wait_for_tokens_share"]) == (0.6, 0.1)
+    assert (summary["wait_for_writer_share"], summary["wait_for_work_share"]) == (0.05, 0.25)
     assert summary["padding_share"] == 0.1
     assert summary["matrix_rate_share"] == pytest.approx(100 / 6 / 100, abs=1e-4)
-    assert embedding.summarise(receipts, 5.0, None)["matrix_rate_share"] is None
+    assert embedding.summarise(receipts, 2, 5.0, None)["matrix_rate_share"] is None
 
 
 def test_the_budget_that_fitted_last_is_where_a_resumed_run_starts():

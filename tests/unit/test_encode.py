@@ -110,7 +110,8 @@ def test_vectors_do_not_depend_on_how_texts_share_steps(
     found = small.encode(TEXTS, "document")
     # Groups of another size change the order of sums; the differences are those of float32, then rounded to float16.
     assert (cosines(found.vectors, expected.vectors) >= 0.99999).all()
-    assert found.num_padded_tokens == found.num_tokens == sum(sum(step) for step in steps)  # nothing is padded
+    assert found.num_tokens == sum(sum(step) for step in steps)
+    assert found.num_padded_tokens == sum(-(-sum(step) // 64) * 64 for step in steps)  # a stream is filled up, no document is
     assert all(len(step) == 1 or sum(step) <= tokens_per_step for step in steps)
     assert [length for step in steps for length in step] == sorted((length for step in steps for length in step), reverse=True)
     assert found.tokens_per_step == tokens_per_step
@@ -190,7 +191,8 @@ def test_steps_are_halved_when_memory_runs_out(tiny: str, monkeypatch: pytest.Mo
     found = encoder.encode(texts, "document")
     # Groups of another size change the order of sums, as above.
     assert (cosines(found.vectors, expected.vectors) >= 0.99999).all()
-    assert (expected.tokens_per_step, found.tokens_per_step) == (400, 100)
+    assert expected.tokens_per_step == 400
+    assert 0 < found.tokens_per_step <= 120, "half of the last step that did not fit"
     assert found.num_tokens == sum(sum(step) for step in steps) == expected.num_tokens
     assert encoder.encode(texts, "document").tokens_per_step == 100
 

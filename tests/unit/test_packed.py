@@ -73,7 +73,7 @@ def assert_packs_as_padded(folder: Path) -> None:
     encoder = Encoder(folder, "cpu", "float32")
     assert encoder.notice == ""
     encoded = encoder.encode(TEXTS, "document")
-    assert encoded.num_padded_tokens == encoded.num_tokens
+    assert 0 <= encoded.num_padded_tokens - encoded.num_tokens < 64, "one step, filled up to the next tile"
     reference = padded_vectors(folder)
     assert_same_vectors(encoded.vectors, reference)
     alone = np.concatenate([encoder.encode([text], "document").vectors for text in TEXTS])

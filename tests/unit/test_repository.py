@@ -34,7 +34,7 @@ def test_every_module_stands_in_the_module_map():
 def test_every_direct_dependency_is_pinned(hardware):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = project["dependencies"] + extras[hardware] + extras["demo"] + extras["dev"]
+    wanted = project["dependencies"] + extras[hardware] + extras["demo"] + extras["dev"] + extras["bench"]
     names = {re.split(r"[\[<>=]", requirement)[0].lower() for requirement in wanted}
     lines = (ROOT / ".constraints" / f"{hardware}.txt").read_text("utf-8").splitlines()
     pinned = {line.partition("==")[0].lower() for line in lines if "==" in line}

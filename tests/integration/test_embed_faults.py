@@ -1,0 +1,301 @@
+"""An embed run meets what a long run meets: killed workers, killed nodes, deadly and poisoned documents, a full disk."""
+
+import functools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import folders
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import ray
+import texts
+from ray import cloudpickle
+from safetensors.numpy import load_file, save_file
+
+from jobs import cluster, embed, verify
+from jobs.entry import main
+from matryoshka import artifacts
+from matryoshka.corpus import Columns, Corpus, inspect
+from matryoshka.storage import remove_leftovers
+from matryoshka.units import Unit, plan_units
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+_FILES, _ROWS, _UNIT_ROWS = 4, 100, 4
+_UNITS = _FILES * _ROWS // _UNIT_ROWS
+_PATIENCE_SECONDS = 120
+_DEADLY_SLOT = f"part-{_FILES - 1}.parquet:{_ROWS - _UNIT_ROWS}"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return texts.write_corpus(tmp_path_factory.mktemp("corpus"), num_files=_FILES, rows_per_file=_ROWS)
+
+
+def _settings(output: Path, corpus: Path, model: str, **more: Any) -> embed.Settings:
+    fixed = {"unit_rows": _UNIT_ROWS, "precision": "float32", "tokens_per_step": 512, "workers": 1}
+    return embed.Settings(output=str(output), corpus=str(corpus), model=model, **(fixed | more))
+
+
+def _flags(settings: embed.Settings) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.model_dump(exclude_defaults=True).items()]
+
+
+def _exit_code(settings: embed.Settings, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Returns the exit code of the job's command, run in this process so that it shares its Ray."""
+    monkeypatch.setattr(sys, "argv", ["embed", *_flags(settings)])
+    with pytest.raises(SystemExit) as ended:
+        main("embed", embed.Settings, embed.run)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny: str) -> dict[str, bytes]:
+    """The vectors that a run in one go makes."""
+    output = tmp_path_factory.mktemp("undisturbed") / "embeddings"
+    embed.run(_settings(output, corpus, tiny))
+    return folders.vectors(output)
+
+
+def _wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while not holds():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def _count_units(output: Path) -> int:
+    return len(list((output / "units").glob("*.parquet"))) if (output / "units").is_dir() else 0
+
+
+def _has_units(output: Path, count: int) -> bool:
+    return _count_units(output) >= count and bool(_find_workers())
+
+
+def _find_workers(*, loading: bool = False) -> list[psutil.Process]:
+    """Returns the encoder workers of this process's Ray; those that are still loading, if asked for."""
+    title = "_EncoderActor.__init__" if loading else "_EncoderActor"
+    return [process for process in psutil.Process().children(recursive=True) if title in _title(process)]
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline()) if process.status() != psutil.STATUS_ZOMBIE else ""
+    except psutil.Error:  # it ended while we looked
+        return ""
+
+
+def _kill_the_worker(output: Path, killed: list[int]) -> None:
+    """Ends the one worker at a random moment, again and again while it starts, and once more after it has started."""
+    chance = random.Random(5)
+    first, last = sorted(chance.sample(range(1, _UNITS - 10), 2))
+    for moment in (first, None, None, last):
+        if moment is None:
+            _wait_until(lambda: bool(_find_workers(loading=True)))
+            time.sleep(chance.random())
+        else:
+            _wait_until(functools.partial(_has_units, output, moment))
+        (worker,) = _find_workers()
+        worker.kill()
+        killed.append(_count_units(output))
+        _wait_until(lambda process=worker: not _title(process))  # type: ignore[misc]
+
+
+def test_one_worker_killed_again_and_again_loses_nothing(
+    tmp_path: Path, corpus: Path, tiny: str, undisturbed: dict[str, bytes]
+) -> None:
+    output, killed = tmp_path / "embeddings", list[int]()
+    killer = threading.Thread(target=_kill_the_worker, args=(output, killed))
+    killer.start()
+    embed.run(_settings(output, corpus, tiny))
+    killer.join()
+    assert len(killed) == 4
+    assert killed[-1] < _UNITS, "the worker was killed too late to matter"
+    assert folders.vectors(output) == undisturbed
+    verify.run(verify.Settings(folder=str(output)))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for about half of the units."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if not shutil.which("mount"):
+        pytest.skip("this machine has no mount command")
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "none", folder], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(
+    small_disk: Path,
+    corpus: Path,
+    tiny: str,
+    undisturbed: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = small_disk / "embeddings"
+    settings = _settings(output, corpus, tiny)
+    assert _exit_code(settings, monkeypatch) == 1
+    message = capsys.readouterr().err
+    assert "No space left on device" in message
+    assert "Make room, then run the same command again" in message
+    assert not folders.manifest(output)["is_complete"]
+    receipts = artifacts.read_journal(output)
+    assert all((output / file.path).stat().st_size == file.num_bytes for receipt in receipts for file in receipt.files)
+
+    subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
+    assert _exit_code(settings, monkeypatch) == 0
+    assert folders.vectors(output) == undisturbed
+    verify.run(verify.Settings(folder=str(output)))
+
+
+class _DeadlyWorker(cluster._EncoderActor):
+    """A worker that one unit ends every time, as a document might that no memory is enough for."""
+
+    def embed(self, source: Corpus, unit: Unit, folder: str) -> artifacts.Receipt:
+        if unit.slot == _DEADLY_SLOT:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().embed(source, unit, folder)
+
+
+def test_a_unit_that_ends_its_worker_every_time_fails_alone(
+    tmp_path: Path,
+    corpus: Path,
+    tiny: str,
+    undisturbed: dict[str, bytes],
+    local_ray: cluster.Session,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "embeddings"
+    local_ray.release()
+    monkeypatch.setattr(cluster, "_EncoderActor", _DeadlyWorker)
+    assert _exit_code(_settings(output, corpus, tiny, attempts=2), monkeypatch) == 1
+    local_ray.release()
+    remove_leftovers(output)  # of what the worker was writing when it was ended; the next run does that
+    message = capsys.readouterr().err
+    (deadly,) = (unit.key for unit in plan_units(inspect(str(corpus), Columns()).files, _UNIT_ROWS) if unit.slot == _DEADLY_SLOT)
+    assert f"1 of {_UNITS} units failed ({deadly}: its worker was lost" in message
+    finished = folders.vectors(output)
+    assert len(finished) == len(undisturbed) - _UNIT_ROWS
+    assert finished.items() <= undisturbed.items()
+
+
+@pytest.fixture
+def broken(tmp_path: Path, tiny: str) -> str:
+    """The tiny model, with no finite vector for any text that has the word x, as no text of the corpus does."""
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny, folder)
+    word = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]["x"]
+    tensors = load_file(folder / "model.safetensors")
+    tensors["embeddings.word_embeddings.weight"][word] = np.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_a_poisoned_document_is_named_and_costs_its_own_unit_until_it_is_replaced(
+    tmp_path: Path,
+    corpus: Path,
+    broken: str,
+    undisturbed: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    poisoned, output = tmp_path / "corpus", tmp_path / "embeddings"
+    shutil.copytree(corpus, poisoned)
+    path = poisoned / "part-2.parquet"
+    columns = pq.read_table(path).to_pydict()
+    columns["text"][30] += " x"
+    texts.write_parquet(path, columns)
+    settings = _settings(output, poisoned, broken)
+
+    assert _exit_code(settings, monkeypatch) == 1
+    message = capsys.readouterr().err
+    assert f"1 of {_UNITS} units failed" in message
+    assert "part-2.parquet, rows 28 to 32: the model gave vectors that are not finite" in message
+    assert f"'{columns['id'][30]}'" in message
+    before = folders.times(output / "units")
+    assert len(before) == len(artifacts.read_journal(output)) == _UNITS - 1
+
+    shutil.copy(corpus / "part-2.parquet", path)
+    assert _exit_code(settings, monkeypatch) == 0
+    after = folders.times(output / "units")
+    kept = {name for name in after if after[name] == before.get(name)}
+    assert len(kept) == _UNITS - _UNITS // _FILES
+    assert folders.vectors(output) == undisturbed
+    verify.run(verify.Settings(folder=str(output)))
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[dict[str, Any]]:
+    """A cluster of two nodes with one CPU each; a node that is gone is missed after a second or two."""
+    checks = {"period": 500, "initial_delay": 500, "timeout": 500}
+    environment = {**os.environ, **{f"RAY_health_check_{name}_ms": str(value) for name, value in checks.items()}}
+    command = [sys.executable, Path(__file__).with_name("two_nodes.py")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True) as nodes:
+        assert nodes.stdin
+        assert nodes.stdout
+        yield json.loads(nodes.stdout.readline())
+        nodes.stdin.close()
+
+
+def test_a_machine_that_is_lost_with_all_it_was_doing_costs_nothing(
+    tmp_path: Path, corpus: Path, tiny: str, undisturbed: dict[str, bytes], two_nodes: dict[str, Any]
+) -> None:
+    output = tmp_path / "embeddings"
+    command = [sys.executable, "-m", "jobs.embed", *_flags(_settings(output, corpus, tiny, workers=2))]
+    log = tmp_path / "log.txt"
+    with log.open("wb") as sink:
+        driver = subprocess.Popen(command, stdout=sink, stderr=sink, env={**os.environ, "RAY_ADDRESS": two_nodes["address"]})
+    _wait_until(lambda: _count_units(output) >= _UNITS // 10 or driver.poll() is not None)
+    raylet = psutil.Process(two_nodes["raylet"])
+    family = [raylet, *raylet.children(recursive=True)]
+    assert any("_EncoderActor" in _title(process) for process in family), log.read_text()
+    for process in family:
+        process.kill()
+    assert _count_units(output) < _UNITS, "the node was killed too late to matter"
+    assert driver.wait(_PATIENCE_SECONDS) == 0, log.read_text()
+    assert folders.vectors(output) == undisturbed
+    verify.run(verify.Settings(folder=str(output)))
+
+
+def _scrape_documents() -> dict[str, float]:
+    """Returns the documents that each worker says it has finished, as Prometheus would see them."""
+    (node,) = ray.nodes()  # type: ignore[no-untyped-call]
+    with urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics") as page:
+        lines = page.read().decode().splitlines()
+    found = [line for line in lines if line.startswith("ray_matryoshka_embed_num_documents_total{")]
+    return {re.findall(r'WorkerId="(\w+)"', line)[0]: float(line.rpartition(" ")[2]) for line in found}
+
+
+def test_a_running_cluster_can_be_asked_for_the_documents_done(
+    tmp_path: Path, corpus: Path, tiny: str, local_ray: cluster.Session
+) -> None:
+    pytest.importorskip("opencensus", reason="Ray exports metrics only where its extra 'default' is installed")
+    local_ray.release()
+    before = _scrape_documents()
+    embed.run(_settings(tmp_path / "embeddings", corpus, tiny))
+    _wait_until(lambda: sum(count for name, count in _scrape_documents().items() if name not in before) == _FILES * _ROWS)

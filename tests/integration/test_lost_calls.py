@@ -1,0 +1,168 @@
+"""What becomes of a pool's calls where calls fail or end their worker, the disk is full, or workers stay away."""
+
+import errno
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import cloudpickle
+
+from jobs import cluster
+from jobs.cluster import Encoders, Outcome
+from matryoshka.units import Unit
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+
+Pool = Callable[[int], Encoders]
+_PATIENCE_SECONDS = 30
+
+
+class _Worker:
+    """Does with a unit what the unit's name says; leaves a file for each of its starts, and a line for each try of a unit."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder, self._num_running = Path(folder), 0
+        is_first = not list(self._folder.glob("start-*"))
+        (self._folder / f"start-{os.getpid()}").touch()
+        if is_first and (self._folder / "dies at first").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (self._folder / "cannot start").exists():
+            raise OSError(errno.EIO, "the model cannot be read")
+        while (self._folder / "hangs").exists():
+            time.sleep(0.1)
+
+    def ready(self) -> str:
+        return ""
+
+    def embed(self, _source: None, unit: Unit, _folder: str) -> str:
+        self._num_running += 1
+        log = self._folder / f"try-{unit.key}"
+        with log.open("a") as lines:
+            lines.write(f"{self._num_running}\n")
+        time.sleep(0.02)
+        try:
+            if not unit.name.endswith(" once") or len(log.read_text().splitlines()) == 1:
+                _do(unit.name.removesuffix(" once"))
+        finally:
+            self._num_running -= 1
+        return "done"
+
+
+def _do(name: str) -> None:
+    if name == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name == "fail":
+        raise RuntimeError("the cause")
+    if name == "bad input":
+        raise ValueError("no such column")
+    if name == "full disk":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "units/x.parquet")
+
+
+@pytest.fixture
+def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_ray: cluster.Session) -> Iterator[Pool]:
+    """Makes pools that are the real ones but for what their workers do."""
+    made: list[Encoders] = []
+    local_ray.release()
+    monkeypatch.setattr(cluster, "_EncoderActor", _Worker)
+
+    def make(num_workers: int) -> Encoders:
+        made.append(Encoders((str(tmp_path),), {"num_cpus": 0}, num_workers))
+        return made[-1]
+
+    yield make
+    for encoders in made:
+        encoders.close()
+
+
+def _units(*names: str) -> list[Unit]:
+    return [Unit(name, f"{number:04d}-{name}", 0, 1) for number, name in enumerate(names)]
+
+
+def _embed(pool: Encoders, units: Sequence[Unit], *, attempts: int = 3) -> dict[str, str]:
+    """Returns the result or the error of each unit; each must have exactly one outcome."""
+    outcomes: list[Outcome[Any]] = list(pool.embed(None, units, Path(), attempts))  # type: ignore[arg-type]
+    assert Counter(outcome.key for outcome in outcomes) == Counter(unit.key for unit in units)
+    return {outcome.key: outcome.result or outcome.error for outcome in outcomes}
+
+
+def _tries(tmp_path: Path, unit: Unit) -> list[int]:
+    """Returns, for each try of a unit, how many calls its worker was at, this one included."""
+    return [int(line) for line in (tmp_path / f"try-{unit.key}").read_text().splitlines()]
+
+
+def test_a_call_that_fails_is_tried_again_but_bad_input_is_not(tmp_path: Path, pool: Pool) -> None:
+    units = _units(*["fine"] * 5, "fail once", "bad input", "fail", "fine")
+    outcomes = _embed(pool(1), units)
+    assert [len(_tries(tmp_path, unit)) for unit in units] == [1] * 5 + [2, 1, 3, 1]
+    assert "no such column" in outcomes.pop(units[6].key)
+    assert "the cause" in outcomes.pop(units[7].key)
+    assert set(outcomes.values()) == {"done"}
+
+
+def test_a_call_that_ends_its_worker_is_tried_alone_and_costs_no_other_call_anything(tmp_path: Path, pool: Pool) -> None:
+    units = _units(*["fine"] * 4, "kill", *["fine"] * 6, "kill once", *["fine"] * 4)
+    outcomes = _embed(pool(2), units)
+    assert "worker was lost" in outcomes.pop(units[4].key)
+    assert set(outcomes.values()) == {"done"}
+    assert set(_tries(tmp_path, units[4])[1:]) == {1}
+    assert set(_tries(tmp_path, units[11])[1:]) == {1}
+
+
+def test_with_one_attempt_a_call_that_ends_its_worker_still_fails_alone(pool: Pool) -> None:
+    units = _units("fine", "kill", *["fine"] * 4)
+    outcomes = _embed(pool(1), units, attempts=1)
+    assert [unit.name for unit in units if outcomes[unit.key] != "done"] == ["kill"]
+
+
+def test_a_full_disk_ends_everything_at_once_and_asks_for_room(tmp_path: Path, pool: Pool) -> None:
+    with pytest.raises(RuntimeError, match=r"No space left on device.*Make room, then run the same command again"):
+        _embed(pool(1), _units("fine", "full disk", *["fine"] * 200))
+    assert len(list(tmp_path.glob("try-*"))) < 20
+
+
+def test_workers_that_are_lost_again_and_again_end_everything(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_LOSSES_IN_A_ROW", 2)
+    with pytest.raises(RuntimeError, match="workers are lost again and again"):
+        _embed(pool(1), _units(*["kill"] * 10), attempts=100)
+
+
+def test_a_worker_that_is_killed_while_it_starts_starts_again(tmp_path: Path, pool: Pool) -> None:
+    (tmp_path / "dies at first").touch()
+    assert set(_embed(pool(1), _units("fine", "fine")).values()) == {"done"}
+    assert len(list(tmp_path.glob("start-*"))) == 2
+
+
+def test_a_worker_that_cannot_start_again_leaves_its_calls_to_the_others(tmp_path: Path, pool: Pool) -> None:
+    encoders = pool(2)
+    _embed(encoders, _units("fine"))
+    (tmp_path / "cannot start").touch()
+    assert set(_embed(encoders, _units("kill once", *["fine"] * 20)).values()) == {"done"}
+
+
+def test_nobody_waits_for_a_worker_that_is_away_when_nothing_is_left_to_do(tmp_path: Path, pool: Pool) -> None:
+    encoders = pool(2)
+    _embed(encoders, _units("fine"))
+    (tmp_path / "hangs").touch()  # as on a cluster that lost the machine and has no room for the worker elsewhere
+    end_of_patience = threading.Timer(_PATIENCE_SECONDS, (tmp_path / "hangs").unlink)
+    end_of_patience.start()
+    outcomes = _embed(encoders, _units("kill once", *["fine"] * 20))
+    end_of_patience.cancel()
+    assert set(outcomes.values()) == {"done"}
+    assert (tmp_path / "hangs").exists(), "the end waited for the worker"
+
+
+def test_where_no_worker_is_left_every_call_has_failed(tmp_path: Path, pool: Pool) -> None:
+    encoders = pool(1)
+    _embed(encoders, _units("fine"))
+    (tmp_path / "cannot start").touch()
+    outcomes = _embed(encoders, _units("kill", *["fine"] * 5))
+    assert "done" not in outcomes.values()
+    assert all(outcomes.values())

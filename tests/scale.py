@@ -126,7 +126,7 @@ def _journal(folder: Path, units: Sequence[Unit]) -> dict[str, Receipt]:
 
 
 def _commit(folder: Path, manifest: Manifest, units: Sequence[Unit], finished: dict[str, Receipt]) -> None:
-    facts = {**manifest.facts, "last_run": embedding.summarise(finished.values(), 3_600.0, None)}
+    facts = {**manifest.facts, "last_run": embedding.summarise(finished.values(), 8, 3_600.0, None)}
     receipts = tuple(embedding.place(finished[unit.key], unit) for unit in units)
     manifest = dataclasses.replace(manifest, facts=facts, receipts=receipts, is_complete=True)
     manifest.write(folder)

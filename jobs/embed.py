@@ -1,5 +1,6 @@
 """Turns the documents of a corpus into vectors, unit by unit: what is finished stays finished, whatever happens."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
@@ -53,7 +54,7 @@ def run(settings: Settings) -> Manifest:
     info = model.describe(settings.model)
     precision, tokens_per_step = _recorded(settings, known)
     identity = embedding.make_identity(info, source.columns, precision, tokens_per_step, settings.unit_rows, settings.long)
-    previous = artifacts.claim(output, "embeddings", identity, settings.replace)
+    previous = artifacts.claim(output, "embeddings", identity, settings.replace, known)
     if previous is None:  # what is discarded decides nothing
         precision, tokens_per_step = _recorded(settings, None)
     units = plan_units(source.files, settings.unit_rows)
@@ -173,8 +174,11 @@ def _embed(
                     journal.add(outcome.result)
                     finished[outcome.key] = outcome.result
                     counter.advance(outcome.result.num_rows, unit=outcome.key, **outcome.result.details)
-        finally:
-            journal.flush()
+        except BaseException:
+            with contextlib.suppress(OSError):  # a full disk, perhaps: the first error is the one to tell
+                journal.flush()
+            raise
+        journal.flush()
     return failures
 
 

@@ -190,19 +190,19 @@ def check_owner(folder: Path, kind: str) -> bool:
     return True
 
 
-def claim(folder: Path, kind: str, identity: Mapping[str, Any], replace: bool) -> Manifest | None:
+def claim(folder: Path, kind: str, identity: Mapping[str, Any], replace: bool, known: Manifest | None = None) -> Manifest | None:
     """Returns what an earlier run left in an output folder, or None where there is nothing to go on from.
 
     Nothing is written or removed: see ``begin``. ``replace`` gives up an artifact of the same kind and another identity;
-    it never touches a folder that holds something else.
+    it never touches a folder that holds something else. ``known`` is what ``peek`` gave for this kind, if that was asked.
 
     Raises:
         ValueError: The folder belongs to something else, or to an artifact of another identity and ``replace`` is off.
     """
-    if not check_owner(folder, kind):
+    if known is None and not check_owner(folder, kind):
         return None
     try:
-        manifest = read(folder)
+        manifest = known or read(folder)
     except ValueError:
         if replace:
             return None

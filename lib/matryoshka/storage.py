@@ -113,8 +113,11 @@ def publish_json(path: Path, value: Any) -> None:
 def publish_json_lines(path: Path, head: Mapping[str, Any], key: str, values: Iterable[Any]) -> None:
     """Writes a JSON object atomically: ``head``, then one more key that holds a list, with one of its values per line."""
     text = json.dumps(dict(head), indent=1, ensure_ascii=False).removesuffix("\n}")
-    lines = ",\n".join(json.dumps(value, ensure_ascii=False) for value in values)
-    publish_bytes(path, f'{text},\n "{key}": [\n{lines}\n ]\n}}\n'.encode())
+    with publish(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(f'{text},\n "{key}": [\n')
+        for number, value in enumerate(values):
+            file.write(",\n" * (number > 0) + json.dumps(value, ensure_ascii=False))
+        file.write("\n ]\n}\n")
 
 
 def read_json(path: Path) -> Any:

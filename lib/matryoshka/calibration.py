@@ -1,7 +1,7 @@
 """What this machine is good at, by small measurements: which precision, which size of step, how many operations a second."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,18 +71,10 @@ def matrix_rate(device: str, precision: Precision, side: int | None = None) -> f
 def _product_seconds(device: str, dtype: torch.dtype, rows: int, inner: int, columns: int, repeats: int) -> float:
     left = torch.full((rows, inner), 0.01, dtype=dtype, device=device)
     right = torch.full((inner, columns), 0.01, dtype=dtype, device=device)
-
-    def multiply() -> None:
-        float((left @ right)[0, 0])  # waits for the device
-
-    return _best(multiply, repeats)  # the best of many: other work on the machine must not decide
-
-
-def _best(action: Callable[[], object], repeats: int) -> float:
     best = float("inf")
-    for _ in range(repeats):
+    for _ in range(repeats):  # the best of many: other work on the machine must not decide
         start = time.perf_counter()
-        action()
+        float((left @ right)[0, 0])  # waits for the device
         best = min(best, time.perf_counter() - start)
     return best
 

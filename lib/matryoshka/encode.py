@@ -86,7 +86,7 @@ class Encoder:
         self._model = model.load(folder, device).eval()
         self._width = int(self._model.get_embedding_dimension() or 0)
         self._window = int(self._model.max_seq_length or self._model.tokenizer.model_max_length)
-        self._prompts = {role: text for role in ("query", "document") if (text := self._model.prompts.get(role))}
+        self._prompts = {role: text for role in get_args(Role) if (text := self._model.prompts.get(role))}
         cut = self._model.tokenizer.truncation_side
         tokeniser = Tokeniser(model.rust_tokenizer(self._model), self._window, self._prompts, long, cut)
         self._tokenise = TokeniserPool(tokeniser, num_tokenisers)

@@ -6,24 +6,22 @@ as Ray, is imported within functions.
 
 import contextlib
 import dataclasses
-import multiprocessing
 import os
-import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import metadata
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from jobs.entry import describe_run, main
+from jobs.processes import Process, environment, family_of, peak_bytes
 from jobs.terminal import say, show_table
 from matryoshka import storage
 from matryoshka.config import Field, InputPath, JobSettings, Metavar, Positional
@@ -31,8 +29,8 @@ from matryoshka.config import Field, InputPath, JobSettings, Metavar, Positional
 if TYPE_CHECKING:
     from jobs.cluster import Session
     from matryoshka.artifacts import Receipt
+    from matryoshka.calibration import Calibration
     from matryoshka.corpus import Corpus
-    from matryoshka.encode import Precision
     from matryoshka.model import ModelInfo
     from matryoshka.peers import Setup
     from matryoshka.units import Unit
@@ -42,11 +40,10 @@ Vectors = npt.NDArray[np.floating[Any]]
 _UNITS_PER_WORKER = 4
 _MOST_UNIT_ROWS = 20_000  # the embed job's own
 _SAMPLE_TEXTS = 1_000
+_MANY_DOCUMENTS = 10_000_000  # what is compared is the rate of a long run, so what ours prepares for one is prepared
 _COMPARED = 512  # documents whose vectors are held against the reference, which also warm a peer up
 _ENOUGH_ROUNDS = 3
 _CEILING_SECONDS = 2.0
-_PATIENCE_SECONDS = 10.0
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class Settings(JobSettings):
@@ -68,6 +65,7 @@ class Settings(JobSettings):
     precision: Literal["auto", "bf16", "float32"] = Field(
         "auto", description="Ours; auto: bf16 where a measurement says it pays."
     )
+    compile: Literal["auto", "on", "off"] = Field("auto", description="Ours; auto: where a measurement says it pays.")
     workers: int | None = Field(None, ge=1, description="Our encoder processes; none: one per CPU, or a single one on a GPU.")
 
 
@@ -85,14 +83,14 @@ def run(settings: Settings) -> dict[str, Any]:
     storage.keep_apart(output, info.folder, *(source.path_of(file.name) for file in source.files))
     output.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_environment({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}))
+        stack.enter_context(environment({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}))
         session = stack.enter_context(cluster.connected())
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=storage.TEMPORARY, dir=output.parent)))
         work = _plan(settings, source, info, device)
         ours = _Ours(session, work, settings, scratch)
         setups, not_run = _prepare_peers(work, scratch)
-        peers = {name: stack.enter_context(_Process(name, _PeerRun, setup, work.all_texts)) for name, setup in setups.items()}
-        crew = [stack.enter_context(_Process("the forward pass", _Engine, *arguments)) for arguments in ours.engines()]
+        peers = {name: stack.enter_context(Process(name, _PeerRun, setup, work.all_texts)) for name, setup in setups.items()}
+        crew = [stack.enter_context(Process("the forward pass", _Engine, *arguments)) for arguments in ours.engines()]
         for process in [*peers.values(), *crew]:
             process.answer()
         ours.warm_up()
@@ -171,19 +169,30 @@ class _Ours:
 
     def __init__(self, session: "Session", work: _Work, settings: Settings, scratch: Path) -> None:
         self._work, self._scratch = work, scratch
-        wanted: Precision | None = None if settings.precision == "auto" else settings.precision
-        best = session.calibrate(work.info, wanted, None, work.all_texts[:_SAMPLE_TEXTS])
-        self.precision, self.tokens_per_step = best.precision, best.tokens_per_step
-        self._pool = session.encoders(work.info, best.precision, best.tokens_per_step, work.num_workers)
+        from matryoshka.calibration import Choice
+
+        choice = Choice(
+            None if settings.precision == "auto" else settings.precision,
+            None,
+            None if settings.compile == "auto" else settings.compile == "on",
+        )
+        self.how = session.calibrate(work.info, choice, work.all_texts[:_SAMPLE_TEXTS], _MANY_DOCUMENTS)
+        self._pool = session.encoders(
+            work.info, self.how.precision, self.how.tokens_per_step, work.num_workers, is_compiled=self.how.is_compiled
+        )
+        self.start_seconds = 0.0
         self._receipts: dict[str, Receipt] = {}
 
     def engines(self) -> list[tuple[Any, ...]]:
         """Returns the arguments of one ``_Engine`` per worker, with its share of the documents."""
-        common = (self._work.info.folder, self._work.device, self.precision, self.tokens_per_step)
+        common = (self._work.info.folder, self._work.device, self.how)
         return [(*common, self._work.texts[first :: self._work.num_workers]) for first in range(self._work.num_workers)]
 
     def warm_up(self) -> None:
-        """Starts the workers and has each of them embed one unit."""
+        """Starts the workers, which takes them ``start_seconds``, and has each of them embed one unit."""
+        start = time.perf_counter()
+        self._pool.start()
+        self.start_seconds = time.perf_counter() - start
         self._embed(self._work.units[: self._work.num_workers])
 
     def encode(self) -> tuple[float, Vectors]:
@@ -234,7 +243,7 @@ def _prepare_peers(work: _Work, scratch: Path) -> "tuple[dict[str, Setup], dict[
         folder = scratch / name
         folder.mkdir()
         try:
-            with _Process(name, prepare, name, work.info.folder, work.device, work.all_texts, folder) as process:
+            with Process(name, prepare, name, work.info.folder, work.device, work.all_texts, folder) as process:
                 setups[name] = process.answer()
         except RuntimeError as error:
             if not PEERS[name].packages:
@@ -265,13 +274,13 @@ class _PeerRun:
 
     def costs(self) -> dict[str, int]:
         """Returns what this process takes."""
-        return {"peak_bytes": _peak_bytes()[os.getpid()], "processes": 1, "threads": self._encoder.num_threads}
+        return {"peak_bytes": peak_bytes()[os.getpid()], "processes": 1, "threads": self._encoder.num_threads}
 
 
 class _Engine:
     """What one of our workers does without reading, tokenising and writing; and how fast its processor multiplies."""
 
-    def __init__(self, folder: Path, device: str, precision: "Precision", tokens_per_step: int, texts: list[list[str]]) -> None:
+    def __init__(self, folder: Path, device: str, how: "Calibration", texts: list[list[str]]) -> None:
         import torch
 
         from matryoshka import model
@@ -279,8 +288,8 @@ class _Engine:
 
         model.quieten()
         torch.set_num_threads(1)  # as Ray does for its workers
-        self._device, self._precision = device, precision
-        self._encoder = Encoder(folder, device, precision, tokens_per_step)
+        self._device, self._precision = device, how.precision
+        self._encoder = Encoder(folder, device, how.precision, how.tokens_per_step, is_compiled=how.is_compiled)
         self._tokens = [self._encoder.tokenise(part, "document") for part in texts if part]
         self.tokens_per_second()
 
@@ -301,96 +310,6 @@ class _Engine:
         return statistics.median(rates)
 
 
-class _Process:
-    """A process that makes one object and calls its methods when asked; it begins at once and is idle in between.
-
-    It starts without this process's thread settings, so that libraries take what they take by default.
-
-    Args:
-        name: For messages.
-        make: A class whose object the process keeps, or a function whose result is its first answer.
-        arguments: Of ``make``.
-    """
-
-    def __init__(self, name: str, make: Callable[..., Any], *arguments: Any) -> None:
-        self._name = name
-        context = multiprocessing.get_context("spawn")  # a fork would copy memory that is not the peer's
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
-        with _environment(dict.fromkeys(_THREAD_VARIABLES)):
-            self._process.start()
-        theirs.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._connection.close()  # tells the process to end
-        self._process.join(0 if kind else _PATIENCE_SECONDS)
-        self._process.kill()
-        self._process.join()
-
-    def ask(self, method: str) -> None:
-        """Begins a call."""
-        self._connection.send(method)
-
-    def answer(self) -> Any:
-        """Returns the result of what the process was made for, or asked for.
-
-        Raises:
-            RuntimeError: It failed, or the process was lost.
-        """
-        try:
-            result = self._connection.recv()
-        except (EOFError, ConnectionError):
-            raise RuntimeError(f"the process of {self._name} was lost. If memory ran out, pass fewer --documents.") from None
-        if isinstance(result, _Failure):
-            raise RuntimeError(f"{self._name}: {result.text}")
-        return result
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """What a process answers where a call failed."""
-
-    text: str
-
-
-def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """Answers until the other side is gone; the keyboard is left to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.suppress(EOFError, ConnectionError):
-        made = _try(make, *arguments)
-        connection.send(made if isinstance(made, _Failure) or not isinstance(make, type) else None)
-        while True:
-            connection.send(_try(getattr(made, connection.recv())))
-
-
-def _try(call: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        return call(*arguments)
-    except Exception as error:  # exporters fail in ways of their own
-        return _Failure(f"{type(error).__name__}: {error}")
-
-
-@contextlib.contextmanager
-def _environment(changes: Mapping[str, str | None]) -> Iterator[None]:
-    """Sets environment variables, or takes away those that are None, while the block runs."""
-    before = {name: os.environ.get(name) for name in changes}
-
-    def put(values: Mapping[str, str | None]) -> None:
-        for name, value in values.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-    put(changes)
-    try:
-        yield
-    finally:
-        put(before)
-
-
 @dataclass(slots=True)
 class _Rounds:
     """What the rounds measured: seconds and vectors by system, rates of all engines together."""
@@ -401,7 +320,7 @@ class _Rounds:
     ceiling_flops_per_second: list[float] = field(default_factory=list)
 
 
-def _measure(num_rounds: int, ours: _Ours, peers: Mapping[str, _Process], crew: Sequence[_Process]) -> _Rounds:
+def _measure(num_rounds: int, ours: _Ours, peers: Mapping[str, Process], crew: Sequence[Process]) -> _Rounds:
     """Has every system do the work in turn, round after round."""
     rounds = _Rounds()
     for number in range(1, num_rounds + 1):
@@ -415,55 +334,27 @@ def _measure(num_rounds: int, ours: _Ours, peers: Mapping[str, _Process], crew: 
     return rounds
 
 
-def _ask_all(processes: Sequence[_Process], method: str) -> list[Any]:
+def _ask_all(processes: Sequence[Process], method: str) -> list[Any]:
     """Returns the results of a call that all processes make at the same time."""
     for process in processes:
         process.ask(method)
     return [process.answer() for process in processes]
 
 
-def _peak_bytes() -> dict[int, int]:
-    """Returns the most memory that each process of this machine has held so far (its peak RSS), by process id."""
-    return {pid: int(fields["VmHWM"].split()[0]) * 1024 for pid, fields in _processes().items() if "VmHWM" in fields}
-
-
-def _processes() -> dict[int, dict[str, str]]:
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/status"):
-        with contextlib.suppress(OSError):  # it has ended
-            lines = (line.partition(":") for line in path.read_text("utf-8", "replace").splitlines())
-            found[int(path.parent.name)] = {name: value.strip() for name, _, value in lines}
-    return found
-
-
-def _encoder_pids() -> list[int]:
-    """Returns the encoder workers below this process, and the processes that tokenise for them."""
-    parents = {pid: int(fields["PPid"]) for pid, fields in _processes().items()}
-
-    def is_below(pid: int, roots: set[int]) -> bool:
-        while pid and pid not in roots:
-            pid = parents.get(pid, 0)
-        return pid != 0
-
-    def is_encoder(pid: int) -> bool:
-        with contextlib.suppress(OSError):
-            return b"_EncoderActor" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        return False
-
-    encoders = {pid for pid in parents if is_encoder(pid) and is_below(pid, {os.getpid()})}
-    return [pid for pid in parents if is_below(pid, encoders)]
-
-
 def _describe_systems(
-    work: _Work, ours: _Ours, setups: "Mapping[str, Setup]", peers: Mapping[str, _Process], rounds: _Rounds
+    work: _Work, ours: _Ours, setups: "Mapping[str, Setup]", peers: Mapping[str, Process], rounds: _Rounds
 ) -> dict[str, dict[str, Any]]:
     """Returns, for each system, how it ran, how fast, what it took, and how near its vectors are to float32."""
-    peaks = _peak_bytes()
-    pids = _encoder_pids()
-    own_costs = {"peak_bytes": sum(peaks.get(pid, 0) for pid in pids), "processes": len(pids), "threads": 1}
-    facts: dict[str, dict[str, Any]] = {
-        "ours": {"precision": ours.precision, "tokens_per_step": ours.tokens_per_step, **own_costs}
+    peaks = peak_bytes()
+    pids = family_of(b"_EncoderActor")
+    own_how = {
+        "precision": ours.how.precision,
+        "tokens_per_step": ours.how.tokens_per_step,
+        "is_compiled": ours.how.is_compiled,
+        "start_seconds": ours.start_seconds,
     }
+    own_costs = {"peak_bytes": sum(peaks.get(pid, 0) for pid in pids), "processes": len(pids), "threads": 1}
+    facts: dict[str, dict[str, Any]] = {"ours": {**own_how, **own_costs}}
     for name, process in peers.items():
         how = {"precision": setups[name].precision, "batch_size": setups[name].batch_size}
         facts[name] = {**how, **_ask_all([process], "costs")[0]}
@@ -535,6 +426,7 @@ _NOTES = (
     f"cosines: to sentence-transformers in float32 (default), on the first {_COMPARED} documents",
     "tokens: those of the model's tokenizer, cut to its window; padding does not count",
     "peak_bytes: the largest RSS of each process that does the work, added up; pages that processes share count in each",
+    "start_seconds: until our workers were ready, compiling included; in no rate, as the peers' loading is in none",
     "forward: our encoders on texts that are tokenised already, as many processes as workers, all at once",
     "ceiling: large matrix products in our precision, as many processes as workers, all at once",
 )
@@ -587,7 +479,8 @@ def _show(report: Mapping[str, Any]) -> None:
 
 def _describe_setup(system: Mapping[str, Any]) -> str:
     step = f"batch {system['batch_size']}" if "batch_size" in system else f"{system['tokens_per_step']:,} tokens a step"
-    return f"{system['precision']}, {step}, {system['processes']} x {system['threads']} threads"
+    compiled = ", compiled" if system.get("is_compiled") else ""
+    return f"{system['precision']}{compiled}, {step}, {system['processes']} x {system['threads']} threads"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from ray.util import metrics
 from jobs.terminal import say
 from matryoshka import calibration, embedding, encode, model
 from matryoshka.artifacts import Receipt
-from matryoshka.calibration import Calibration
+from matryoshka.calibration import Calibration, Choice
 from matryoshka.clock import Clock
 from matryoshka.corpus import Corpus
 from matryoshka.encode import Encoder, Precision
@@ -50,16 +50,23 @@ class Session:
         self._pool: Encoders | None = None
 
     def encoders(
-        self, info: ModelInfo, precision: Precision, tokens_per_step: int, num_workers: int | None, long: Long = "truncate"
+        self,
+        info: ModelInfo,
+        precision: Precision,
+        tokens_per_step: int,
+        num_workers: int | None,
+        long: Long = "truncate",
+        *,
+        is_compiled: bool = False,
     ) -> "Encoders":
         """Returns a pool for this model: the one at hand, or a new one in its place."""
         there = capacity()
         wanted = check_workers(num_workers) or there.default_workers
-        key = (info.fingerprint, precision, tokens_per_step, there.device, wanted, long)
+        key = (info.fingerprint, precision, tokens_per_step, there.device, wanted, long, is_compiled)
         if self._pool is None or key != self._key:
             self.release()
             num_tokenisers = there.cpus_per_gpu - 1 if there.device == "cuda" else 0
-            arguments = (str(info.folder), there.device, precision, tokens_per_step, long, num_tokenisers)
+            arguments = (str(info.folder), there.device, precision, tokens_per_step, long, num_tokenisers, is_compiled)
             self._key, self._pool = key, Encoders(arguments, worker_resources(there), wanted)
         return self._pool
 
@@ -75,11 +82,9 @@ class Session:
             return "bf16" if wanted == "bf16" else "float32"
         return self._on_worker(calibration.best_precision, capacity().device)
 
-    def calibrate(
-        self, info: ModelInfo, precision: Precision | None, tokens_per_step: int | None, texts: Sequence[str]
-    ) -> Calibration:
+    def calibrate(self, info: ModelInfo, choice: Choice, texts: Sequence[str], num_documents: int) -> Calibration:
         """Returns how a worker should run the model; see ``calibration.calibrate``."""
-        return self._on_worker(calibration.calibrate, info.folder, capacity().device, precision, tokens_per_step, list(texts))
+        return self._on_worker(calibration.calibrate, info.folder, capacity().device, choice, list(texts), num_documents)
 
     def _on_worker(self, function: Callable[..., T], *arguments: Any) -> T:
         self.release()
@@ -224,11 +229,18 @@ class _EncoderActor:
     """Holds one loaded model; its calls overlap."""
 
     def __init__(
-        self, folder: str, device: str, precision: Precision, tokens_per_step: int, long: Long, num_tokenisers: int
+        self,
+        folder: str,
+        device: str,
+        precision: Precision,
+        tokens_per_step: int,
+        long: Long,
+        num_tokenisers: int,
+        is_compiled: bool,
     ) -> None:
         model.quieten()
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this worker has one CPU, or processes that tokenise
-        self._encoder = Encoder(Path(folder), device, precision, tokens_per_step, long, num_tokenisers)
+        self._encoder = Encoder(Path(folder), device, precision, tokens_per_step, long, num_tokenisers, is_compiled=is_compiled)
         self._clock = Clock()
         self._counters = {
             name: metrics.Counter(f"matryoshka_embed_{name}", description=f"Embedding: {text}.")
@@ -236,7 +248,7 @@ class _EncoderActor:
         }
 
     def ready(self) -> str:
-        """Returns, once the model is loaded, why it runs padded, or nothing."""
+        """Returns, once the model is loaded, why it runs padded or not compiled, or nothing."""
         return self._encoder.notice
 
     def embed(self, source: Corpus, unit: Unit, folder: str) -> Receipt:

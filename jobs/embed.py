@@ -13,10 +13,10 @@ from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import Counter, say
 from matryoshka import artifacts, corpus, embedding, model, storage
 from matryoshka.artifacts import Journal, Manifest, Receipt
-from matryoshka.calibration import Calibration
+from matryoshka.calibration import Calibration, Choice
 from matryoshka.config import Field, InputPath
 from matryoshka.corpus import Columns, Corpus
-from matryoshka.encode import TOKENS_PER_STEP, Precision
+from matryoshka.encode import TOKENS_PER_STEP
 from matryoshka.model import ModelInfo
 from matryoshka.tokens import Long
 from matryoshka.units import Unit, plan_units
@@ -39,6 +39,9 @@ class Settings(StageSettings):
     unit_rows: int = Field(20_000, ge=1, description="Most rows in a unit, which is what one worker does in one go.")
     precision: Literal["auto", "bf16", "float32"] = Field("auto", description="auto: bf16 where a measurement says it pays.")
     tokens_per_step: int | None = Field(None, ge=1, description="Most tokens in a forward pass; none: the fastest, measured.")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="Compile the model (needs a C++ compiler); auto: for long runs, where a measurement says it pays."
+    )
     long: Long = Field("truncate", description="Texts beyond the model's window: cut, or the mean of overlapping windows.")
     workers: int | None = Field(None, ge=1, description="Encoder processes; none: one per GPU, or per CPU.")
     attempts: int = Field(3, ge=1, description="How often a unit is tried before it counts as failed.")
@@ -52,11 +55,11 @@ def run(settings: Settings) -> Manifest:
     source = _inspect(settings, known)
     storage.keep_apart(output, *_places(settings.corpus, source), storage.local_path(settings.model))
     info = model.describe(settings.model)
-    precision, tokens_per_step = _recorded(settings, known)
-    identity = embedding.make_identity(info, source.columns, precision, tokens_per_step, settings.unit_rows, settings.long)
+    choice = _recorded(settings, known)
+    identity = embedding.make_identity(info, source.columns, choice, settings.unit_rows, settings.long)
     previous = artifacts.claim(output, "embeddings", identity, settings.replace, known)
     if previous is None:  # what is discarded decides nothing
-        precision, tokens_per_step = _recorded(settings, None)
+        choice = _recorded(settings, None)
     units = plan_units(source.files, settings.unit_rows)
     finished = artifacts.finished_receipts(output, previous, [unit.key for unit in units], compare_digests=settings.replace)
     todo = [unit for unit in units if unit.key not in finished]
@@ -64,14 +67,12 @@ def run(settings: Settings) -> Manifest:
         say(f"embed: nothing to do, {output} is complete ({previous.num_rows} documents)")
         return previous
     with cluster.connected() as session:
-        best = _calibrate(session, info, source, todo, precision, tokens_per_step)
-        identity = embedding.make_identity(
-            info, source.columns, best.precision, best.tokens_per_step, settings.unit_rows, settings.long
-        )
+        best = _calibrate(session, info, source, todo, choice, settings.workers)
+        identity = embedding.make_identity(info, source.columns, best.choice, settings.unit_rows, settings.long)
         manifest = embedding.make_manifest(source, info, identity, describe_run("embed", settings))
         artifacts.begin(output, manifest, previous)
         budget = embedding.tokens_per_step_that_fit(finished.values(), best.tokens_per_step)
-        pool = session.encoders(info, best.precision, budget, settings.workers, settings.long)
+        pool = session.encoders(info, best.precision, budget, settings.workers, settings.long, is_compiled=best.is_compiled)
         num_workers = pool.start() if todo else 0
         start = time.perf_counter()
         failures = _embed(pool, source, todo, settings, finished)
@@ -100,17 +101,20 @@ def _calibrate(
     info: ModelInfo,
     source: Corpus,
     todo: Sequence[Unit],
-    precision: Precision | None,
-    tokens_per_step: int | None,
+    choice: Choice,
+    num_workers: int | None,
 ) -> Calibration:
     """Returns how workers should run: measured where there is enough to do, otherwise what usually suits the device."""
-    if sum(unit.num_rows for unit in todo) < _WORTH_MEASURING:
-        usual = TOKENS_PER_STEP[cluster.capacity().device]
-        return Calibration(precision or session.choose_precision("auto"), tokens_per_step or usual)
-    first = todo[0]
-    head = dataclasses.replace(first, stop=min(first.start + _SAMPLE_ROWS, first.stop))
-    _, texts = corpus.read_unit(source.path_of(head.name), source.columns, head)
-    return session.calibrate(info, precision, tokens_per_step, texts)
+    there, num_rows = cluster.capacity(), sum(unit.num_rows for unit in todo)
+    if num_rows < _WORTH_MEASURING:
+        precision = choice.precision or session.choose_precision("auto")
+        return Calibration(precision, choice.tokens_per_step or TOKENS_PER_STEP[there.device], bool(choice.is_compiled))
+    texts: list[str] = []
+    if choice.is_open:
+        first = todo[0]
+        head = dataclasses.replace(first, stop=min(first.start + _SAMPLE_ROWS, first.stop))
+        _, texts = corpus.read_unit(source.path_of(head.name), source.columns, head)
+    return session.calibrate(info, choice, texts, num_rows // (num_workers or there.default_workers))
 
 
 def _report(summary: Mapping[str, Any]) -> None:
@@ -149,11 +153,14 @@ def _places(location: str, source: Corpus) -> list[Path]:
     return [*([folder] if folder.is_dir() else []), *(source.path_of(file.name) for file in source.files)]
 
 
-def _recorded(settings: Settings, known: Manifest | None) -> tuple[Precision | None, int | None]:
+def _recorded(settings: Settings, known: Manifest | None) -> Choice:
     """Returns what was asked for, or else what an earlier run in this output chose: another machine must not choose anew."""
     recorded = known.identity if known else {}
-    precision = recorded.get("precision") if settings.precision == "auto" else settings.precision
-    return precision, settings.tokens_per_step or recorded.get("tokens_per_step")
+    return Choice(
+        recorded.get("precision") if settings.precision == "auto" else settings.precision,
+        settings.tokens_per_step or recorded.get("tokens_per_step"),
+        recorded.get("is_compiled") if settings.compile == "auto" else settings.compile == "on",
+    )
 
 
 def _embed(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.embed import Settings  # all that a driver imports, for the sake of its memory
-from matryoshka import artifacts, corpus, embedding
+from matryoshka import artifacts, calibration, corpus, embedding
 from matryoshka.artifacts import FileRecord, Journal, Manifest, Receipt
 from matryoshka.corpus import Columns, Corpus
 from matryoshka.model import ModelInfo
@@ -77,7 +77,7 @@ def _drive(folder: Path, source: Corpus, num_units: int) -> dict[str, Any]:
         known = artifacts.peek(folder, "embeddings")
     with step("recall the corpus"):
         corpus.recall(known.facts["corpus"] if known else corpus.remember(source))
-    identity = embedding.make_identity(_INFO, source.columns, "bf16", 65_536, _UNIT_ROWS)
+    identity = embedding.make_identity(_INFO, source.columns, calibration.Choice("bf16", 65_536, is_compiled=False), _UNIT_ROWS)
     with step("claim"):
         previous = artifacts.claim(folder, "embeddings", identity, replace=False)
     with step("plan"):

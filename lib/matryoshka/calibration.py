@@ -1,4 +1,4 @@
-"""What this machine is good at, by small measurements: which precision, which size of step, how many operations a second."""
+"""What pays on this machine, by small measurements: which precision, which size of step, whether to compile."""
 
 import time
 from collections.abc import Sequence
@@ -14,7 +14,23 @@ _BF16_MUST_GAIN = 1.3
 _BUDGETS = {"cpu": (1_024, 2_048, 4_096), "cuda": (16_384, 32_768, 65_536)}
 _MATRIX_SIDE = {"cpu": 1_024, "cuda": 8_192}
 _ROUNDS = 2
+_COMPILING_MUST_GAIN = 1.05
+_COMPILING_MAY_PAY_AFTER = 300.0  # seconds of a worker's work: it costs half a minute here, and less in each worker
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How a worker runs, as far as it was asked for or chosen before; None is open."""
+
+    precision: Precision | None = None
+    tokens_per_step: int | None = None
+    is_compiled: bool | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anything is to be measured."""
+        return None in (self.precision, self.tokens_per_step, self.is_compiled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,33 +40,43 @@ class Calibration:
     Attributes:
         precision: The faster one.
         tokens_per_step: The fastest budget.
+        is_compiled: Whether compiling the model pays.
         flops_per_second: Of a large matrix product in this precision: a worker's ceiling; None where it was not measured.
     """
 
     precision: Precision
     tokens_per_step: int
+    is_compiled: bool = False
     flops_per_second: float | None = None
 
+    @property
+    def choice(self) -> Choice:
+        """The same as a choice in which nothing is open."""
+        return Choice(self.precision, self.tokens_per_step, self.is_compiled)
 
-def calibrate(
-    folder: Path, device: str, precision: Precision | None, tokens_per_step: int | None, texts: Sequence[str]
-) -> Calibration:
-    """Returns how to run a model on this machine; what is given is kept, what is None is measured.
+
+def calibrate(folder: Path, device: str, choice: Choice, texts: Sequence[str], num_documents: int) -> Calibration:
+    """Returns how to run a model on this machine; what is chosen is kept, what is open is measured.
 
     Args:
         folder: The model.
         device: ``cpu`` or ``cuda``.
-        precision: See ``best_precision``.
-        tokens_per_step: See ``best_budget``.
+        choice: See ``best_precision``, ``best_budget`` and ``pays_to_compile``.
         texts: A sample of the documents.
+        num_documents: How many of them a worker will have to do.
     """
-    precision = precision or best_precision(device)
-    if tokens_per_step is None:
+    precision = choice.precision or best_precision(device)
+    budget, is_compiled = choice.tokens_per_step, choice.is_compiled
+    if budget is None or is_compiled is None:
+        encoder = Encoder(folder, device, precision, budget)
         try:
-            tokens_per_step = best_budget(Encoder(folder, device, precision), device, texts)
+            budget = budget or best_budget(encoder, device, texts)
+            encoder.tokens_per_step = budget
+            if is_compiled is None:
+                is_compiled = pays_to_compile(encoder, folder, device, precision, texts, num_documents)
         except ValueError:  # a document of the sample has no vector: its unit says so, with the document's name
-            tokens_per_step = TOKENS_PER_STEP[device]
-    return Calibration(precision, tokens_per_step, matrix_rate(device, precision))
+            budget, is_compiled = budget or TOKENS_PER_STEP[device], bool(is_compiled)
+    return Calibration(precision, budget, is_compiled, matrix_rate(device, precision))
 
 
 def best_precision(device: str) -> Precision:
@@ -95,6 +121,38 @@ def best_budget(encoder: Encoder, device: str, texts: Sequence[str]) -> int:
             encoder.tokens_per_step = budget
             seconds[budget] = min(seconds[budget], encoder.compute(sample, "document").compute_seconds)
     return min(budgets, key=lambda budget: seconds[budget])
+
+
+def pays_to_compile(
+    encoder: Encoder, folder: Path, device: str, precision: Precision, texts: Sequence[str], num_documents: int
+) -> bool:
+    """Returns whether so many documents are done sooner by a compiled model, going by a sample of them.
+
+    Args:
+        encoder: The model, not compiled.
+        folder: The model.
+        device: ``cpu`` or ``cuda``.
+        precision: Of the encoder.
+        texts: The sample.
+        num_documents: How many documents a worker will have to do.
+
+    Raises:
+        ValueError: The model gives no finite vector for a document of the sample.
+    """
+    if not texts:
+        return False
+    sample = _sample(encoder.tokenise(list(texts), "document"), 4 * _BUDGETS[device][-1])
+    seconds = encoder.compute(sample, "document").compute_seconds
+    if seconds / sample.num_texts * num_documents < _COMPILING_MAY_PAY_AFTER:
+        return False
+    compiled = Encoder(folder, device, precision, encoder.tokens_per_step, is_compiled=True)
+    if not compiled.is_compiled:
+        return False
+    best = [float("inf"), float("inf")]
+    for _ in range(_ROUNDS):
+        for number, one in enumerate((encoder, compiled)):
+            best[number] = min(best[number], one.compute(sample, "document").compute_seconds)
+    return best[0] >= _COMPILING_MUST_GAIN * best[1]
 
 
 def _sample(tokens: Tokens, num_tokens: int) -> Tokens:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka import artifacts, corpus, storage, vectors
+from matryoshka.calibration import Choice
 from matryoshka.clock import PHASES, Clock
 from matryoshka.corpus import Columns, Corpus
-from matryoshka.encode import Encoder, Precision
+from matryoshka.encode import Encoder
 from matryoshka.model import ModelInfo
 from matryoshka.tokens import Long
 from matryoshka.units import Unit
@@ -20,8 +21,7 @@ UNITS = "units"
 def make_identity(
     info: ModelInfo,
     columns: Columns,
-    precision: Precision | None,
-    tokens_per_step: int | None,
+    choice: Choice,
     unit_rows: int,
     long: Long = "truncate",
 ) -> dict[str, Any]:
@@ -31,8 +31,7 @@ def make_identity(
         "width": info.width,
         "id_column": columns.id,
         "text_column": columns.text,
-        "precision": precision,
-        "tokens_per_step": tokens_per_step,
+        **dataclasses.asdict(choice),
         "unit_rows": unit_rows,
         "long": long,
     }

@@ -4,6 +4,7 @@ With the variable-length kernel, steps are queued on the device without waiting 
 vectors of a call.
 """
 
+import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -66,9 +67,11 @@ class Encoder:
         tokens_per_step: Most tokens in one forward pass; by default what suits the device.
         long: What becomes of texts beyond the model's window: ``truncate``, or ``mean`` of overlapping windows.
         num_tokenisers: Processes that tokenise; with 0, the calling thread does.
+        is_compiled: Whether to compile the model, which takes half a minute; it needs a C++ compiler.
 
     Attributes:
-        notice: Why the model runs padded; empty where it runs packed.
+        notice: Why the model runs padded, or not compiled; empty where it runs as it should.
+        is_compiled: Whether it does run compiled.
         tokens_per_step: The budget; it is halved when memory runs out.
     """
 
@@ -80,6 +83,8 @@ class Encoder:
         tokens_per_step: int | None = None,
         long: Long = "truncate",
         num_tokenisers: int = 0,
+        *,
+        is_compiled: bool = False,
     ) -> None:
         self._device = device
         self.tokens_per_step = tokens_per_step or TOKENS_PER_STEP[device]
@@ -94,7 +99,7 @@ class Encoder:
         self._computing = ThreadPoolExecutor(1)
         self._flops_per_token, self._flops_per_square = _count_flops(self._model)
         self._extras = {role: self._prompt_extras(role) for role in get_args(Role)}
-        self._packed, self.notice = self._choose_path(precision)
+        self._packed, self.is_compiled, self.notice = self._choose_path(precision, is_compiled)
 
     def tokenise(self, texts: list[str], role: Role) -> Tokens:
         """Returns the tokens of texts, with the model's prompt for queries or documents put before each."""
@@ -222,27 +227,38 @@ class Encoder:
         length = self._model.preprocess([""], prompt=prompt).get("prompt_length") if prompt else None
         return {} if length is None else {"prompt_length": int(length)}
 
-    def _choose_path(self, precision: Precision) -> tuple[PackedModel | None, str]:
-        """Casts the model, and returns it packed if a few documents then have the vectors that they have when padded."""
+    def _choose_path(self, precision: Precision, is_compiled: bool) -> tuple[PackedModel | None, bool, str]:
+        """Casts the model, and returns it packed if a few documents then have the vectors that they have when padded.
+
+        Returns:
+            The packed model, or None; whether it is compiled; and why, where it is less than it could be.
+        """
         reference = self._check_vectors(None)
         if precision == "bf16":
             for parameter in self._model.parameters():  # no buffers: rotary frequencies must stay exact
                 parameter.data = parameter.data.to(torch.bfloat16)
         tolerance = max(_ROUNDING, _TIMES_DTYPE * _difference(self._check_vectors(None), reference))
-        notice = ""
         has_kernel = self._device == "cuda" and precision == "bf16"
         kinds: tuple[Attention, ...] = ("varlen", "grouped") if has_kernel else ("grouped",)
-        for attention in kinds:
+        reasons: dict[tuple[Attention, bool], str] = {}
+        for way in itertools.product(kinds, (True, False) if is_compiled else (False,)):
             try:
-                packed = PackedModel(self._model, attention)
+                packed = PackedModel(self._model, way[0], is_compiled=way[1])
                 difference = _difference(self._check_vectors(packed), reference)
             except (CannotPackError, RuntimeError, TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
-                notice = notice or (str(error).splitlines() or [type(error).__name__])[0]
+                reasons[way] = (str(error).splitlines() or [type(error).__name__])[0]
                 continue
-            if difference <= tolerance:
-                return packed, f"no variable-length kernel, attention is grouped: {notice}" if notice else ""
-            notice = f"packed vectors differ from padded ones by {difference:.1e} (explained: {tolerance:.1e})"
-        return None, f"batches are padded: {notice}"
+            if difference > tolerance:
+                kind = "compiled" if way[1] else "packed"
+                reasons[way] = f"{kind} vectors differ from padded ones by {difference:.1e} (explained: {tolerance:.1e})"
+                continue
+            notices = []
+            if way[0] != kinds[0]:
+                notices.append(f"no variable-length kernel, attention is grouped: {reasons[kinds[0], False]}")
+            if way[1] != is_compiled:
+                notices.append(f"the model is not compiled: {reasons[way[0], True]}")
+            return packed, way[1], "; ".join(notices)
+        return None, False, f"batches are padded: {reasons[kinds[-1], False]}"
 
     def _check_vectors(self, packed: PackedModel | None) -> npt.NDArray[np.float64]:
         """Returns vectors of a few documents of made-up tokens by one of the two paths."""

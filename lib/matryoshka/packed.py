@@ -1,19 +1,22 @@
 """Forward passes without padding: documents lie end to end, and attention stays within each of them.
 
 The model's own code runs unchanged but for its attention, which transformers lets one replace by name. On CUDA that is one
-variable-length kernel; elsewhere documents of like length are attended to together.
+variable-length kernel; elsewhere documents of like length are attended to together. All else can be compiled into one program.
 """
 
 import functools
 import itertools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor
 from transformers import AttentionInterface
 
 Attention = Literal["varlen", "grouped"]
@@ -64,8 +67,8 @@ class Layout:
         bounds: First token of each document, and T; int32, [N + 1].
         max_length: Tokens of the longest.
         groups: For grouped attention, in the order of the stream.
-        spread: For each place of all groups, the token that stands there; [sum of n x P].
-        collect: For each token, its place; [T].
+        spread: For each place of all groups, the token that stands there; [sum of n x P]. None where it is its own number.
+        collect: For each token, its place; [T]. None where it is its own number.
         masks: What layers of this step share, by group and window.
     """
 
@@ -77,8 +80,16 @@ class Layout:
     masks: dict[Any, Tensor | None] = field(default_factory=dict)
 
 
-def group_documents(lengths: npt.NDArray[np.int64], device: str) -> tuple[tuple[Group, ...], Tensor, Tensor]:
-    """Returns (groups, spread, collect) of documents that lie end to end, longest first; see ``Layout``."""
+def group_documents(
+    lengths: npt.NDArray[np.int64], length: int, device: str
+) -> tuple[tuple[Group, ...], Tensor | None, Tensor | None]:
+    """Returns (groups, spread, collect) of documents that lie end to end, longest first; see ``Layout``.
+
+    Args:
+        lengths: Tokens of each document; [N].
+        length: Tokens of the stream, which is filled up behind the documents.
+        device: Where tensors go.
+    """
     starts = np.cumsum(lengths) - lengths
     rounded = -(-lengths // _TILE) * _TILE
     edges = [0, *(np.flatnonzero(np.diff(rounded)) + 1).tolist(), len(lengths)]
@@ -91,6 +102,9 @@ def group_documents(lengths: npt.NDArray[np.int64], device: str) -> tuple[tuple[
         num_places += is_real.size
         mask = None if is_real.all() else torch.from_numpy(is_real).to(device)
         groups.append(Group(int(last - first), int(rounded[first]), mask))
+    if num_places == length and all(group.is_real is None for group in groups):
+        return tuple(groups), None, None
+    collect.append(np.zeros(length - lengths.sum(), np.int64))
     return (
         tuple(groups),
         torch.from_numpy(np.concatenate(spread)).to(device),
@@ -115,10 +129,8 @@ def grouped_attention(
 
     Shapes: query [1, H, T, d]; key, value [1, H or fewer, T, d]; bias [1, H, P, P] or larger; result [1, T, H, d].
     """
-    assert layout.spread is not None
-    assert layout.collect is not None
     # One row per place: T tokens become sum(n x P) places, in which every group is a block of equal lengths.
-    q, k, v = (part[0].transpose(0, 1).index_select(0, layout.spread) for part in (query, key, value))
+    q, k, v = (_take(part[0].transpose(0, 1), layout.spread) for part in (query, key, value))
     is_causal = bool(getattr(module, "is_causal", False))
     parts, start = [], 0
     for number, group in enumerate(layout.groups):
@@ -139,7 +151,11 @@ def grouped_attention(
         )
         parts.append(attended.transpose(1, 2).flatten(0, 1))
         start = rows.stop
-    return torch.cat(parts).index_select(0, layout.collect).unsqueeze(0), None
+    return _take(torch.cat(parts), layout.collect).unsqueeze(0), None
+
+
+def _take(rows: Tensor, numbers: Tensor | None) -> Tensor:
+    return rows if numbers is None else rows.index_select(0, numbers)
 
 
 def _mask(layout: Layout, number: int, window: int | None, is_causal: bool, bias: Tensor | None) -> Tensor | None:
@@ -196,6 +212,41 @@ def varlen_attention(
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"varlen": varlen_attention, "grouped": grouped_attention}
 
+_at_hand = threading.local()  # what the compiled program's attention needs of the step that its thread computes
+
+
+@torch.library.custom_op("matryoshka::packed_attention", mutates_args=())
+def _packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sliding_window: int | None, is_causal: bool
+) -> Tensor:
+    """Attention as one operation that the compiler does not look into: every step has another layout, and one program."""
+    named = {"layout": _at_hand.layout, "scaling": scaling, "sliding_window": sliding_window}
+    attended, _ = _FUNCTIONS[_at_hand.attention](SimpleNamespace(is_causal=is_causal), query, key, value, None, **named)
+    return cast("Tensor", attended.contiguous())
+
+
+@_packed_attention.register_fake
+def _(query: Tensor, _key: Tensor, _value: Tensor, _scaling: Any, _sliding_window: Any, _is_causal: Any) -> Tensor:
+    return query.new_empty((1, query.shape[2], query.shape[1], query.shape[3]))
+
+
+def _compiled_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Stands where the compiled program calls attention.
+
+    Shapes: as ``grouped_attention``.
+    """
+    return _packed_attention(query, key, value, scaling, sliding_window, bool(getattr(module, "is_causal", False))), None
+
 
 class PackedModel:
     """A sentence-transformers model whose transformer runs on documents laid end to end.
@@ -203,12 +254,14 @@ class PackedModel:
     Args:
         model: Its first module is the transformer; the modules after it (pooling, dense, normalise) run as they are.
         attention: ``varlen`` or ``grouped``.
+        is_compiled: Whether the transformer is compiled (by the first call, which takes half a minute): its products take
+            weights in the order that they like best, and what lies between two products is one pass over memory.
 
     Raises:
-        CannotPackError: The model is of a family whose attention cannot be replaced, or pools in an unknown way.
+        CannotPackError: The model is of a family whose attention cannot be replaced or compiled, or pools in an unknown way.
     """
 
-    def __init__(self, model: Any, attention: Attention) -> None:
+    def __init__(self, model: Any, attention: Attention, *, is_compiled: bool = False) -> None:
         self._network, self._tail = _take_apart(model)
         family = self._network.config.model_type
         self._attention = attention
@@ -219,8 +272,15 @@ class PackedModel:
         if self._is_adapted:
             if attention != "grouped":
                 raise CannotPackError("its relative positions need grouped attention")
+            if is_compiled:
+                raise CannotPackError("its attention cannot be compiled")
             _adapt_mpnet(self._network, lambda: self._layout)
-        AttentionInterface.register(self._name, _FUNCTIONS[attention])
+        self._program: Any = None
+        if is_compiled:
+            self._name = "matryoshka_compiled"
+            # Any number of tokens, one program. The compiler's own processes would stand beside every worker of a machine.
+            self._program = torch.compile(self._network, dynamic=True, options={"compile_threads": 1})
+        AttentionInterface.register(self._name, _compiled_attention if is_compiled else _FUNCTIONS[attention])
 
     def length_of(self, num_tokens: int) -> int:
         """Returns how many tokens go through the model for a step of so many."""
@@ -246,19 +306,23 @@ class PackedModel:
             filling = (0, self.length_of(num_tokens) - num_tokens)
             ids = torch.nn.functional.pad(ids, filling)
             positions = torch.nn.functional.pad(positions, filling, value=self.first_position)
-            groups, spread, collect = group_documents(lengths, str(ids.device))
-            layout = Layout(bounds, int(lengths[0]), groups, spread, torch.nn.functional.pad(collect, filling))
+            layout = Layout(bounds, int(lengths[0]), *group_documents(lengths, len(ids), str(ids.device)))
         else:
             layout = Layout(bounds, int(lengths[0]))
-        self._layout = layout
+        self._layout = _at_hand.layout = layout
         own = getattr(self._network.config, "_attn_implementation", None)
         self._network.set_attn_implementation(own if self._is_adapted else self._name)
         try:
-            hidden = self._network(input_ids=ids[None], position_ids=positions[None], layout=layout)[0][:, :num_tokens]
+            if self._program is not None:
+                _at_hand.attention = self._attention
+                with inductor.patch(freezing=not ids.is_cuda):  # lets products on a CPU keep their weights in blocks
+                    hidden = self._program(input_ids=ids[None], position_ids=positions[None])[0]
+            else:
+                hidden = self._network(input_ids=ids[None], position_ids=positions[None], layout=layout)[0]
         finally:
-            self._layout = None
+            self._layout = _at_hand.layout = None
             self._network.set_attn_implementation(own)
-        features = {"token_embeddings": hidden, "cu_seq_lens_q": bounds, "seq_idx": owners[None], **extras}
+        features = {"token_embeddings": hidden[:, :num_tokens], "cu_seq_lens_q": bounds, "seq_idx": owners[None], **extras}
         for module in self._tail:
             features = module(features)
         pooled: Tensor = features["sentence_embedding"]

@@ -9,6 +9,7 @@ import tiny_model
 import torch
 
 from matryoshka import calibration, model
+from matryoshka.calibration import Choice
 from matryoshka.encode import Encoder, Precision
 from matryoshka.model import ModelInfo
 from matryoshka.tokens import Long
@@ -54,6 +55,13 @@ def test_the_variable_length_kernel_is_used_in_half_precision(minilm: ModelInfo,
     assert calls
 
 
+def test_a_compiled_model_has_the_vectors_of_the_cpu(minilm: ModelInfo):
+    encoder = Encoder(minilm.folder, "cuda", "bf16", is_compiled=True)
+    assert (encoder.notice, encoder.is_compiled) == ("", True)
+    reference = Encoder(minilm.folder, "cpu", "float32").encode(TEXTS, "document")
+    assert cosines(encoder.encode(TEXTS, "document").vectors, reference.vectors).min() >= 0.999
+
+
 def test_a_repeated_call_gives_the_same_vectors(minilm: ModelInfo):
     encoder = Encoder(minilm.folder, "cuda", "bf16")
     first, again = (encoder.encode(TEXTS, "document").vectors for _ in range(2))
@@ -84,7 +92,7 @@ def test_a_step_that_does_not_fit_is_halved(minilm: ModelInfo):
 
 
 def test_calibration_keeps_what_is_given_and_measures_the_rest(minilm: ModelInfo):
-    best = calibration.calibrate(minilm.folder, "cuda", None, None, TEXTS * 10)
+    best = calibration.calibrate(minilm.folder, "cuda", Choice(), TEXTS * 10, num_documents=1)
     assert best.precision == "bf16"
     assert best.tokens_per_step in (16_384, 32_768, 65_536)
     assert best.flops_per_second > 1e12

@@ -17,7 +17,13 @@ _ROWS = 60
 
 
 def _settings(root: Path, model: str, **more: Any) -> benchmark.Settings:
-    own = {"output": str(root / "out" / "report.json"), "corpus": str(root / "corpus"), "documents": _ROWS, "rounds": 1}
+    own = {
+        "output": str(root / "out" / "report.json"),
+        "corpus": str(root / "corpus"),
+        "documents": _ROWS,
+        "rounds": 1,
+        "compile": "off",
+    }
     return benchmark.Settings(work="encode", model=model, **{**own, **more})
 
 
@@ -157,17 +163,3 @@ def test_a_wrong_command_is_refused(arguments: list[str], message: str) -> None:
         benchmark.Settings.from_command_line(
             [*arguments, "--corpus", "corpus", "--output", "report.json"], "python -m jobs.benchmark"
         )
-
-
-def test_a_process_that_fails_or_is_lost_is_named() -> None:
-    with benchmark._Process("onnx_int8", int, "no number") as failing, pytest.raises(RuntimeError, match="onnx_int8: ValueError"):
-        failing.answer()
-    with benchmark._Process("tuned", os._exit, 9) as lost, pytest.raises(RuntimeError, match="the process of tuned was lost"):
-        lost.answer()
-
-
-def test_thread_settings_do_not_reach_the_peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with benchmark._Process("tuned", os.getenv, "OMP_NUM_THREADS") as process:
-        assert process.answer() is None
-    assert os.environ["OMP_NUM_THREADS"] == "1"

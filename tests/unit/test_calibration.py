@@ -1,11 +1,13 @@
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_model
 from texts import WORDS
 
 from matryoshka import calibration
+from matryoshka.calibration import Choice
 from matryoshka.encode import Encoder
 
 TEXTS = [" ".join(WORDS[number : number + 20]) for number in range(100)]
@@ -17,16 +19,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_is_given_is_kept(folder: Path):
-    best = calibration.calibrate(folder, "cpu", "float32", 77, TEXTS)
-    assert (best.precision, best.tokens_per_step) == ("float32", 77)
+    choice = Choice("float32", 77, is_compiled=True)
+    best = calibration.calibrate(folder, "cpu", choice, [], 10**9)
+    assert best.choice == choice
     assert best.flops_per_second is not None
     assert best.flops_per_second > 0
 
 
 def test_what_is_not_given_is_one_of_the_choices(folder: Path):
-    best = calibration.calibrate(folder, "cpu", None, None, TEXTS)
+    best = calibration.calibrate(folder, "cpu", Choice(), TEXTS, num_documents=len(TEXTS))
     assert best.precision in ("float32", "bf16")
     assert best.tokens_per_step in (1_024, 2_048, 4_096)
+    assert not best.is_compiled, "so few documents would wait longer for the compiler"
 
 
 def test_the_fastest_budget_wins(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -39,6 +43,27 @@ def test_the_fastest_budget_wins(folder: Path, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(encoder, "compute", pretend)
     assert calibration.best_budget(encoder, "cpu", TEXTS) == 2_048
+
+
+@pytest.mark.parametrize(
+    ("plain", "compiled", "num_documents", "pays"),
+    [(5.0, 4.0, 100_000, True), (5.0, 4.9, 100_000, False), (5.0, 6.0, 100_000, False), (5.0, 4.0, 1_000, False)],
+)
+def test_compiling_must_pay_within_the_run(
+    plain: float, compiled: float, num_documents: int, pays: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    compute = Encoder.compute
+
+    def pretend(self: Encoder, *arguments: Any) -> Any:
+        return dataclasses.replace(compute(self, *arguments), compute_seconds=compiled if self.is_compiled else plain)
+
+    monkeypatch.setattr(Encoder, "compute", pretend)
+    best = calibration.calibrate(folder, "cpu", Choice("float32", 512), TEXTS, num_documents)
+    assert best.is_compiled == pays
+
+
+def test_without_documents_nothing_is_compiled(folder: Path):
+    assert not calibration.calibrate(folder, "cpu", Choice("float32", 512), [], 10**9).is_compiled
 
 
 def test_bf16_must_pay_to_be_chosen(monkeypatch: pytest.MonkeyPatch):

@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from matryoshka import artifacts, corpus, embedding, vectors
+from matryoshka.calibration import Choice
 from matryoshka.corpus import Columns, Corpus
 from matryoshka.encode import Encoder
 from matryoshka.model import ModelInfo
@@ -84,7 +85,7 @@ def test_a_corpus_that_changed_after_the_plan_is_refused(tmp_path: Path, source:
 
 
 def test_the_manifest_carries_what_later_stages_need(source: Corpus, minilm: ModelInfo):
-    identity = embedding.make_identity(minilm, Columns(), "float32", 4096, 10)
+    identity = embedding.make_identity(minilm, Columns(), Choice("float32", 4096), 10)
     manifest = embedding.make_manifest(source, minilm, identity, {"job": "embed"})
     assert manifest.inputs == {"corpus": source.fingerprint}
     assert (manifest.facts["width"], manifest.facts["dims"]) == (384, [384, 256, 128, 64, 32])
@@ -96,16 +97,17 @@ def test_the_manifest_carries_what_later_stages_need(source: Corpus, minilm: Mod
 @pytest.mark.parametrize(
     "other",
     [
-        (Columns("other", "text"), "float32", 4096, 10),
-        (Columns("id", "other"), "float32", 4096, 10),
-        (Columns(), "bf16", 4096, 10),
-        (Columns(), "float32", 99, 10),
-        (Columns(), "float32", 4096, 11),
-        (Columns(), "float32", 4096, 10, "mean"),
+        (Columns("other", "text"), Choice("float32", 4096), 10),
+        (Columns("id", "other"), Choice("float32", 4096), 10),
+        (Columns(), Choice("bf16", 4096), 10),
+        (Columns(), Choice("float32", 99), 10),
+        (Columns(), Choice("float32", 4096, is_compiled=True), 10),
+        (Columns(), Choice("float32", 4096), 11),
+        (Columns(), Choice("float32", 4096), 10, "mean"),
     ],
 )
 def test_whatever_changes_bytes_ids_or_units_is_part_of_the_identity(minilm: ModelInfo, other: tuple[Any, ...]):
-    assert embedding.make_identity(minilm, *other) != embedding.make_identity(minilm, Columns(), "float32", 4096, 10)
+    assert embedding.make_identity(minilm, *other) != embedding.make_identity(minilm, Columns(), Choice("float32", 4096), 10)
 
 
 def test_a_summary_adds_up_what_the_units_cost():

@@ -12,6 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 from texts import WORDS
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
+from torch._inductor.utils import fresh_cache
 
 from matryoshka import model, packed
 from matryoshka.encode import Encoder
@@ -83,6 +86,37 @@ def assert_packs_as_padded(folder: Path) -> None:
 @pytest.mark.parametrize("family", packed.FIRST_POSITIONS)
 def test_every_family_has_the_vectors_of_its_padded_model(family: str, make_tiny: Make):
     assert_packs_as_padded(make_tiny(family, "lasttoken" if family == "qwen3" else "mean"))
+
+
+def test_documents_of_whole_tiles_need_no_moving():
+    assert packed.group_documents(np.array([32, 32, 16]), 80, "cpu")[1:] == (None, None)
+
+
+@pytest.mark.parametrize(("family", "options"), [("bert", {}), ("modernbert", {}), ("qwen3", SLIDING)], ids=str)
+def test_a_compiled_model_has_the_vectors_of_its_padded_model(family: str, options: dict[str, Any], make_tiny: Make):
+    folder = make_tiny(family, "lasttoken" if family == "qwen3" else "mean", **options)
+    encoder = Encoder(folder, "cpu", "float32", is_compiled=True)
+    assert (encoder.notice, encoder.is_compiled) == ("", True)
+    reference = padded_vectors(folder)
+    num_programs = counters["stats"]["unique_graphs"]
+    assert_same_vectors(encoder.encode(TEXTS, "document").vectors, reference)
+    assert_same_vectors(np.concatenate([encoder.encode([text], "document").vectors for text in TEXTS]), reference)
+    assert counters["stats"]["unique_graphs"] == num_programs, "one program does steps of any length"
+
+
+def test_a_model_that_cannot_be_compiled_packs_all_the_same_and_says_why(make_tiny: Make):
+    encoder = Encoder(make_tiny("mpnet"), "cpu", "float32", is_compiled=True)
+    assert (encoder.notice, encoder.is_compiled) == ("the model is not compiled: its attention cannot be compiled", False)
+    assert_same_vectors(encoder.encode(TEXTS, "document").vectors, padded_vectors(make_tiny("mpnet")))
+
+
+def test_without_a_compiler_a_model_packs_all_the_same_and_says_why(make_tiny: Make):
+    folder = make_tiny("bert")
+    with inductor.patch({"cpp.cxx": ("/no/compiler/here",)}), fresh_cache():
+        encoder = Encoder(folder, "cpu", "float32", is_compiled=True)
+    assert encoder.notice.startswith("the model is not compiled: ")
+    assert not encoder.is_compiled
+    assert_same_vectors(encoder.encode(TEXTS, "document").vectors, padded_vectors(folder))
 
 
 @pytest.mark.parametrize("pooling", POOLINGS, ids=str)
@@ -205,11 +239,15 @@ def test_the_variable_length_kernel_is_called_so_that_vectors_are_those_of_the_p
     assert seen == windows
 
 
-@given(st.lists(st.integers(0, 70), min_size=1, max_size=20))
-def test_groups_hold_every_token_once_in_whole_tiles(values: list[int]):
+@given(st.lists(st.integers(0, 70) | st.sampled_from([16, 32]), min_size=1, max_size=20), st.integers(0, 2))
+def test_groups_hold_every_token_once_in_whole_tiles(values: list[int], filling: int):
     lengths = np.array(sorted(values, reverse=True), dtype=np.int64)
-    groups, spread, collect = packed.group_documents(lengths, "cpu")
-    np.testing.assert_array_equal(spread[collect], np.arange(lengths.sum()))
+    groups, spread, collect = packed.group_documents(lengths, int(lengths.sum()) + filling, "cpu")
+    if spread is None:
+        spread = collect = np.arange(lengths.sum())
+        assert filling == 0
+    assert len(collect) == lengths.sum() + filling
+    np.testing.assert_array_equal(spread[collect[: lengths.sum()]], np.arange(lengths.sum()))
     assert len(spread) == sum(group.num_documents * group.length for group in groups)
     np.testing.assert_array_equal(
         np.repeat([group.length for group in groups], [g.num_documents for g in groups]), -(-lengths // 16) * 16
@@ -220,7 +258,7 @@ def test_groups_hold_every_token_once_in_whole_tiles(values: list[int]):
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=20))
 def test_a_place_of_a_group_holds_a_token_of_its_own_document(values: list[int]):
     lengths = np.array(sorted(values, reverse=True), dtype=np.int64)
-    groups, spread, _ = packed.group_documents(lengths, "cpu")
+    groups, spread, _ = packed.group_documents(lengths, int(lengths.sum()) + 1, "cpu")
     owners = np.repeat(np.arange(len(lengths)), lengths)
     rows = np.repeat(np.arange(len(lengths)), -(-lengths // 16) * 16)
     np.testing.assert_array_equal(owners[spread], rows)

@@ -23,6 +23,7 @@ from matryoshka.units import Unit, plan_units
 
 _WORTH_MEASURING = 20_000  # rows: for fewer, measuring takes longer than it can gain
 _SAMPLE_ROWS = 1_000
+_SHOWN_FAILURES = 3
 
 
 class Settings(StageSettings):
@@ -82,9 +83,8 @@ def run(settings: Settings) -> Manifest:
     if done:
         _report(summary)
     if failures:
-        key, error = next(iter(failures.items()))
         raise RuntimeError(
-            f"embed: {len(failures)} of {len(units)} units failed ({key}: {error})."
+            f"embed: {len(failures)} of {len(units)} units failed ({_describe_failures(failures, units)})."
             " The others are finished and kept. Mend the cause and run the same command again."
         )
     receipts = tuple(embedding.place(finished[unit.key], unit) for unit in units)
@@ -115,6 +115,13 @@ def _calibrate(
         head = dataclasses.replace(first, stop=min(first.start + _SAMPLE_ROWS, first.stop))
         _, texts = corpus.read_unit(source.path_of(head.name), source.columns, head)
     return session.calibrate(info, choice, texts, num_rows // (num_workers or there.default_workers))
+
+
+def _describe_failures(failures: Mapping[str, str], units: Sequence[Unit]) -> str:
+    """Returns the first failed units, by file and rows, each with its error."""
+    failed = [f"{unit.title}: {failures[unit.key].rstrip('.')}" for unit in units if unit.key in failures]
+    more = f"; and {len(failed) - _SHOWN_FAILURES} more" if len(failed) > _SHOWN_FAILURES else ""
+    return "; ".join(failed[:_SHOWN_FAILURES]) + more
 
 
 def _report(summary: Mapping[str, Any]) -> None:

@@ -1,13 +1,19 @@
-"""What a folder holds, seen without the library that wrote it: times, digests, vectors, manifests; and ways to damage it."""
+"""What a folder holds, seen without the library that wrote it: times, digests, vectors, manifests; and ways to damage it.
+
+And the patience to watch it grow.
+"""
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+
+PATIENCE_SECONDS = 120
 
 
 def times(folder: Path) -> dict[str, int]:
@@ -61,6 +67,19 @@ def truncate(path: Path) -> None:
 def delete(path: Path) -> None:
     """Deletes a file."""
     path.unlink()
+
+
+def count_units(folder: Path) -> int:
+    """Returns how many units an output of the embed job has by now."""
+    return len(list((folder / "units").glob("*.parquet"))) if (folder / "units").is_dir() else 0
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Returns once a condition holds, or fails after two minutes."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not holds():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
 
 
 Damage = Callable[[Path], None]

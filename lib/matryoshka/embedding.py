@@ -80,7 +80,7 @@ def embed_unit(encoder: Encoder, source: Corpus, unit: Unit, folder: Path, clock
     except ValueError as error:
         reason, rows = error.args if len(error.args) == 2 else (error, [])
         names = ", ".join(f"'{ids[row]}'" for row in rows[:3])
-        raise ValueError(f"{unit.name}, rows {unit.start} to {unit.stop}: {reason} ({len(rows)} documents: {names}).") from None
+        raise ValueError(f"{reason} ({len(rows)} documents: {names}).") from None
     path = folder / UNITS / f"{unit.key}.parquet"
     with clock.phase("write"):
         with storage.publish(path) as temporary:

@@ -34,6 +34,11 @@ class Unit:
         return f"{self.digest[:24]}-{self.start:010d}-{self.stop:010d}"
 
     @property
+    def title(self) -> str:
+        """The rows, for people."""
+        return f"{self.name}, rows {self.start} to {self.stop}"
+
+    @property
     def slot(self) -> str:
         """Place in the corpus: stays when the file's content changes, and so keeps the unit in its shard."""
         return f"{self.name}:{self.start}"

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ from safetensors.numpy import load_file, save_file
 from jobs import cluster, embed, verify
 from jobs.entry import main
 from matryoshka import artifacts
-from matryoshka.corpus import Columns, Corpus, inspect
+from matryoshka.corpus import Corpus
 from matryoshka.storage import remove_leftovers
-from matryoshka.units import Unit, plan_units
+from matryoshka.units import Unit
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
@@ -39,7 +39,6 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 _FILES, _ROWS, _UNIT_ROWS = 4, 100, 4
 _UNITS = _FILES * _ROWS // _UNIT_ROWS
-_PATIENCE_SECONDS = 120
 _DEADLY_SLOT = f"part-{_FILES - 1}.parquet:{_ROWS - _UNIT_ROWS}"
 
 
@@ -74,19 +73,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny: st
     return folders.vectors(output)
 
 
-def _wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while not holds():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
-
-
-def _count_units(output: Path) -> int:
-    return len(list((output / "units").glob("*.parquet"))) if (output / "units").is_dir() else 0
-
-
 def _has_units(output: Path, count: int) -> bool:
-    return _count_units(output) >= count and bool(_find_workers())
+    return folders.count_units(output) >= count and bool(_find_workers())
 
 
 def _find_workers(*, loading: bool = False) -> list[psutil.Process]:
@@ -102,27 +90,27 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def _kill_the_worker(output: Path, killed: list[int]) -> None:
+def _kill_the_worker(output: Path, killed: list[int], num_starting: int) -> None:
     """Ends the one worker at a random moment, again and again while it starts, and once more after it has started."""
     chance = random.Random(5)
     first, last = sorted(chance.sample(range(1, _UNITS * 2 // 3), 2))
-    for moment in (first, None, None, last):
+    for moment in (first, *[None] * num_starting, last):
         if moment is None:
-            _wait_until(lambda: bool(_find_workers(loading=True)))
+            folders.wait_until(lambda: bool(_find_workers(loading=True)))
             time.sleep(chance.random())
         else:
-            _wait_until(functools.partial(_has_units, output, moment))
+            folders.wait_until(functools.partial(_has_units, output, moment))
         (worker,) = _find_workers()
         worker.kill()
-        killed.append(_count_units(output))
-        _wait_until(lambda process=worker: not _title(process))  # type: ignore[misc]
+        killed.append(folders.count_units(output))
+        folders.wait_until(lambda process=worker: not _title(process))  # type: ignore[misc]
 
 
 def test_one_worker_killed_again_and_again_loses_nothing(
     tmp_path: Path, corpus: Path, tiny: str, undisturbed: dict[str, bytes]
 ) -> None:
     output, killed = tmp_path / "embeddings", list[int]()
-    killer = threading.Thread(target=_kill_the_worker, args=(output, killed))
+    killer = threading.Thread(target=_kill_the_worker, args=(output, killed, 2))
     killer.start()
     embed.run(_settings(output, corpus, tiny))
     killer.join()
@@ -130,6 +118,19 @@ def test_one_worker_killed_again_and_again_loses_nothing(
     assert killed[-1] < _UNITS, "the worker was killed too late to matter"
     assert folders.vectors(output) == undisturbed
     verify.run(verify.Settings(folder=str(output)))
+
+
+def test_a_compiled_worker_that_is_killed_comes_back_with_the_same_program(tmp_path: Path, corpus: Path, tiny: str) -> None:
+    embed.run(_settings(tmp_path / "undisturbed", corpus, tiny, compile="on"))
+    output, killed = tmp_path / "embeddings", list[int]()
+    killer = threading.Thread(target=_kill_the_worker, args=(output, killed, 0))
+    killer.start()
+    embed.run(_settings(output, corpus, tiny, compile="on"))
+    killer.join()
+    assert len(killed) == 2
+    assert killed[-1] < _UNITS, "the worker was killed too late to matter"
+    assert folders.vectors(output) == folders.vectors(tmp_path / "undisturbed")
+    assert folders.manifest(output)["identity"]["is_compiled"]
 
 
 @pytest.fixture
@@ -197,7 +198,7 @@ def test_a_unit_that_ends_its_worker_every_time_fails_alone(
     local_ray.release()
     remove_leftovers(output)  # of what the worker was writing when it was ended; the next run does that
     message = capsys.readouterr().err
-    (deadly,) = (unit.key for unit in plan_units(inspect(str(corpus), Columns()).files, _UNIT_ROWS) if unit.slot == _DEADLY_SLOT)
+    deadly = f"part-{_FILES - 1}.parquet, rows {_ROWS - _UNIT_ROWS} to {_ROWS}"
     assert f"1 of {_UNITS} units failed ({deadly}: its worker was lost" in message
     finished = folders.vectors(output)
     assert len(finished) == len(undisturbed) - _UNIT_ROWS
@@ -270,14 +271,14 @@ def test_a_machine_that_is_lost_with_all_it_was_doing_costs_nothing(
     log = tmp_path / "log.txt"
     with log.open("wb") as sink:
         driver = subprocess.Popen(command, stdout=sink, stderr=sink, env={**os.environ, "RAY_ADDRESS": two_nodes["address"]})
-    _wait_until(lambda: _count_units(output) >= _UNITS // 10 or driver.poll() is not None)
+    folders.wait_until(lambda: folders.count_units(output) >= _UNITS // 10 or driver.poll() is not None)
     raylet = psutil.Process(two_nodes["raylet"])
     family = [raylet, *raylet.children(recursive=True)]
     assert any("_EncoderActor" in _title(process) for process in family), log.read_text()
     for process in family:
         process.kill()
-    assert _count_units(output) < _UNITS, "the node was killed too late to matter"
-    assert driver.wait(_PATIENCE_SECONDS) == 0, log.read_text()
+    assert folders.count_units(output) < _UNITS, "the node was killed too late to matter"
+    assert driver.wait(folders.PATIENCE_SECONDS) == 0, log.read_text()
     assert folders.vectors(output) == undisturbed
     verify.run(verify.Settings(folder=str(output)))
 
@@ -298,4 +299,4 @@ def test_a_running_cluster_can_be_asked_for_the_documents_done(
     local_ray.release()
     before = _scrape_documents()
     embed.run(_settings(tmp_path / "embeddings", corpus, tiny))
-    _wait_until(lambda: sum(count for name, count in _scrape_documents().items() if name not in before) == _FILES * _ROWS)
+    folders.wait_until(lambda: sum(count for name, count in _scrape_documents().items() if name not in before) == _FILES * _ROWS)

@@ -3,8 +3,6 @@
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import folders
@@ -19,7 +17,6 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 _FILES, _ROWS, _UNIT_ROWS = 4, 800, 4
 _UNITS = _FILES * _ROWS // _UNIT_ROWS
-_PATIENCE_SECONDS = 120
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +36,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny: st
     return folders.vectors(output)
 
 
-def _wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while not holds():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-def _count_units(output: Path) -> int:
-    return len(list((output / "units").glob("*.parquet"))) if (output / "units").is_dir() else 0
-
-
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny: str) -> Path:
     """The output of a run whose driver was killed after the first units were recorded."""
@@ -64,14 +50,14 @@ def killed(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny: str) ->
         assert driver.poll() is None, log.read_text()
         return len(list((output / "journal").glob("*.json"))) >= 2
 
-    _wait_until(has_recorded)
+    folders.wait_until(has_recorded)
     family = psutil.Process(driver.pid).children(recursive=True)
     workers = [process for process in family if "_EncoderActor" in _title(process)]
     assert workers
     driver.kill()
     driver.wait()
     # Ray ends the workers once the driver is gone; until then they may still write into the output.
-    _wait_until(lambda: not any(_is_alive(process) for process in workers))
+    folders.wait_until(lambda: not any(_is_alive(process) for process in workers))
     for process in filter(_is_alive, family):  # Ray's agents would stay for minutes
         process.kill()
     return output
@@ -104,10 +90,10 @@ def test_a_killed_worker_costs_no_document(tmp_path: Path, corpus: Path, tiny: s
     killed: list[int] = []
 
     def kill_a_worker() -> None:
-        _wait_until(lambda: _count_units(output) > _UNITS // 20)
+        folders.wait_until(lambda: folders.count_units(output) > _UNITS // 20)
         workers = [process for process in psutil.Process().children(recursive=True) if "_EncoderActor" in _title(process)]
         workers[0].kill()
-        killed.append(_count_units(output))
+        killed.append(folders.count_units(output))
 
     killer = threading.Thread(target=kill_a_worker)
     killer.start()

@@ -215,9 +215,10 @@ class _Ours:
 
     def _embed(self, units: "list[Unit]") -> Path:
         folder = Path(tempfile.mkdtemp(dir=self._scratch))
+        titles = {unit.key: unit.title for unit in units}
         for outcome in self._pool.embed(self._work.source, units, folder, attempts=1):
             if outcome.result is None:
-                raise RuntimeError(f"{outcome.key} could not be embedded ({outcome.error}).")
+                raise RuntimeError(f"{titles[outcome.key]} could not be embedded ({outcome.error}).")
             self._receipts[outcome.key] = outcome.result
         return folder
 
@@ -426,7 +427,8 @@ _NOTES = (
     f"cosines: to sentence-transformers in float32 (default), on the first {_COMPARED} documents",
     "tokens: those of the model's tokenizer, cut to its window; padding does not count",
     "peak_bytes: the largest RSS of each process that does the work, added up; pages that processes share count in each",
-    "start_seconds: until our workers were ready, compiling included; in no rate, as the peers' loading is in none",
+    "start_seconds: until our workers were ready, compilers' caches warm; in no rate, as the peers' loading is in none",
+    "tuned: sentence-transformers in the best precision and batch size, not compiled; ours is compiled where that pays",
     "forward: our encoders on texts that are tokenised already, as many processes as workers, all at once",
     "ceiling: large matrix products in our precision, as many processes as workers, all at once",
 )

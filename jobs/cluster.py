@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import errno
 import logging
 import os
 from collections import deque
@@ -18,7 +17,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util import metrics
 
 from jobs.terminal import say
-from matryoshka import calibration, embedding, encode, model
+from matryoshka import calibration, embedding, encode, model, storage
 from matryoshka.artifacts import Receipt
 from matryoshka.calibration import Calibration, Choice
 from matryoshka.clock import Clock
@@ -36,7 +35,6 @@ _LOSSES_IN_A_ROW = 10  # per worker: then it is not a unit's fault
 _RETURN_SECONDS = 600.0  # how long to wait for a lost worker where there is no other
 _TEXTS_PER_CALL = 1024
 _MOST_CPUS_PER_GPU = 16
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Session:
@@ -376,7 +374,8 @@ def run_on_actors(
     that a call that ends its worker costs no other call its attempts.
 
     Raises:
-        RuntimeError: The disk is full, or workers are lost again and again: no call would fare better.
+        OSError: The disk is full: no call would fare better.
+        RuntimeError: Workers are lost again and again.
     """
     crew = _Crew(actors, method, calls)
     losses_in_a_row = 0
@@ -386,10 +385,10 @@ def run_on_actors(
             yield Outcome(key, ray.get(reference))
             losses_in_a_row = 0
         except RayTaskError as error:
-            if isinstance(error.cause, OSError) and error.cause.errno in _NO_SPACE:
-                raise RuntimeError(f"{method}: {error.cause}. Make room, then run the same command again.") from None
+            if storage.is_out_of_space(error.cause):
+                raise error.cause from None  # every other unit would fail as well
             if crew.tries[key] >= attempts or isinstance(error.cause, ValueError):
-                yield Outcome(key, None, _last_line(error))
+                yield Outcome(key, None, str(error.cause) if isinstance(error.cause, ValueError) else _last_line(error))
             else:
                 crew.waiting.append(key)
         except RayError as error:  # the worker was lost: killed, evicted for want of memory, or its node is gone

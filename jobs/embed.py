@@ -23,6 +23,7 @@ from matryoshka.units import Unit, plan_units
 
 _WORTH_MEASURING = 20_000  # rows: for fewer, measuring takes longer than it can gain
 _SAMPLE_ROWS = 1_000
+_SAMPLE_UNITS = 4
 _SHOWN_FAILURES = 3
 
 
@@ -68,13 +69,15 @@ def run(settings: Settings) -> Manifest:
         say(f"embed: nothing to do, {output} is complete ({previous.num_rows} documents)")
         return previous
     with cluster.connected() as session:
-        best = _calibrate(session, info, source, todo, choice, settings.workers)
+        num_workers = min(cluster.check_workers(settings.workers) or cluster.capacity().default_workers, max(len(todo), 1))
+        best = _calibrate(session, info, source, todo, choice, num_workers)
         identity = embedding.make_identity(info, source.columns, best.choice, settings.unit_rows, settings.long)
         manifest = embedding.make_manifest(source, info, identity, describe_run("embed", settings))
         artifacts.begin(output, manifest, previous)
         budget = embedding.tokens_per_step_that_fit(finished.values(), best.tokens_per_step)
-        pool = session.encoders(info, best.precision, budget, settings.workers, settings.long, is_compiled=best.is_compiled)
-        num_workers = pool.start() if todo else 0
+        pool = session.encoders(info, best.precision, budget, num_workers, settings.long, is_compiled=best.is_compiled)
+        if todo:
+            pool.start()
         start = time.perf_counter()
         failures = _embed(pool, source, todo, settings, finished)
         seconds = time.perf_counter() - start
@@ -82,6 +85,9 @@ def run(settings: Settings) -> Manifest:
     summary = embedding.summarise(done, num_workers, seconds, best.flops_per_second)
     if done:
         _report(summary)
+    num_plain = sum(not receipt.details.get("is_compiled") for receipt in done)
+    if best.is_compiled and num_plain:
+        say(f"embed: {num_plain} of {len(done)} units were done without the compiled model: last bits of vectors may differ")
     if failures:
         raise RuntimeError(
             f"embed: {len(failures)} of {len(units)} units failed ({_describe_failures(failures, units)})."
@@ -102,7 +108,7 @@ def _calibrate(
     source: Corpus,
     todo: Sequence[Unit],
     choice: Choice,
-    num_workers: int | None,
+    num_workers: int,
 ) -> Calibration:
     """Returns how workers should run: measured where there is enough to do, otherwise what usually suits the device."""
     there, num_rows = cluster.capacity(), sum(unit.num_rows for unit in todo)
@@ -111,10 +117,13 @@ def _calibrate(
         return Calibration(precision, choice.tokens_per_step or TOKENS_PER_STEP[there.device], bool(choice.is_compiled))
     texts: list[str] = []
     if choice.is_open:
-        first = todo[0]
-        head = dataclasses.replace(first, stop=min(first.start + _SAMPLE_ROWS, first.stop))
-        _, texts = corpus.read_unit(source.path_of(head.name), source.columns, head)
-    return session.calibrate(info, choice, texts, num_rows // (num_workers or there.default_workers))
+        for unit in todo[:: -(-len(todo) // _SAMPLE_UNITS)]:
+            head = dataclasses.replace(unit, stop=min(unit.start + _SAMPLE_ROWS // _SAMPLE_UNITS, unit.stop))
+            texts += corpus.read_unit(source.path_of(head.name), source.columns, head)[1]
+    best = session.calibrate(info, choice, texts, num_rows // num_workers)
+    if best.notice:
+        say(f"embed: {best.notice}")
+    return best
 
 
 def _describe_failures(failures: Mapping[str, str], units: Sequence[Unit]) -> str:
@@ -166,8 +175,12 @@ def _recorded(settings: Settings, known: Manifest | None) -> Choice:
     return Choice(
         recorded.get("precision") if settings.precision == "auto" else settings.precision,
         settings.tokens_per_step or recorded.get("tokens_per_step"),
-        recorded.get("is_compiled") if settings.compile == "auto" else settings.compile == "on",
+        _recorded_compiling(known) if settings.compile == "auto" else settings.compile == "on",
     )
+
+
+def _recorded_compiling(known: Manifest | None) -> bool | None:
+    return bool(known.identity.get("is_compiled")) if known else None
 
 
 def _embed(
@@ -178,12 +191,14 @@ def _embed(
         return {}
     output = storage.local_path(settings.output)
     failures: dict[str, str] = {}
+    titles = {unit.key: unit.title for unit in todo}
     journal = Journal(output)
     with Counter("embed", len(todo), "documents") as counter:
         try:
             for outcome in pool.embed(source, todo, output, settings.attempts):
                 if outcome.result is None:
                     failures[outcome.key] = outcome.error
+                    say(f"embed: {titles[outcome.key]} failed: {outcome.error}")
                 else:
                     journal.add(outcome.result)
                     finished[outcome.key] = outcome.result

@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import Any, TypeVar
 
 from jobs.terminal import complain, say
+from matryoshka import storage
 from matryoshka.config import Field, FolderPath, JobSettings
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -41,7 +42,8 @@ def _run(name: str, settings_class: type[S], run: Callable[[S], Any]) -> int:
         return BAD_INPUT
     except (RuntimeError, OSError) as error:
         logger.debug("failure", exc_info=True)
-        complain(f"error: {error}")
+        advice = ". Make room, then run the same command again." if storage.is_out_of_space(error) else ""
+        complain(f"error: {error}{advice}")
         return FAILED
     except KeyboardInterrupt:
         complain("interrupted: what is finished is kept. Run the same command again to go on.")

@@ -1,10 +1,13 @@
 """A real sentence-transformers model, small enough to be made on the spot: random BERT, WordPiece, mean pooling; or its kin."""
 
+import shutil
 import string
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -23,6 +26,9 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
 }
 _SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+
+_HAS_COMPILER = shutil.which("g++") and (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+needs_compiler = pytest.mark.skipif(not _HAS_COMPILER, reason="models are compiled with g++ and Python's headers")
 
 
 def save(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from matryoshka.encode import TOKENS_PER_STEP, Encoder, Precision
@@ -14,8 +15,7 @@ _BF16_MUST_GAIN = 1.3
 _BUDGETS = {"cpu": (1_024, 2_048, 4_096), "cuda": (16_384, 32_768, 65_536)}
 _MATRIX_SIDE = {"cpu": 1_024, "cuda": 8_192}
 _ROUNDS = 2
-_COMPILING_MUST_GAIN = 1.05
-_COMPILING_MAY_PAY_AFTER = 300.0  # seconds of a worker's work: it costs half a minute here, and less in each worker
+_COMPILING_MAY_PAY_AFTER = 300.0  # seconds of a worker's work: for less it is not even tried
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -42,12 +42,14 @@ class Calibration:
         tokens_per_step: The fastest budget.
         is_compiled: Whether compiling the model pays.
         flops_per_second: Of a large matrix product in this precision: a worker's ceiling; None where it was not measured.
+        notice: Why the model could not be compiled; empty where it could, or where that was not tried.
     """
 
     precision: Precision
     tokens_per_step: int
     is_compiled: bool = False
     flops_per_second: float | None = None
+    notice: str = ""
 
     @property
     def choice(self) -> Choice:
@@ -66,17 +68,18 @@ def calibrate(folder: Path, device: str, choice: Choice, texts: Sequence[str], n
         num_documents: How many of them a worker will have to do.
     """
     precision = choice.precision or best_precision(device)
-    budget, is_compiled = choice.tokens_per_step, choice.is_compiled
+    budget, is_compiled, notice = choice.tokens_per_step, choice.is_compiled, ""
+    texts = [texts[number] for number in np.random.default_rng(0).permutation(len(texts))]  # a file may be sorted by length
     if budget is None or is_compiled is None:
         encoder = Encoder(folder, device, precision, budget)
         try:
             budget = budget or best_budget(encoder, device, texts)
             encoder.tokens_per_step = budget
             if is_compiled is None:
-                is_compiled = pays_to_compile(encoder, folder, device, precision, texts, num_documents)
+                is_compiled, notice = pays_to_compile(encoder, folder, device, precision, texts, num_documents)
         except ValueError:  # a document of the sample has no vector: its unit says so, with the document's name
             budget, is_compiled = budget or TOKENS_PER_STEP[device], bool(is_compiled)
-    return Calibration(precision, budget, is_compiled, matrix_rate(device, precision))
+    return Calibration(precision, budget, is_compiled, matrix_rate(device, precision), notice)
 
 
 def best_precision(device: str) -> Precision:
@@ -125,8 +128,10 @@ def best_budget(encoder: Encoder, device: str, texts: Sequence[str]) -> int:
 
 def pays_to_compile(
     encoder: Encoder, folder: Path, device: str, precision: Precision, texts: Sequence[str], num_documents: int
-) -> bool:
-    """Returns whether so many documents are done sooner by a compiled model, going by a sample of them.
+) -> tuple[bool, str]:
+    """Returns whether so many documents are done sooner by a compiled model, and why it could not be compiled.
+
+    What a sample of the documents takes is held against the time that the model needs to start, compiling included.
 
     Args:
         encoder: The model, not compiled.
@@ -140,23 +145,26 @@ def pays_to_compile(
         ValueError: The model gives no finite vector for a document of the sample.
     """
     if not texts:
-        return False
+        return False, ""
     sample = _sample(encoder.tokenise(list(texts), "document"), 4 * _BUDGETS[device][-1])
     seconds = encoder.compute(sample, "document").compute_seconds
     if seconds / sample.num_texts * num_documents < _COMPILING_MAY_PAY_AFTER:
-        return False
+        return False, ""
+    start = time.perf_counter()
     compiled = Encoder(folder, device, precision, encoder.tokens_per_step, is_compiled=True)
+    start_seconds = time.perf_counter() - start
     if not compiled.is_compiled:
-        return False
+        return False, compiled.notice
     best = [float("inf"), float("inf")]
     for _ in range(_ROUNDS):
         for number, one in enumerate((encoder, compiled)):
             best[number] = min(best[number], one.compute(sample, "document").compute_seconds)
-    return best[0] >= _COMPILING_MUST_GAIN * best[1]
+    return (best[0] - best[1]) / sample.num_texts * num_documents > start_seconds, ""
 
 
 def _sample(tokens: Tokens, num_tokens: int) -> Tokens:
-    """Returns the first texts that hold about so many tokens."""
+    """Returns about so many tokens: the first texts, or all of them several times."""
+    tokens = Tokens.join([tokens] * max(num_tokens // max(int(tokens.lengths.sum()), 1), 1))
     count = max(int((tokens.lengths.cumsum() <= num_tokens).sum()), 1)
     lengths = tokens.lengths[:count]
     return Tokens(tokens.ids[: lengths.sum()], lengths, tokens.owners[:count], int(tokens.owners[count - 1]) + 1)

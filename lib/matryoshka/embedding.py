@@ -32,6 +32,7 @@ def make_identity(
         "id_column": columns.id,
         "text_column": columns.text,
         **dataclasses.asdict(choice),
+        "is_compiled": choice.is_compiled or None,  # stores made before there was a choice do not say
         "unit_rows": unit_rows,
         "long": long,
     }
@@ -90,6 +91,7 @@ def embed_unit(encoder: Encoder, source: Corpus, unit: Unit, folder: Path, clock
     details = {
         "slot": unit.slot,
         "num_empty": unit.num_rows - len(ids),
+        "is_compiled": encoder.is_compiled,
         **{name: getattr(encoded, name) for name in _COUNTS},
         "seconds": round(time.perf_counter() - start, 3),
         **{f"{name}_seconds": round(seconds, 3) for name, seconds in clock.take().items()},

@@ -67,7 +67,7 @@ class Encoder:
         tokens_per_step: Most tokens in one forward pass; by default what suits the device.
         long: What becomes of texts beyond the model's window: ``truncate``, or ``mean`` of overlapping windows.
         num_tokenisers: Processes that tokenise; with 0, the calling thread does.
-        is_compiled: Whether to compile the model, which takes half a minute; it needs a C++ compiler.
+        is_compiled: Whether to compile the model, which takes a while; it needs a C++ compiler and Python's headers.
 
     Attributes:
         notice: Why the model runs padded, or not compiled; empty where it runs as it should.
@@ -241,23 +241,23 @@ class Encoder:
         has_kernel = self._device == "cuda" and precision == "bf16"
         kinds: tuple[Attention, ...] = ("varlen", "grouped") if has_kernel else ("grouped",)
         reasons: dict[tuple[Attention, bool], str] = {}
-        for way in itertools.product(kinds, (True, False) if is_compiled else (False,)):
+        for attention, compiled in itertools.product(kinds, (True, False) if is_compiled else (False,)):
             try:
-                packed = PackedModel(self._model, way[0], is_compiled=way[1])
+                packed = PackedModel(self._model, attention, is_compiled=compiled)
                 difference = _difference(self._check_vectors(packed), reference)
             except (CannotPackError, RuntimeError, TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
-                reasons[way] = (str(error).splitlines() or [type(error).__name__])[0]
+                reasons[attention, compiled] = (str(error).splitlines() or [type(error).__name__])[0]
                 continue
             if difference > tolerance:
-                kind = "compiled" if way[1] else "packed"
-                reasons[way] = f"{kind} vectors differ from padded ones by {difference:.1e} (explained: {tolerance:.1e})"
+                kind, gap = "compiled" if compiled else "packed", f"{difference:.1e} (explained: {tolerance:.1e})"
+                reasons[attention, compiled] = f"{kind} vectors differ from padded ones by {gap}"
                 continue
             notices = []
-            if way[0] != kinds[0]:
+            if attention != kinds[0]:
                 notices.append(f"no variable-length kernel, attention is grouped: {reasons[kinds[0], False]}")
-            if way[1] != is_compiled:
-                notices.append(f"the model is not compiled: {reasons[way[0], True]}")
-            return packed, way[1], "; ".join(notices)
+            if compiled != is_compiled:
+                notices.append(f"the model is not compiled: {reasons[attention, True]}")
+            return packed, compiled, "; ".join(notices)
         return None, False, f"batches are padded: {reasons[kinds[-1], False]}"
 
     def _check_vectors(self, packed: PackedModel | None) -> npt.NDArray[np.float64]:

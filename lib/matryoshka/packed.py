@@ -254,7 +254,7 @@ class PackedModel:
     Args:
         model: Its first module is the transformer; the modules after it (pooling, dense, normalise) run as they are.
         attention: ``varlen`` or ``grouped``.
-        is_compiled: Whether the transformer is compiled (by the first call, which takes half a minute): its products take
+        is_compiled: Whether the transformer is compiled (by the first call, which takes a while): its products take
             weights in the order that they like best, and what lies between two products is one pass over memory.
 
     Raises:
@@ -273,13 +273,14 @@ class PackedModel:
             if attention != "grouped":
                 raise CannotPackError("its relative positions need grouped attention")
             if is_compiled:
-                raise CannotPackError("its attention cannot be compiled")
+                raise CannotPackError("the attention of its family is not replaced by name")
             _adapt_mpnet(self._network, lambda: self._layout)
         self._program: Any = None
         if is_compiled:
             self._name = "matryoshka_compiled"
-            # Any number of tokens, one program. The compiler's own processes would stand beside every worker of a machine.
-            self._program = torch.compile(self._network, dynamic=True, options={"compile_threads": 1})
+            # Any number of tokens, one program, and no part beside it.
+            # The compiler's own processes would stand beside every worker of a machine.
+            self._program = torch.compile(self._network, fullgraph=True, dynamic=True, options={"compile_threads": 1})
         AttentionInterface.register(self._name, _compiled_attention if is_compiled else _FUNCTIONS[attention])
 
     def length_of(self, num_tokens: int) -> int:

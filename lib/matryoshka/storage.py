@@ -4,6 +4,7 @@ Paths are local or on a file system that every worker mounts. All that a stage w
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -37,6 +38,11 @@ def digest_file(path: Path) -> str:
 def digest_json(value: Any) -> str:
     """Returns the SHA-256 of a JSON value, in hex: the same for equal values, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def is_out_of_space(error: BaseException | None) -> bool:
+    """Returns whether an error says that nothing more can be written."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def keep_apart(output: Path, *inputs: Path | None) -> None:

@@ -35,7 +35,7 @@ class Unit:
 
     @property
     def title(self) -> str:
-        """The rows, for people."""
+        """File and rows (the first is 0, the last is not among them), for people."""
         return f"{self.name}, rows {self.start} to {self.stop}"
 
     @property

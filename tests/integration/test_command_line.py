@@ -1,6 +1,8 @@
 """The command line: help that names every option, flags over YAML."""
 
+import errno
 import importlib
+import os
 import pkgutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import pytest
 
 import jobs
 from jobs import embed
+from jobs.entry import main
 from matryoshka.config import JobSettings, options
 
 _MODULES = {name: importlib.import_module(f"jobs.{name}") for _, name, _ in pkgutil.iter_modules(jobs.__path__)}
@@ -64,3 +67,16 @@ def test_flags_win_over_the_yaml_file(tmp_path: Path) -> None:
 def test_a_wrong_flag_is_named(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         embed.Settings.from_command_line(arguments, "embed")
+
+
+def test_a_full_disk_met_anywhere_asks_for_room(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(_: embed.Settings) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "manifest.json")
+
+    monkeypatch.setattr(sys, "argv", ["embed", "--output", str(tmp_path), "--corpus", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main("embed", embed.Settings, run)
+    assert ended.value.code == 1
+    assert "No space left on device: 'manifest.json'. Make room, then run the same command again." in capsys.readouterr().err

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import texts
+import tiny_model
 from ray import cloudpickle
 from safetensors.numpy import load_file, save_file
 
@@ -120,17 +121,25 @@ def test_one_worker_killed_again_and_again_loses_nothing(
     verify.run(verify.Settings(folder=str(output)))
 
 
-def test_a_compiled_worker_that_is_killed_comes_back_with_the_same_program(tmp_path: Path, corpus: Path, tiny: str) -> None:
+@tiny_model.needs_compiler
+def test_a_compiled_worker_that_is_killed_comes_back_with_the_same_program(
+    tmp_path: Path, corpus: Path, tiny: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     embed.run(_settings(tmp_path / "undisturbed", corpus, tiny, compile="on"))
     output, killed = tmp_path / "embeddings", list[int]()
-    killer = threading.Thread(target=_kill_the_worker, args=(output, killed, 0))
+    killer = threading.Thread(target=_kill_the_worker, args=(output, killed, 1))
     killer.start()
     embed.run(_settings(output, corpus, tiny, compile="on"))
     killer.join()
-    assert len(killed) == 2
+    assert len(killed) == 3
     assert killed[-1] < _UNITS, "the worker was killed too late to matter"
     assert folders.vectors(output) == folders.vectors(tmp_path / "undisturbed")
-    assert folders.manifest(output)["identity"]["is_compiled"]
+    assert all(receipt.details["is_compiled"] for receipt in artifacts.read(output).receipts)
+    capsys.readouterr()
+    embed.run(_settings(output, corpus, tiny))
+    assert "nothing to do" in capsys.readouterr().out, "what was chosen once is chosen again"
+    with pytest.raises(ValueError, match="is_compiled: True there"):
+        embed.run(_settings(output, corpus, tiny, compile="off"))
 
 
 @pytest.fixture

@@ -122,8 +122,8 @@ def test_with_one_attempt_a_call_that_ends_its_worker_still_fails_alone(pool: Po
     assert [unit.name for unit in units if outcomes[unit.key] != "done"] == ["kill"]
 
 
-def test_a_full_disk_ends_everything_at_once_and_asks_for_room(tmp_path: Path, pool: Pool) -> None:
-    with pytest.raises(RuntimeError, match=r"No space left on device.*Make room, then run the same command again"):
+def test_a_full_disk_ends_everything_at_once(tmp_path: Path, pool: Pool) -> None:
+    with pytest.raises(OSError, match="No space left on device"):
         _embed(pool(1), _units("fine", "full disk", *["fine"] * 200))
     assert len(list(tmp_path.glob("try-*"))) < 20
 

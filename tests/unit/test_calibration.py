@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import tiny_model
 from texts import WORDS
+from torch._inductor import config as inductor
+from torch._inductor.utils import fresh_cache
 
 from matryoshka import calibration
 from matryoshka.calibration import Choice
@@ -45,21 +47,39 @@ def test_the_fastest_budget_wins(folder: Path, monkeypatch: pytest.MonkeyPatch):
     assert calibration.best_budget(encoder, "cpu", TEXTS) == 2_048
 
 
+# A text takes 10 ms, more or less; starting takes what it takes here, some seconds.
+@tiny_model.needs_compiler
 @pytest.mark.parametrize(
-    ("plain", "compiled", "num_documents", "pays"),
-    [(5.0, 4.0, 100_000, True), (5.0, 4.9, 100_000, False), (5.0, 6.0, 100_000, False), (5.0, 4.0, 1_000, False)],
+    ("gain", "num_documents", "pays"), [(0.2, 10**6, True), (1e-6, 10**6, False), (-0.2, 10**6, False), (0.2, 1_000, False)]
 )
 def test_compiling_must_pay_within_the_run(
-    plain: float, compiled: float, num_documents: int, pays: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+    gain: float, num_documents: int, pays: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     compute = Encoder.compute
 
     def pretend(self: Encoder, *arguments: Any) -> Any:
-        return dataclasses.replace(compute(self, *arguments), compute_seconds=compiled if self.is_compiled else plain)
+        seconds = 0.01 * arguments[0].num_texts * (1 - gain * self.is_compiled)
+        return dataclasses.replace(compute(self, *arguments), compute_seconds=seconds)
 
     monkeypatch.setattr(Encoder, "compute", pretend)
     best = calibration.calibrate(folder, "cpu", Choice("float32", 512), TEXTS, num_documents)
     assert best.is_compiled == pays
+
+
+def test_what_kept_the_model_from_being_compiled_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(calibration, "_COMPILING_MAY_PAY_AFTER", 0.0)
+    with inductor.patch({"cpp.cxx": ("/no/compiler/here",)}), fresh_cache():
+        best = calibration.calibrate(folder, "cpu", Choice("float32", 512), TEXTS, 10**9)
+    assert not best.is_compiled
+    assert best.notice.startswith("the model is not compiled: ")
+
+
+def test_a_sample_is_as_large_as_asked_for_or_holds_the_texts_several_times(folder: Path):
+    tokens = Encoder(folder, "cpu", "float32").tokenise(TEXTS, "document")
+    for wanted in (int(tokens.lengths[:5].sum()), int(tokens.lengths.sum()) * 3):
+        sample = calibration._sample(tokens, wanted)
+        assert int(sample.lengths.sum()) == len(sample.ids) == wanted
+        assert sample.num_texts == len(sample.lengths)
 
 
 def test_without_documents_nothing_is_compiled(folder: Path):

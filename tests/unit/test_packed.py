@@ -92,6 +92,7 @@ def test_documents_of_whole_tiles_need_no_moving():
     assert packed.group_documents(np.array([32, 32, 16]), 80, "cpu")[1:] == (None, None)
 
 
+@tiny_model.needs_compiler
 @pytest.mark.parametrize(("family", "options"), [("bert", {}), ("modernbert", {}), ("qwen3", SLIDING)], ids=str)
 def test_a_compiled_model_has_the_vectors_of_its_padded_model(family: str, options: dict[str, Any], make_tiny: Make):
     folder = make_tiny(family, "lasttoken" if family == "qwen3" else "mean", **options)
@@ -106,7 +107,10 @@ def test_a_compiled_model_has_the_vectors_of_its_padded_model(family: str, optio
 
 def test_a_model_that_cannot_be_compiled_packs_all_the_same_and_says_why(make_tiny: Make):
     encoder = Encoder(make_tiny("mpnet"), "cpu", "float32", is_compiled=True)
-    assert (encoder.notice, encoder.is_compiled) == ("the model is not compiled: its attention cannot be compiled", False)
+    assert (encoder.notice, encoder.is_compiled) == (
+        "the model is not compiled: the attention of its family is not replaced by name",
+        False,
+    )
     assert_same_vectors(encoder.encode(TEXTS, "document").vectors, padded_vectors(make_tiny("mpnet")))
 
 
@@ -134,10 +138,11 @@ def test_modules_after_the_pooling_run_as_they_are(make_tiny: Make):
     assert Encoder(folder, "cpu", "float32").encode(TEXTS, "document").vectors.shape == (len(TEXTS), 48)
 
 
-def test_a_model_in_bf16_packs_within_the_rounding_of_bf16(make_tiny: Make):
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=tiny_model.needs_compiler)])
+def test_a_model_in_bf16_packs_within_the_rounding_of_bf16(is_compiled: bool, make_tiny: Make):
     folder = make_tiny("modernbert")
-    encoder = Encoder(folder, "cpu", "bf16")
-    assert encoder.notice == ""
+    encoder = Encoder(folder, "cpu", "bf16", is_compiled=is_compiled)
+    assert (encoder.notice, encoder.is_compiled) == ("", is_compiled)
     cosines = (encoder.encode(TEXTS, "document").vectors * padded_vectors(folder)).sum(axis=1)
     assert (cosines >= 0.99).all()  # 8 bits, through two layers of large random weights
 

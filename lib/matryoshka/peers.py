@@ -53,7 +53,7 @@ class Peer:
 
 PEERS = {
     "default": Peer({"cpu": (32,), "cuda": (32,)}),
-    "tuned": Peer({"cpu": (4, 8, 16, 32, 64, 128), "cuda": (128, 256, 512, 1_024, 2_048)}),
+    "tuned": Peer({"cpu": (4, 8, 16, 32, 64, 128, 256), "cuda": (128, 256, 512, 1_024, 2_048)}),
     "onnx_int8": Peer({"cpu": (4, 8, 16, 32)}, ("onnx", "onnxruntime")),
     "openvino_int8": Peer({"cpu": (8, 16, 32, 64)}, ("openvino", "nncf")),
 }

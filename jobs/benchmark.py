@@ -168,9 +168,9 @@ class _Ours:
     """This project's embed path: Parquet files in, Parquet files out, over Ray."""
 
     def __init__(self, session: "Session", work: _Work, settings: Settings, scratch: Path) -> None:
-        self._work, self._scratch = work, scratch
         from matryoshka.calibration import Choice
 
+        self._work, self._scratch = work, scratch
         choice = Choice(
             None if settings.precision == "auto" else settings.precision,
             None,

@@ -1,15 +1,18 @@
 """What pays on this machine, by small measurements: which precision, which size of step, whether to compile."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from matryoshka.encode import TOKENS_PER_STEP, Encoder, Precision
 from matryoshka.tokens import Tokens
+
+W = TypeVar("W")
 
 _BF16_MUST_GAIN = 1.3
 _BUDGETS = {"cpu": (1_024, 2_048, 4_096), "cuda": (16_384, 32_768, 65_536)}
@@ -118,11 +121,12 @@ def best_budget(encoder: Encoder, device: str, texts: Sequence[str]) -> int:
     if not texts:
         return TOKENS_PER_STEP[device]
     sample = _sample(encoder.tokenise(list(texts), "document"), 4 * budgets[-1])
-    seconds = dict.fromkeys(budgets, float("inf"))
-    for _ in range(_ROUNDS):  # interleaved, so that a disturbance hits them all
-        for budget in budgets:
-            encoder.tokens_per_step = budget
-            seconds[budget] = min(seconds[budget], encoder.compute(sample, "document").compute_seconds)
+
+    def compute(budget: int) -> float:
+        encoder.tokens_per_step = budget
+        return encoder.compute(sample, "document").compute_seconds
+
+    seconds = _best_seconds(compute, budgets)
     return min(budgets, key=lambda budget: seconds[budget])
 
 
@@ -155,11 +159,14 @@ def pays_to_compile(
     start_seconds = time.perf_counter() - start
     if not compiled.is_compiled:
         return False, compiled.notice
-    best = [float("inf"), float("inf")]
-    for _ in range(_ROUNDS):
-        for number, one in enumerate((encoder, compiled)):
-            best[number] = min(best[number], one.compute(sample, "document").compute_seconds)
-    return (best[0] - best[1]) / sample.num_texts * num_documents > start_seconds, ""
+    best = _best_seconds(lambda one: one.compute(sample, "document").compute_seconds, (encoder, compiled))
+    return (best[encoder] - best[compiled]) / sample.num_texts * num_documents > start_seconds, ""
+
+
+def _best_seconds(measure: Callable[[W], float], ways: Sequence[W]) -> dict[W, float]:
+    """Returns the least that each way was measured to take; they take turns, so that a disturbance hits them all."""
+    rounds = [[measure(way) for way in ways] for _ in range(_ROUNDS)]
+    return dict(zip(ways, map(min, zip(*rounds, strict=True)), strict=True))
 
 
 def _sample(tokens: Tokens, num_tokens: int) -> Tokens:

@@ -212,7 +212,15 @@ def varlen_attention(
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"varlen": varlen_attention, "grouped": grouped_attention}
 
-_at_hand = threading.local()  # what the compiled program's attention needs of the step that its thread computes
+
+class _Step(threading.local):
+    """The step that a thread computes, for attention that cannot be handed its layout."""
+
+    layout: Layout | None = None
+    attention: Attention = "grouped"
+
+
+_at_hand = _Step()
 
 
 @torch.library.custom_op("matryoshka::packed_attention", mutates_args=())
@@ -267,14 +275,13 @@ class PackedModel:
         self._attention = attention
         self.first_position = FIRST_POSITIONS[family]
         self._name = f"matryoshka_{attention}"
-        self._layout: Layout | None = None
         self._is_adapted = family == "mpnet"
         if self._is_adapted:
             if attention != "grouped":
                 raise CannotPackError("its relative positions need grouped attention")
             if is_compiled:
                 raise CannotPackError("the attention of its family is not replaced by name")
-            _adapt_mpnet(self._network, lambda: self._layout)
+            _adapt_mpnet(self._network)
         self._program: Any = None
         if is_compiled:
             self._name = "matryoshka_compiled"
@@ -310,18 +317,17 @@ class PackedModel:
             layout = Layout(bounds, int(lengths[0]), *group_documents(lengths, len(ids), str(ids.device)))
         else:
             layout = Layout(bounds, int(lengths[0]))
-        self._layout = _at_hand.layout = layout
+        _at_hand.layout, _at_hand.attention = layout, self._attention
         own = getattr(self._network.config, "_attn_implementation", None)
         self._network.set_attn_implementation(own if self._is_adapted else self._name)
         try:
             if self._program is not None:
-                _at_hand.attention = self._attention
                 with inductor.patch(freezing=not ids.is_cuda):  # lets products on a CPU keep their weights in blocks
                     hidden = self._program(input_ids=ids[None], position_ids=positions[None])[0]
             else:
                 hidden = self._network(input_ids=ids[None], position_ids=positions[None], layout=layout)[0]
         finally:
-            self._layout = _at_hand.layout = None
+            _at_hand.layout = None
             self._network.set_attn_implementation(own)
         features = {"token_embeddings": hidden[:, :num_tokens], "cu_seq_lens_q": bounds, "seq_idx": owners[None], **extras}
         for module in self._tail:
@@ -342,17 +348,17 @@ def _take_apart(model: Any) -> tuple[Any, list[Any]]:
     return network, tail
 
 
-def _adapt_mpnet(network: Any, layout: Callable[[], Layout | None]) -> None:
+def _adapt_mpnet(network: Any) -> None:
     """Gives MPNet, which does not let its attention be replaced by name, grouped attention with its relative positions."""
 
     def position_bias(own: Callable[..., Tensor], hidden: Tensor, *arguments: Any, **named: Any) -> Tensor:
-        at_hand = layout()
+        at_hand = _at_hand.layout
         if at_hand is None:
             return own(hidden, *arguments, **named)
         return own(hidden.new_empty((1, max(group.length for group in at_hand.groups), 0)), *arguments, **named)
 
     def attend(own: Callable[..., Any], module: Any, hidden: Tensor, mask: Any = None, bias: Any = None, **named: Any) -> Any:
-        at_hand = layout()
+        at_hand = _at_hand.layout
         if at_hand is None:
             return own(hidden, mask, bias, **named)
         shape = (*hidden.shape[:-1], -1, module.attention_head_size)

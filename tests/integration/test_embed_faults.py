@@ -107,16 +107,21 @@ def _kill_the_worker(output: Path, killed: list[int], num_starting: int) -> None
         folders.wait_until(lambda process=worker: not _title(process))  # type: ignore[misc]
 
 
+def _embed_while_killing(settings: embed.Settings, num_starting: int) -> None:
+    killed: list[int] = []
+    killer = threading.Thread(target=_kill_the_worker, args=(Path(settings.output), killed, num_starting))
+    killer.start()
+    embed.run(settings)
+    killer.join()
+    assert len(killed) == num_starting + 2
+    assert killed[-1] < _UNITS, "the worker was killed too late to matter"
+
+
 def test_one_worker_killed_again_and_again_loses_nothing(
     tmp_path: Path, corpus: Path, tiny: str, undisturbed: dict[str, bytes]
 ) -> None:
-    output, killed = tmp_path / "embeddings", list[int]()
-    killer = threading.Thread(target=_kill_the_worker, args=(output, killed, 2))
-    killer.start()
-    embed.run(_settings(output, corpus, tiny))
-    killer.join()
-    assert len(killed) == 4
-    assert killed[-1] < _UNITS, "the worker was killed too late to matter"
+    output = tmp_path / "embeddings"
+    _embed_while_killing(_settings(output, corpus, tiny), num_starting=2)
     assert folders.vectors(output) == undisturbed
     verify.run(verify.Settings(folder=str(output)))
 
@@ -126,13 +131,8 @@ def test_a_compiled_worker_that_is_killed_comes_back_with_the_same_program(
     tmp_path: Path, corpus: Path, tiny: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     embed.run(_settings(tmp_path / "undisturbed", corpus, tiny, compile="on"))
-    output, killed = tmp_path / "embeddings", list[int]()
-    killer = threading.Thread(target=_kill_the_worker, args=(output, killed, 1))
-    killer.start()
-    embed.run(_settings(output, corpus, tiny, compile="on"))
-    killer.join()
-    assert len(killed) == 3
-    assert killed[-1] < _UNITS, "the worker was killed too late to matter"
+    output = tmp_path / "embeddings"
+    _embed_while_killing(_settings(output, corpus, tiny, compile="on"), num_starting=1)
     assert folders.vectors(output) == folders.vectors(tmp_path / "undisturbed")
     assert all(receipt.details["is_compiled"] for receipt in artifacts.read(output).receipts)
     capsys.readouterr()

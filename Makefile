@@ -25,5 +25,5 @@ clean:  ## Removes the virtual environment and what the demo made.
 .venv/ready: pyproject.toml .constraints/$(HARDWARE).txt
 	$(PYTHON) -m venv .venv
 	$(PIP) --upgrade pip
-	$(PIP) --editable '.[$(HARDWARE),demo,dev]'
+	$(PIP) --editable '.[$(HARDWARE),demo,dev,lora,tensorboard]'
 	touch $@

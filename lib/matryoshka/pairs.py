@@ -309,7 +309,7 @@ class DatasetStore:
         return metrics.group_qrels(zip(columns["query_id"], columns["document_id"], columns["grade"], strict=True))
 
     def training_pairs(self) -> dict[str, list[str]]:
-        """Returns the columns ``query`` and ``positive`` of the training pairs.
+        """Returns the columns ``query_id``, ``document_id``, ``query`` and ``positive`` of the training pairs.
 
         Raises:
             ValueError: The dataset has no training pairs.
@@ -318,4 +318,4 @@ class DatasetStore:
         columns = corpus.open_parquet(path).read().to_pydict() if path.is_file() else {"query": []}
         if not columns["query"]:
             raise ValueError(f"{self.folder}: no training pairs (no split '{TRAIN}'). Prepare data that has some.")
-        return {"query": columns["query"], "positive": columns["positive"]}
+        return columns

@@ -69,7 +69,7 @@ def train_rank(
         args=_arguments(
             target, recipe, precision, device, num_ranks, {name: prompt or "" for name, prompt in network.prompts.items()}
         ),
-        train_dataset=Dataset.from_dict({name: list(column) for name, column in pairs.items()}),
+        train_dataset=Dataset.from_dict({name: list(pairs[name]) for name in ("query", "positive")}),
         loss=_loss(network, recipe, gather=num_ranks > 1),
         callbacks=[log],
     )

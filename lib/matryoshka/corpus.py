@@ -121,11 +121,11 @@ def read_columns(path: Path, columns: Sequence[str], id_columns: Collection[str]
         ValueError: The file is not readable, a column is missing or not text, or a value is not UTF-8.
     """
     return pa.Table.from_batches(
-        list(_text_batches(path, columns, id_columns)), schema=pa.schema([(c, pa.large_string()) for c in columns])
+        list(text_batches(path, columns, id_columns)), schema=pa.schema([(c, pa.large_string()) for c in columns])
     )
 
 
-def _text_batches(
+def text_batches(
     path: Path, columns: Sequence[str], id_columns: Collection[str], start: int = 0, stop: int | None = None
 ) -> Iterator[pa.RecordBatch]:
     """Yields rows ``start`` to ``stop`` as text; row groups that lie outside are not read. Ids may also be whole numbers."""
@@ -255,7 +255,7 @@ def recall(known: Mapping[str, Any]) -> Corpus:
 def _inspect_file(path: Path, columns: Columns) -> tuple[int, int]:
     """Returns how many rows a file has, and how many of them have no text."""
     num_empty = row = 0
-    for batch in _text_batches(path, [columns.id, columns.text], [columns.id]):
+    for batch in text_batches(path, [columns.id, columns.text], [columns.id]):
         batch_ids = batch.column(0)
         missing = pc.fill_null(pc.equal(batch_ids, ""), True)
         if pc.any(missing).as_py():
@@ -291,7 +291,7 @@ def _refuse_duplicates(paths: Sequence[Path], columns: Columns, num_rows: int, p
 
 def _hash_ids(path: Path, columns: Columns, share: int, num_shares: int) -> npt.NDArray[np.int64]:
     """Returns the hashes of a file's ids that fall into one share of all hashes."""
-    batches = _text_batches(path, [columns.id], [columns.id])
+    batches = text_batches(path, [columns.id], [columns.id])
     parts = [np.empty(0, np.int64)]
     for batch in batches:
         hashes = np.fromiter(map(hash, batch.column(0).to_pylist()), np.int64, batch.num_rows)
@@ -304,7 +304,7 @@ def _refuse_repeated(paths: Sequence[Path], columns: Columns, hashes: Collection
     counts: collections.Counter[str] = collections.Counter()
     places: dict[str, list[str]] = {}
     for path in paths:
-        for batch in _text_batches(path, [columns.id], [columns.id]):
+        for batch in text_batches(path, [columns.id], [columns.id]):
             found = [name for name in batch.column(0).to_pylist() if hash(name) in hashes]
             counts.update(found)
             for name in found:
@@ -327,7 +327,7 @@ def read_unit(path: Path, columns: Columns, unit: Unit) -> tuple[list[str], list
     status = path.stat()
     if _digest_once(path, status.st_size, status.st_mtime_ns) != unit.digest:
         raise ValueError(f"{path}: changed since this run began. Run the same command again.")
-    batches = _text_batches(path, [columns.id, columns.text], [columns.id], unit.start, unit.stop)
+    batches = text_batches(path, [columns.id, columns.text], [columns.id], unit.start, unit.stop)
     parts = [batch.filter(has_text(batch.column(1))) for batch in batches]
     table = pa.Table.from_batches(parts) if parts else pa.table({columns.id: [], columns.text: []})
     return table.column(0).to_pylist(), table.column(1).to_pylist()
@@ -363,7 +363,7 @@ def find_texts(corpus: Corpus, ids: Iterable[str]) -> dict[str, str]:
     for file in corpus.files:
         if len(found) == len(wanted):
             break
-        for batch in _text_batches(corpus.path_of(file.name), [corpus.columns.id, corpus.columns.text], [corpus.columns.id]):
+        for batch in text_batches(corpus.path_of(file.name), [corpus.columns.id, corpus.columns.text], [corpus.columns.id]):
             hits = batch.filter(pc.is_in(batch.column(0), wanted))
             found.update(zip(hits.column(0).to_pylist(), hits.column(1).to_pylist(), strict=True))
     return found

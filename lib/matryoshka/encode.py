@@ -7,7 +7,7 @@ vectors of a call.
 import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from matryoshka import model
 from matryoshka.packed import Attention, CannotPackError, PackedModel
+from matryoshka.stream import Stream, end_of_step
 from matryoshka.tokens import Long, Role, Tokeniser, TokeniserPool, Tokens
 
 Precision = Literal["float32", "bf16"]
@@ -166,7 +167,7 @@ class Encoder:
         self, tokens: Tokens, order: npt.NDArray[np.int64], extras: dict[str, int], *, is_padded: bool = False
     ) -> tuple[Tensor, int]:
         """Queues the steps of some windows; returns their unit vectors, in the order given, and the tokens of all steps."""
-        stream = _Stream.of(tokens, order, self._packed.first_position if self._packed else 0, self._device)
+        stream = Stream.of(tokens.ids, tokens.lengths, order, self._packed.first_position if self._packed else 0, self._device)
         vectors = torch.zeros((len(order), self._width), dtype=torch.float16, device=self._device)
         is_padded = is_padded or self._packed is None
         start = num_padded = 0
@@ -189,7 +190,7 @@ class Encoder:
                 start = stop
         return vectors, num_padded
 
-    def _halve(self, step: "_Stream") -> None:
+    def _halve(self, step: Stream) -> None:
         """Makes the next try of a step that did not fit half as large."""
         if len(step.lengths) == 1:
             raise RuntimeError(
@@ -198,11 +199,11 @@ class Encoder:
         self.tokens_per_step = max(min(self.tokens_per_step, int(step.lengths.sum())) // 2, 1)
         torch.cuda.empty_cache()
 
-    def _packed_step(self, step: "_Stream", extras: dict[str, int]) -> Tensor:
+    def _packed_step(self, step: Stream, extras: dict[str, int]) -> Tensor:
         assert self._packed is not None
         return self._packed(step.ids, step.positions, step.owners, step.bounds, step.lengths, extras)
 
-    def _padded_step(self, step: "_Stream", extras: dict[str, int]) -> Tensor:
+    def _padded_step(self, step: Stream, extras: dict[str, int]) -> Tensor:
         lengths = torch.from_numpy(step.lengths).to(self._device)
         mask = torch.arange(int(step.lengths[0]), device=self._device) < lengths[:, None]  # [n, longest]
         ids = torch.full(mask.shape, self._model.tokenizer.pad_token_id or 0, device=self._device)
@@ -269,77 +270,6 @@ class Encoder:
         self._packed = packed
         vectors, _ = self._run(tokens, np.arange(len(lengths)), {})
         return self._on_host(vectors).astype(np.float64)
-
-
-@dataclass(frozen=True, slots=True)
-class _Stream:
-    """Windows end to end, longest first: ids, positions and owners of T tokens on the device, lengths of N windows here."""
-
-    ids: Tensor
-    positions: Tensor
-    owners: Tensor
-    bounds: Tensor
-    lengths: npt.NDArray[np.int64]
-    edges: npt.NDArray[np.int64]
-
-    @classmethod
-    def of(cls, tokens: Tokens, order: npt.NDArray[np.int64], first_position: int, device: str) -> "_Stream":
-        """Returns the stream of some windows, with one copy to the device for each part."""
-        lengths = tokens.lengths[order]
-        edges = np.concatenate([[0], np.cumsum(lengths)])
-        places = np.arange(edges[-1]) - np.repeat(edges[:-1], lengths)  # [T], of each token in its window
-        firsts = np.cumsum(tokens.lengths) - tokens.lengths
-        ids = tokens.ids[np.repeat(firsts[order], lengths) + places]
-        owners = np.repeat(np.arange(len(order)), lengths)
-
-        def put(array: npt.NDArray[Any], dtype: torch.dtype) -> Tensor:
-            tensor = torch.from_numpy(array).to(dtype)
-            return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-        return cls(
-            put(ids, torch.int32),
-            put(places + first_position, torch.int64),
-            put(owners, torch.int64),
-            put(edges, torch.int32),
-            lengths,
-            edges,
-        )
-
-    def step(self, start: int, stop: int) -> "_Stream":
-        """Returns windows ``start`` to ``stop`` as a stream of their own; nothing is copied from the host."""
-        rows = slice(int(self.edges[start]), int(self.edges[stop]))
-        return replace(
-            self,
-            ids=self.ids[rows],
-            positions=self.positions[rows],
-            owners=self.owners[rows] - start,
-            bounds=self.bounds[start : stop + 1] - rows.start,
-            lengths=self.lengths[start:stop],
-            edges=self.edges[start : stop + 1] - rows.start,
-        )
-
-
-def end_of_step(lengths: npt.NDArray[np.int64], start: int, tokens_per_step: int, *, is_padded: bool = False) -> int:
-    """Returns where the step that begins at ``start`` ends: as many windows as the budget holds, and at least one.
-
-    Longest first makes the first step the largest, so that memory runs out at once or never.
-
-    Args:
-        lengths: Tokens of all windows, longest first; [N].
-        start: First window of the step.
-        tokens_per_step: Most tokens of a step; a longer window is a step of its own.
-        is_padded: Whether every window of a step costs as much as its longest.
-
-    >>> end_of_step(np.array([9, 4, 3, 2]), 1, tokens_per_step=9)
-    4
-    >>> end_of_step(np.array([9, 4, 3, 2]), 1, tokens_per_step=9, is_padded=True)
-    3
-    """
-    if is_padded:
-        count = tokens_per_step // max(int(lengths[start]), 1)
-    else:
-        count = int(np.searchsorted(np.cumsum(lengths[start : start + tokens_per_step]), tokens_per_step, side="right"))
-    return int(min(start + max(count, 1), len(lengths)))
 
 
 def is_device_lost(error: RuntimeError) -> bool:

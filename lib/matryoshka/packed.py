@@ -66,6 +66,7 @@ class Layout:
     Attributes:
         bounds: First token of each document, and T; int32, [N + 1].
         max_length: Tokens of the longest.
+        num_tokens: T without what fills the stream up.
         groups: For grouped attention, in the order of the stream.
         spread: For each place of all groups, the token that stands there; [sum of n x P]. None where it is its own number.
         collect: For each token, its place; [T]. None where it is its own number.
@@ -74,6 +75,7 @@ class Layout:
 
     bounds: Tensor
     max_length: int
+    num_tokens: int
     groups: tuple[Group, ...] = ()
     spread: Tensor | None = None
     collect: Tensor | None = None
@@ -123,6 +125,7 @@ def grouped_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     bias: Tensor | None = None,
+    dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Returns attention within each document, group by group.
@@ -130,32 +133,108 @@ def grouped_attention(
     Shapes: query [1, H, T, d]; key, value [1, H or fewer, T, d]; bias [1, H, P, P] or larger; result [1, T, H, d].
     """
     # One row per place: T tokens become sum(n x P) places, in which every group is a block of equal lengths.
-    q, k, v = (_take(part[0].transpose(0, 1), layout.spread) for part in (query, key, value))
+    sizes = [group.num_documents * group.length for group in layout.groups]
+    q, k, v = (_spread(part[0].transpose(0, 1), layout).split(sizes) for part in (query, key, value))
     is_causal = bool(getattr(module, "is_causal", False))
-    parts, start = [], 0
+    parts = []
     for number, group in enumerate(layout.groups):
-        rows, shape = (
-            slice(start, start + group.num_documents * group.length),
-            (group.num_documents, group.length, -1, q.shape[2]),
-        )
-        own_q, own_k, own_v = (part[rows].view(shape).transpose(1, 2) for part in (q, k, v))  # [n, H, P, d]
+        shape = (group.num_documents, group.length, -1, query.shape[3])
+        own_q, own_k, own_v = (part[number].view(shape).transpose(1, 2) for part in (q, k, v))  # [n, H, P, d]
         mask = _mask(layout, number, sliding_window, is_causal, bias)
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            own_q,
-            own_k,
-            own_v,
-            attn_mask=mask,
-            is_causal=is_causal and mask is None,
-            scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        named = {"attn_mask": mask, "is_causal": is_causal and mask is None, "scale": scaling}
+        if _is_slow_backwards(own_q, own_k, dropout):
+            attended = _CpuAttention.apply(own_q, own_k, own_v, *named.values())
+        else:
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                own_q, own_k, own_v, dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1], **named
+            )
         parts.append(attended.transpose(1, 2).flatten(0, 1))
-        start = rows.stop
-    return _take(torch.cat(parts), layout.collect).unsqueeze(0), None
+    return _collect(torch.cat(parts), layout).unsqueeze(0), None
 
 
-def _take(rows: Tensor, numbers: Tensor | None) -> Tensor:
-    return rows if numbers is None else rows.index_select(0, numbers)
+def _spread(tokens: Tensor, layout: Layout) -> Tensor:
+    """Returns the rows of all places, given those of all tokens."""
+    if layout.spread is None or layout.collect is None:
+        return tokens
+    rows: Tensor = _Spread.apply(tokens, layout.spread, layout.collect, layout.num_tokens)
+    return rows
+
+
+def _collect(places: Tensor, layout: Layout) -> Tensor:
+    """Returns the rows of all tokens, given those of all places."""
+    if layout.spread is None or layout.collect is None:
+        return places
+    rows: Tensor = _Collect.apply(places, layout.spread, layout.collect, layout.num_tokens)
+    return rows
+
+
+class _Spread(torch.autograd.Function):
+    """Rows of tokens to rows of places. A place of padding has no gradient, and every token but the filling has one place.
+
+    So the gradient is a gather as well; torch's own would add row after row on one thread.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, spread: Tensor, collect: Tensor, num_tokens: int) -> Tensor:
+        ctx.collect, ctx.num_tokens = collect, num_tokens
+        return tokens.index_select(0, spread)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return _zero_behind(gradients[0].index_select(0, ctx.collect), ctx.num_tokens), None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Rows of places to rows of tokens; see ``_Spread``."""
+
+    @staticmethod
+    def forward(ctx: Any, places: Tensor, spread: Tensor, collect: Tensor, num_tokens: int) -> Tensor:
+        ctx.spread, ctx.collect, ctx.num_tokens = spread, collect, num_tokens
+        return places.index_select(0, collect)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        # Padding reads a token that has a place of its own, and so has to be told from it.
+        padding = torch.ones(len(ctx.spread), dtype=torch.bool, device=ctx.spread.device)
+        padding[ctx.collect[: ctx.num_tokens]] = False
+        rows = gradients[0].index_select(0, ctx.spread)
+        return rows.masked_fill_(padding[:, None, None], 0), None, None, None
+
+
+def _is_slow_backwards(query: Tensor, key: Tensor, dropout: float) -> bool:
+    """Returns whether torch's own gradient of attention would be taken in half precision on a CPU."""
+    is_half = query.dtype == torch.bfloat16 and query.device.type == "cpu"
+    return is_half and torch.is_grad_enabled() and query.requires_grad and not dropout and query.shape[1] == key.shape[1]
+
+
+class _CpuAttention(torch.autograd.Function):
+    """Attention whose gradient is computed in float32: on CPUs the kernel for bf16 takes twice as long [measured, AMX]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+    ) -> Tensor:
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+        own = None if mask is None else mask.to(query.dtype)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        attended, log_sums = kernel(query, key, value, 0.0, is_causal, attn_mask=own, scale=scale)
+        ctx.save_for_backward(query, key, value, attended, log_sums, mask)
+        ctx.named = {"is_causal": is_causal, "scale": scale}
+        return cast("Tensor", attended)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, attended, log_sums, mask = ctx.saved_tensors
+        wide = [part.float() for part in (gradients[0], query, key, value, attended)]
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        found = kernel(*wide, log_sums, 0.0, attn_mask=mask, **ctx.named)
+        return (*(part.to(query.dtype) for part in found), None, None, None)
+
+
+def _zero_behind(rows: Tensor, num_rows: int) -> Tensor:
+    rows[num_rows:] = 0
+    return rows
 
 
 def _mask(layout: Layout, number: int, window: int | None, is_causal: bool, bias: Tensor | None) -> Tensor | None:
@@ -314,9 +393,9 @@ class PackedModel:
             filling = (0, self.length_of(num_tokens) - num_tokens)
             ids = torch.nn.functional.pad(ids, filling)
             positions = torch.nn.functional.pad(positions, filling, value=self.first_position)
-            layout = Layout(bounds, int(lengths[0]), *group_documents(lengths, len(ids), str(ids.device)))
+            layout = Layout(bounds, int(lengths[0]), num_tokens, *group_documents(lengths, len(ids), str(ids.device)))
         else:
-            layout = Layout(bounds, int(lengths[0]))
+            layout = Layout(bounds, int(lengths[0]), num_tokens)
         _at_hand.layout, _at_hand.attention = layout, self._attention
         own = getattr(self._network.config, "_attn_implementation", None)
         self._network.set_attn_implementation(own if self._is_adapted else self._name)

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from texts import WORDS
 
 from matryoshka import model
-from matryoshka.encode import Encoder, end_of_step
+from matryoshka.encode import Encoder
 from matryoshka.model import ModelInfo
 from matryoshka.packed import PackedModel
+from matryoshka.stream import end_of_step
 from matryoshka.tokens import Long, Tokens
 
 lengths = st.lists(st.integers(1, 60), max_size=40).map(lambda values: np.array(sorted(values, reverse=True), dtype=np.int64))

@@ -1,0 +1,154 @@
+"""Checkpoints of a training run: trained weights, the optimiser's state, and where the run stood, whole or not at all.
+
+Each is a folder that appears by a rename, with the digests of its files; one that does not fit them is passed over.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from matryoshka import storage
+
+FOLDER = "checkpoints"
+BEST = "best"
+
+_STATE, _WEIGHTS, _OPTIMISER = "state.json", "weights.safetensors", "optimiser.safetensors"
+_KEPT = 2
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A whole checkpoint: its folder, the steps that were done, and whatever else the run wrote down."""
+
+    folder: Path
+    step: int
+    notes: Mapping[str, Any]
+
+    def load(self, network: Any, optimiser: torch.optim.Optimizer | None = None) -> None:
+        """Gives a model its weights, and an optimiser its state, as they were.
+
+        Raises:
+            RuntimeError: The weights in the model are not those that were written.
+        """
+        weights = load_file(self.folder / _WEIGHTS)
+        trained = dict(network.named_parameters())
+        with torch.no_grad():
+            for name, value in weights.items():
+                trained[name].copy_(value)
+        if digest_of({name: trained[name] for name in weights}) != self.notes["weights_digest"]:
+            raise RuntimeError(f"{self.folder}: the weights that were loaded are not those that were written. Run it again.")
+        if optimiser:
+            _load_optimiser(optimiser, network, load_file(self.folder / _OPTIMISER))
+
+
+def trained_weights(network: Any) -> dict[str, Tensor]:
+    """Returns the parameters that are trained, by name, on the host."""
+    return {name: own.detach().cpu().contiguous() for name, own in network.named_parameters() if own.requires_grad}
+
+
+def digest_of(weights: Mapping[str, Tensor]) -> str:
+    """Returns the identity of weights: equal numbers under equal names."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(memoryview(weights[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).cast("B"))
+    return digest.hexdigest()
+
+
+def write(
+    folder: Path, name: str, network: Any, optimiser: torch.optim.Optimizer | None, step: int, notes: Mapping[str, Any]
+) -> None:
+    """Writes a checkpoint atomically.
+
+    Args:
+        folder: Of all checkpoints.
+        name: Of this one; one of that name is replaced.
+        network: Its trained weights are written.
+        optimiser: Its state is written as well, where it is given.
+        step: Steps that were done.
+        notes: More to remember, as JSON.
+    """
+    weights = trained_weights(network)
+    with storage.publish(folder / name) as temporary:
+        temporary.mkdir()
+        save_file(weights, temporary / _WEIGHTS)
+        if optimiser:
+            save_file(_optimiser_tensors(optimiser, network), temporary / _OPTIMISER)
+        digests = {path.name: storage.digest_file(path) for path in temporary.iterdir()}
+        state = {**notes, "step": step, "weights_digest": digest_of(weights), "digests": digests}
+        (temporary / _STATE).write_text(json.dumps(state))
+
+
+def write_step(folder: Path, network: Any, optimiser: torch.optim.Optimizer, step: int, notes: Mapping[str, Any]) -> None:
+    """Writes the checkpoint of a step, and removes all but the last two: should the last be damaged, there is another."""
+    write(folder, f"step-{step:08d}", network, optimiser, step, notes)
+    for path in sorted(folder.glob("step-*"))[:-_KEPT]:
+        storage.remove(path)
+
+
+def latest(folder: Path, identity: str) -> Checkpoint | None:
+    """Returns the last whole checkpoint of a run, or None where there is none.
+
+    Raises:
+        ValueError: It is of another run.
+    """
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        found = read(path, identity)
+        if found:
+            return found
+    return None
+
+
+def read(path: Path, identity: str) -> Checkpoint | None:
+    """Returns the checkpoint in a folder, or None, with a warning, where it is damaged.
+
+    Args:
+        path: The folder.
+        identity: Of the run, as its notes have it.
+
+    Raises:
+        ValueError: It is of another run: of another model, other data or another recipe.
+    """
+    if not path.is_dir():
+        return None
+    try:
+        state = json.loads((path / _STATE).read_bytes())
+        is_whole = all(storage.digest_file(path / name) == digest for name, digest in state["digests"].items())
+    except (OSError, ValueError, KeyError):
+        is_whole = False
+    if not is_whole:
+        logger.warning("%s: a damaged checkpoint is passed over", path)
+        return None
+    if state.get("identity") != identity:
+        raise ValueError(
+            f"{path}: a checkpoint of another model, other data or another recipe. Take it out, or pass --replace to begin anew."
+        )
+    return Checkpoint(path, int(state["step"]), state)
+
+
+def _optimiser_tensors(optimiser: torch.optim.Optimizer, network: Any) -> dict[str, Tensor]:
+    names = {id(own): name for name, own in network.named_parameters()}
+    return {
+        f"{kind}/{names[id(own)]}": value.detach().cpu().contiguous()
+        for own, state in optimiser.state.items()
+        for kind, value in state.items()
+    }
+
+
+def _load_optimiser(optimiser: torch.optim.Optimizer, network: Any, tensors: Mapping[str, Tensor]) -> None:
+    trained = dict(network.named_parameters())
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        own = trained[name]
+        # Fused optimisers count steps on the device.
+        optimiser.state[own][kind] = value.to(own.device)

@@ -1,8 +1,9 @@
-"""Runs the whole mission from one YAML file: prepare, evaluate, finetune, embed, index, search, evaluate, report."""
+"""Runs the whole mission from one YAML file: prepare, choose, evaluate, finetune, embed, index, search, evaluate, report."""
 
 import dataclasses
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +12,59 @@ from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import say, show_table
 from matryoshka import artifacts, model, nested, report, storage
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
-from matryoshka.config import Field, JobSettings
+from matryoshka.config import Field, JobSettings, check_settings
+from matryoshka.model import ModelInfo
 from matryoshka.pairs import DatasetStore
 from matryoshka.recipe import count_steps
+from matryoshka.report import Report
 
 
 class Settings(StageSettings):
-    """Runs the whole mission: prepare data, evaluate the untouched model, fine-tune it, embed the corpus, build the index,
-    search it with the test queries, and evaluate again.
+    """Runs the whole mission: prepare data, choose the best of several models if they are given, evaluate it untouched, fine-tune
+    it, embed the corpus, build the index, search it with the test queries, and evaluate again.
 
     Each section holds options of the job of that name, written with underscores. Paths between jobs need not be given.
     """
 
     model: str = Field("minilm", description="Model to start from: folder, hub name, or minilm (the demo extra's model).")
+    candidates: tuple[str, ...] = Field(
+        (), description="Models of which the best on dev (without dev: on train) is started from, in place of --model."
+    )
     prepare: dict[str, Any] = Field({}, description="Options of the prepare job.")
     finetune: dict[str, Any] = Field({}, description="Options of the finetune job.")
     embed: dict[str, Any] = Field({}, description="Options of the embed job.")
     index: dict[str, Any] = Field({}, description="Options of the index job.")
     search: dict[str, Any] = Field({}, description="Options of the search job.")
     evaluate: dict[str, Any] = Field({}, description="Options of the evaluate job, for both evaluations.")
+    also: dict[str, dict[str, Any]] = Field(
+        {},
+        description="Other data on which both models are evaluated, for what tuning cost there: name: {beir: or sts: or data:}.",
+    )
     verify: bool = Field(True, description="Check every artifact of the run at the end, as the verify job does.")
     without_gpu: dict[str, dict[str, Any]] = Field({}, description="Sections whose options apply where there is no GPU.")
+
+    @check_settings
+    def _one_start(self) -> "Settings":
+        if self.candidates and "model" in self.model_fields_set:
+            raise ValueError("give either --model or --candidates.")
+        return self
 
 
 Stage = tuple[str, Callable[[Any], Any], JobSettings]
 
 _SECTIONS = ("prepare", "finetune", "embed", "index", "search", "evaluate")
+_BEFORE, _AFTER = "evaluation-base", "evaluation-tuned"
+_CANDIDATES = "candidates"
+_NAME = re.compile(r"[\w.-]+")
 
 
-def plan(settings: Settings, *, has_gpu: bool) -> list[Stage]:
-    """Returns the stages in order, each with its settings, all of them checked.
+def plan(settings: Settings, *, has_gpu: bool, winner: str | None = None) -> list[Stage]:
+    """Returns the stages in order, each with its settings, all of them checked; the choice among candidates is not among them.
+
+    Args:
+        settings: Of the pipeline.
+        has_gpu: Whether there is a GPU.
+        winner: The name of the candidate to start from.
 
     Raises:
         ValueError: A section, or an option in one, is unknown or unusable.
@@ -48,55 +72,119 @@ def plan(settings: Settings, *, has_gpu: bool) -> list[Stage]:
     root = Path(settings.output)
     split = str(settings.evaluate.get("split", "test"))
     data, tuned, vectors, built = (str(root / name) for name in ("data", "model", "embeddings", "index"))
-    before, after = str(root / "evaluation-base"), str(root / "evaluation-tuned")
+    before, after = str(root / _BEFORE), str(root / _AFTER)
+    base, known = settings.model, {}
+    if winner:
+        base = evaluate.named_models(settings.candidates)[winner]
+        known = {"embeddings": str(evaluate.embeddings_of(evaluate.folder_of(root / _CANDIDATES, winner)))}
+    _refuse_unknown_names(settings)
     wired: list[tuple[str, Any, dict[str, Any]]] = [
         ("prepare", prepare, {"output": data}),
-        ("evaluate", evaluate, {"output": before, "data": data, "model": settings.model, "system": "base"}),
-        ("finetune", finetune, {"output": tuned, "data": data, "model": settings.model}),
+        ("evaluate", evaluate, {"output": before, "data": data, "model": base, "system": "base", **known}),
+        *(_also(settings, name, "base", base) for name in settings.also),
+        ("finetune", finetune, {"output": tuned, "data": data, "model": base}),
         ("embed", embed, {"output": vectors, "corpus": f"{data}/corpus", "model": tuned}),
         ("index", index, {"output": built, "embeddings": vectors}),
         ("search", search, {"output": str(root / "results"), "index": built, "queries": f"{data}/queries/{split}.parquet"}),
         ("evaluate", evaluate, {"output": after, "data": data, "model": tuned, "embeddings": vectors, "index": built,
                                 "compare": before, "system": "tuned"}),
+        *(_also(settings, name, "tuned", tuned) for name in settings.also),
     ]  # fmt: skip
-    _refuse_unknown_sections(settings.without_gpu)
+    return [(name, job.run, _stage_settings(settings, name, job, wiring, has_gpu=has_gpu)) for name, job, wiring in wired]
+
+
+def _also(settings: Settings, name: str, system: str, base: str) -> tuple[str, Any, dict[str, Any]]:
+    """Returns the evaluation of one of both models on other data."""
+    before, after = (str(_folder_of(settings, name, system)) for system in ("base", "tuned"))
+    wiring = {"output": before if system == "base" else after, "model": base, "system": system}
+    return f"also.{name}", evaluate, wiring | ({"compare": before} if system == "tuned" else {})
+
+
+def _folder_of(settings: Settings, name: str, system: str) -> Path:
+    return Path(settings.output) / f"also-{name}-{system}"
+
+
+def _stage_settings(settings: Settings, name: str, job: Any, wiring: dict[str, Any], *, has_gpu: bool) -> Any:
+    """Returns the settings of a stage: what its section says, and what the pipeline wires.
+
+    Raises:
+        ValueError: An option of the section is unknown or unusable, or set by the pipeline itself.
+    """
+    own = _section(settings, name, has_gpu=has_gpu)
+    reserved = {*wiring, "replace"} | ({"models", "embeddings", "index", "compare"} if job is evaluate else set())
+    fixed = sorted(own.keys() & reserved)
+    if fixed:
+        raise ValueError(f"pipeline, section '{name}': '{fixed[0]}' is set by the pipeline itself. Take it out.")
     dims = _section(settings, "finetune", has_gpu=has_gpu).get("dims")
-    stages = []
-    for name, job, wiring in wired:
-        own = _section(settings, name, has_gpu=has_gpu)
-        fixed = sorted(own.keys() & {*wiring, "replace"})
-        if fixed:
-            raise ValueError(f"pipeline, section '{name}': '{fixed[0]}' is set by the pipeline itself. Take it out.")
-        defaults = {"dims": dims} if name == "evaluate" and dims else {}
-        values = {**defaults, **wiring, "replace": settings.replace, **own}
-        stages.append((name, job.run, job.Settings.from_values(values, f"pipeline, section '{name}'")))
-    return stages
+    defaults = {"dims": dims} if job is evaluate and dims else {}
+    values = {**defaults, **wiring, "replace": settings.replace, **own}
+    return job.Settings.from_values(values, f"pipeline, section '{name}'")
 
 
 def _section(settings: Settings, name: str, *, has_gpu: bool) -> dict[str, Any]:
+    if name.startswith("also."):
+        return settings.also[name.removeprefix("also.")]
     return {**getattr(settings, name), **({} if has_gpu else settings.without_gpu.get(name, {}))}
 
 
-def _refuse_unknown_sections(sections: Mapping[str, Any]) -> None:
-    unknown = [name for name in sections if name not in _SECTIONS]
+def _refuse_unknown_names(settings: Settings) -> None:
+    unknown = [name for name in settings.without_gpu if name not in _SECTIONS]
     if unknown:
         raise ValueError(f"pipeline, without_gpu: no section '{unknown[0]}'. Use one of {', '.join(_SECTIONS)}.")
+    nameless = [name for name in settings.also if not _NAME.fullmatch(name)]
+    if nameless:
+        raise ValueError(f"pipeline, also: '{nameless[0]}' cannot name a folder. Use letters, digits, '.', '_' and '-'.")
+
+
+def _choice(settings: Settings, split: str, *, has_gpu: bool) -> evaluate.Settings:
+    """Returns the settings of the choice among candidates."""
+    root, own = Path(settings.output), _section(settings, "evaluate", has_gpu=has_gpu)
+    dims = own.get("dims") or _section(settings, "finetune", has_gpu=has_gpu).get("dims", ())
+    values = {"output": str(root / _CANDIDATES), "data": str(root / "data"), "models": settings.candidates, "split": split,
+              "dims": dims, "workers": own.get("workers"), "replace": settings.replace}  # fmt: skip
+    return evaluate.Settings.from_values(values, "pipeline, candidates")
+
+
+def _choosing_split(settings: Settings, data: DatasetStore, *, has_gpu: bool) -> str:
+    """Returns the split on which candidates are ranked: never the one that the final figures come from.
+
+    Raises:
+        ValueError: There is none.
+    """
+    final = _section(settings, "evaluate", has_gpu=has_gpu).get("split", "test")
+    split = next((split for split in _CHOOSING_SPLITS if split in data.splits and split != final), None)
+    if split is None:
+        raise ValueError(f"{data.folder}: no split to rank candidates on (found: {', '.join(data.splits)}). Prepare a dev split.")
+    return split
+
+
+_CHOOSING_SPLITS = ("dev", "train")
 
 
 def _refuse_early(settings: Settings) -> None:
     """Refuses now what a later stage would refuse after hours of work.
 
     Raises:
-        ValueError: The model, or an option of any section, is unusable.
+        ValueError: A model, or an option of any section, is unusable.
     """
-    info = model.describe(settings.model)
-    for has_gpu in (True, False):
-        for name, _, stage in plan(settings, has_gpu=has_gpu):
-            place = f"pipeline, section '{name}'"
-            if isinstance(stage, finetune.Settings | evaluate.Settings) and stage.dims:
-                nested.check_dims(stage.dims, info.width, place)
-            if isinstance(stage, index.Settings):
-                index.check_plan(stage, nested.default_dims(info.width), info.width)
+    candidates = evaluate.named_models(settings.candidates)
+    starts: list[tuple[str | None, str]] = [*candidates.items()] or [(None, settings.model)]
+    for winner, location in starts:
+        info = model.describe(location)
+        for has_gpu in (True, False):
+            for name, _, stage in plan(settings, has_gpu=has_gpu, winner=winner):
+                _refuse_stage(f"pipeline, section '{name}', model {location}", stage, info)
+    for has_gpu in (True, False) if settings.candidates else ():
+        evaluate.check_models(_choice(settings, "dev", has_gpu=has_gpu))
+    for name in settings.also:
+        evaluate.check_data(_stage_settings(settings, *_also(settings, name, "base", settings.model), has_gpu=True))
+
+
+def _refuse_stage(place: str, stage: JobSettings, info: ModelInfo) -> None:
+    if isinstance(stage, finetune.Settings | evaluate.Settings) and stage.dims:
+        nested.check_dims(stage.dims, info.width, place)
+    if isinstance(stage, index.Settings):
+        index.check_plan(stage, nested.default_dims(info.width), info.width)
 
 
 def _refuse_data(folder: str, stages: Sequence[JobSettings]) -> None:
@@ -109,7 +197,7 @@ def _refuse_data(folder: str, stages: Sequence[JobSettings]) -> None:
     for stage in stages:
         if isinstance(stage, finetune.Settings):
             count_steps(len(data.training_pairs()["query"]), stage.batch_size, stage.epochs, stage.max_steps)
-        if isinstance(stage, evaluate.Settings):
+        if isinstance(stage, evaluate.Settings) and stage.data == folder:
             data.queries(stage.split)
             data.qrels(stage.split)
 
@@ -120,35 +208,63 @@ def run(settings: Settings) -> None:
     _refuse_early(settings)
     previous = artifacts.claim(output, "run", {}, settings.replace)
     with cluster.connected():
-        stages = plan(settings, has_gpu=cluster.capacity().num_gpus > 0)
+        has_gpu = cluster.capacity().num_gpus > 0
+        first, *stages = plan(settings, has_gpu=has_gpu)
         if previous is None:
             artifacts.begin(output, Manifest("run", {}), None)
-        for name, run_stage, stage in stages:
-            start = time.perf_counter()
-            run_stage(stage)
-            say(f"{name} took {time.perf_counter() - start:.1f} s\n")
-            if isinstance(stage, prepare.Settings):
-                _refuse_data(stage.output, [later for _, _, later in stages])
-    _finish(output, previous, describe_run("pipeline", settings))
+        _run_stage(first)
+        data = str(output / "data")
+        _refuse_data(data, [stage for _, _, stage in stages])
+        if settings.candidates:
+            split = _choosing_split(settings, DatasetStore.open(Path(data)), has_gpu=has_gpu)
+            _run_stage(("choose", evaluate.run, _choice(settings, split, has_gpu=has_gpu)))
+            _, *stages = plan(settings, has_gpu=has_gpu, winner=report.read_best(output / _CANDIDATES))
+        for stage in stages:
+            _run_stage(stage)
+    _finish(output, previous, settings)
     if settings.verify:
         verify.run(verify.Settings(folder=settings.output))
 
 
-def _finish(output: Path, previous: Manifest | None, run: dict[str, Any]) -> None:
+def _run_stage(stage: Stage) -> None:
+    name, run_stage, settings = stage
+    start = time.perf_counter()
+    run_stage(settings)
+    say(f"{name} took {time.perf_counter() - start:.1f} s\n")
+
+
+def _finish(output: Path, previous: Manifest | None, settings: Settings) -> None:
     """Writes the report of the whole run, if it changed: the last evaluation's figures, and the fingerprints behind them."""
-    rows = report.read_rows(output / "evaluation-tuned")
-    stages = ("data", "evaluation-base", "model", "embeddings", "index", "results", "evaluation-tuned")
-    fingerprints = {name: artifacts.read(output / name).fingerprint for name in stages}
-    manifest = Manifest("run", {}, fingerprints, {"run": run}, is_complete=True)
-    is_current = previous and (previous.inputs, previous.facts) == (fingerprints, manifest.facts)
+    run, made = describe_run("pipeline", settings), _collect(output, settings)
+    manifest = Manifest("run", {}, made.fingerprints, {"run": run}, is_complete=True)
+    is_current = previous and (previous.inputs, previous.facts) == (made.fingerprints, manifest.facts)
     if not (previous and is_current) or artifacts.find_faults(output, previous):
-        report.write(output, "Before and after fine-tuning", rows, run["settings"], fingerprints)
+        report.write(output, dataclasses.replace(made, settings=run["settings"]))
         records = tuple(FileRecord.of(output, output / name) for name in (report.JSON, report.MARKDOWN))
-        dataclasses.replace(manifest, receipts=(Receipt("report", len(rows), records),)).write(output)
-    for metric, table in report.tables(rows).items():
+        dataclasses.replace(manifest, receipts=(Receipt("report", len(made.rows), records),)).write(output)
+    for metric, table in report.tables(made.rows).items():
         show_table(metric, table)
-    say(report.conclude(rows))
+    for name, rows in made.elsewhere.items():
+        for metric, table in report.change_tables(rows).items():
+            show_table(f"{name}: {metric}", table)
+    for sentence in made.sentences:
+        say(sentence)
     say(f"report: {output / report.MARKDOWN} and {output / report.JSON}; index: {output / 'index'}")
+
+
+def _collect(output: Path, settings: Settings) -> Report:
+    """Returns what all evaluations of the run found."""
+    also = [f"also-{name}-{system}" for name in settings.also for system in ("base", "tuned")]
+    chosen = [_CANDIDATES] if settings.candidates else []
+    stages = ("data", *chosen, _BEFORE, "model", "embeddings", "index", "results", _AFTER, *also)
+    return Report(
+        "Before and after fine-tuning",
+        report.read_rows(output / _AFTER),
+        report.read_profiles(output / _AFTER),
+        remarks=tuple(f"Base model: {sentence}" for name in chosen for sentence in report.read_sentences(output / name)),
+        elsewhere={name: report.read_rows(_folder_of(settings, name, "tuned")) for name in settings.also},
+        fingerprints={name: artifacts.read(output / name).fingerprint for name in stages},
+    )
 
 
 if __name__ == "__main__":

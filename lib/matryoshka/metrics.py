@@ -1,14 +1,21 @@
-"""Retrieval measures. The only room that knows ir-measures, whose definitions are used as they are.
+"""Measures of retrieval and of similarity. The only room that knows scipy and ir-measures, whose definitions are used.
 
 Source: MacAvaney et al. 2022, Streamlining Evaluation with ir-measures, arXiv:2111.13466.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import ir_measures
-from ir_measures import RR, R, nDCG
+import numpy as np
+import numpy.typing as npt
+from ir_measures import RR, P, R, nDCG
+from scipy import stats
 
-MEASURES = {"nDCG@10": nDCG @ 10, "Recall@10": R @ 10, "MRR@10": RR @ 10}
+MEASURES = {"nDCG@10": nDCG @ 10, "Recall@10": R @ 10, "MRR@10": RR @ 10, "P@1": P @ 1}
+"""P@1 is the share of queries whose first document is relevant: with labelled data, the accuracy of the nearest neighbour."""
+
+SPEARMAN = "Spearman"
 DEPTH = 10
 
 Qrels = Mapping[str, Mapping[str, int]]
@@ -37,3 +44,14 @@ def measure(qrels: Qrels, query_ids: Sequence[str], rankings: Sequence[Sequence[
     }
     means = ir_measures.calc_aggregate(list(MEASURES.values()), qrels, run)
     return {name: float(means[measure]) for name, measure in MEASURES.items()}
+
+
+def spearman(left: npt.NDArray[np.floating[Any]], right: npt.NDArray[np.floating[Any]]) -> float:
+    """Returns the rank correlation of two series; equal values share the mean of their ranks. A series without order gives 0.
+
+    >>> spearman(np.array([1.0, 2.0, 3.0]), np.array([0.1, 0.9, 0.3]))
+    0.5
+    """
+    if min(len(np.unique(left)), len(np.unique(right))) < 2:
+        return 0.0
+    return float(stats.spearmanr(left, right).statistic)

@@ -5,7 +5,9 @@ that only plans never loads weights.
 """
 
 import importlib.util
+import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +100,25 @@ def fingerprint(folder: Path) -> str:
         if path.suffix in _CONTENT_SUFFIXES and path.name not in _NOT_CONTENT and not path.name.startswith(".")
     )
     return storage.digest_json([[path.relative_to(folder).as_posix(), storage.digest_file(path)] for path in files])
+
+
+def weigh(folder: Path) -> tuple[int, int]:
+    """Returns the bytes and the parameters of a model's weights, from the headers of its safetensors files.
+
+    Raises:
+        ValueError: A file is not safetensors.
+    """
+    num_bytes = num_parameters = 0
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            shapes = [part["shape"] for part in header.values() if "F" in part.get("dtype", "")]
+        except (OSError, ValueError, AttributeError, KeyError, OverflowError, MemoryError):
+            raise ValueError(f"{path}: not a safetensors file. Save the model again.") from None
+        num_bytes += path.stat().st_size
+        num_parameters += sum(map(math.prod, shapes))
+    return num_bytes, num_parameters
 
 
 def _read_width(folder: Path) -> int:

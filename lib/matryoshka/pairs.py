@@ -280,6 +280,16 @@ class DatasetStore:
         files = [receipt.files[0] for receipt in self.manifest.receipts if receipt.key.startswith(f"{CORPUS}/")]
         return corpus.fingerprint([(Path(file.path).name, file.digest) for file in files], Columns())
 
+    @property
+    def is_chunked(self) -> bool:
+        """Whether the rows of the corpus are chunks of documents."""
+        return bool(self.manifest.facts.get("is_chunked", False))
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that have queries."""
+        return tuple(split for split, count in self.manifest.facts["queries"].items() if count)
+
     def _read(self, kind: str, split: str) -> dict[str, list[Any]]:
         path = self.folder / kind / f"{split}.parquet"
         if not path.is_file():

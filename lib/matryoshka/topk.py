@@ -44,3 +44,20 @@ def rank(scores: npt.NDArray[np.float32], documents: IntArray, num_kept: int, id
         resolved = np.lexsort((keys, -ranked[rows]), axis=1)
         order[rows] = np.take_along_axis(order[rows], resolved, axis=1)
     return order[:, :num_kept]
+
+
+def once_per_document(scores: npt.NDArray[np.float32], documents: IntArray) -> npt.NDArray[np.float32]:
+    """Returns the scores with ``PADDING`` in place of all but the best of each document: a document scores as its best chunk.
+
+    Shapes: scores [Q, M], documents [Q, M] -> [Q, M].
+
+    >>> once_per_document(np.array([[0.5, 0.9, 0.7]], np.float32), np.array([[4, 8, 4]])).tolist()
+    [[-inf, 0.8999999761581421, 0.699999988079071]]
+    """
+    order = np.lexsort((-scores, documents), axis=1)
+    grouped = np.take_along_axis(documents, order, axis=1)
+    is_again = np.zeros(grouped.shape, dtype=bool)
+    is_again[:, 1:] = grouped[:, 1:] == grouped[:, :-1]
+    kept = scores.copy()
+    np.put_along_axis(kept, order, np.where(is_again, np.float32(PADDING), np.take_along_axis(scores, order, axis=1)), axis=1)
+    return kept

@@ -1,4 +1,4 @@
-"""Work plans as pure integer code: which rows make a unit, which units make a shard, which split a key falls into.
+"""Work plans as pure code: which rows make a unit, which units make a shard, which split a key falls into, whose a chunk is.
 
 A plan depends on the corpus and the sizes asked for only, never on how many workers will do it: a run that is resumed on a
 larger cluster finds the same units.
@@ -133,3 +133,26 @@ def sample_keys(keys: Sequence[str], limit: int | None, salt: str) -> list[str]:
     ranked = sorted(keys, key=lambda key: hashlib.sha256((salt + key).encode()).digest())
     chosen = set(ranked[:limit])
     return [key for key in keys if key in chosen]
+
+
+def chunk_id(document_id: str, start: int, end: int) -> str:
+    """Returns the id of characters ``start`` to ``end`` (exclusive) of a document."""
+    return f"{document_id}#{start}-{end}"
+
+
+def document_of(chunk: str) -> str:
+    """Returns the id of the document that a chunk was cut from, given the chunk's id.
+
+    The document's own id may hold anything, so the chunk's is read from the right.
+
+    Raises:
+        ValueError: It is not the id of a chunk.
+
+    >>> document_of(chunk_id("report#4-2", 0, 512))
+    'report#4-2'
+    """
+    document, separator, span = chunk.rpartition("#")
+    start, dash, end = span.partition("-")
+    if not (separator and dash and start.isdecimal() and end.isdecimal()):
+        raise ValueError(f"'{chunk}': not the id of a chunk (document#start-end). Prepare the data again.")
+    return document

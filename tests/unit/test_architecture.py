@@ -13,7 +13,7 @@ SOURCES = sorted([*LIB.rglob("*.py"), *JOBS.rglob("*.py")])
 DOORS = {
     "ray": ("jobs/",),
     "faiss": ("lib/matryoshka/index.py",),
-    "ir_measures": ("lib/matryoshka/metrics.py",),
+    **dict.fromkeys(("ir_measures", "scipy"), ("lib/matryoshka/metrics.py",)),
     "pydantic": ("lib/matryoshka/config.py",),
     "yaml": ("lib/matryoshka/config.py",),
     "huggingface_hub": ("lib/matryoshka/model.py",),
@@ -29,7 +29,7 @@ PURE = ("units", "nested", "topk", "clock")
 LAYERS = [
     {"config", "units", "nested", "topk", "clock"},
     {"storage", "corpus", "index", "metrics", "docstrings", "recipe"},
-    {"artifacts", "model", "pairs", "encode", "tokens", "packed", "vectors", "funnel"},
+    {"artifacts", "model", "pairs", "sts", "encode", "tokens", "packed", "vectors", "funnel"},
     {"training", "embedding", "indexing", "evaluation", "report", "verification", "calibration", "peers"},
 ]
 

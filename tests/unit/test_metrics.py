@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,6 +28,7 @@ def by_hand(judged: dict[str, int], ranking: list[str]) -> dict[str, float]:
         "nDCG@10": gain(grades) / gain(sorted(judged.values(), reverse=True)) if num_relevant else 0.0,
         "Recall@10": sum(grade > 0 for grade in grades) / num_relevant if num_relevant else 0.0,
         "MRR@10": 1 / first if first else 0.0,
+        "P@1": float(first == 1),
     }
 
 
@@ -62,3 +64,23 @@ def test_judgements_are_grouped_by_query_and_the_last_one_counts():
         "q": {"a": 3, "b": 0},
         "r": {"a": 2},
     }
+
+
+def test_the_first_document_alone_decides_precision_at_one():
+    qrels = {"q1": {"a": 1, "b": 1}, "q2": {"a": 1}, "q3": {"c": 0}}
+    assert metrics.measure(qrels, list(qrels), [["b", "x"], ["x", "a"], ["c"]])["P@1"] == pytest.approx(1 / 3)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(-3, 3)), min_size=3, max_size=30))
+@settings(max_examples=50, deadline=None)
+def test_spearman_is_pearsons_correlation_of_ranks_and_ties_share_theirs(pairs: list[tuple[int, int]]):
+    left, right = np.array(pairs, dtype=float).T
+
+    def ranks(values: np.ndarray) -> np.ndarray:
+        return np.array([(values < value).sum() + ((values == value).sum() + 1) / 2 for value in values])
+
+    found = metrics.spearman(left, right)
+    if min(len(set(left)), len(set(right))) < 2:
+        assert found == 0
+    else:
+        assert found == pytest.approx(np.corrcoef(ranks(left), ranks(right))[0, 1])

@@ -97,3 +97,16 @@ def test_dropout_overrides_the_rates_of_the_model(minilm: ModelInfo, dropout: fl
     loaded = model.load(minilm.folder, "cpu", dropout=dropout)
     rates = {module.p for module in loaded.modules() if isinstance(module, torch.nn.Dropout)}
     np.testing.assert_allclose(sorted(rates), sorted(expected))
+
+
+def test_weights_are_weighed_by_their_headers(minilm: ModelInfo):
+    num_bytes, num_parameters = model.weigh(minilm.folder)
+    assert num_bytes == (minilm.folder / "model.safetensors").stat().st_size
+    assert num_parameters == sum(part.numel() for part in model.load(minilm.folder, "cpu").parameters())
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 40, (2).to_bytes(8, "little") + b"[]"])
+def test_weights_that_are_not_safetensors_are_named(tmp_path: Path, content: bytes):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a safetensors file"):
+        model.weigh(tmp_path)

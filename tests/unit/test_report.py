@@ -1,10 +1,12 @@
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from matryoshka import report
-from matryoshka.evaluation import Row
+from matryoshka.evaluation import Profile, Row, rank_systems
+from matryoshka.report import Report
 
 ROWS = [
     Row(system, dim, metric, value)
@@ -15,11 +17,13 @@ ROWS = [
     }.items()
     for (system, dim), value in table.items()
 ]  # fmt: skip
+PROFILE = Profile("base", 91_000_000, 22_700_000, 384, None, 150.4, None)
 
 
 def test_rows_come_back_as_they_were_written(tmp_path: Path):
-    report.write(tmp_path, "Title", ROWS, {"split": "test"}, {"model": "abc"})
+    report.write(tmp_path, Report("Title", ROWS, [PROFILE], settings={"split": "test"}, fingerprints={"model": "abc"}))
     assert report.read_rows(tmp_path) == ROWS
+    assert report.read_profiles(tmp_path) == [PROFILE]
     value = json.loads((tmp_path / report.JSON).read_text())
     assert (value["title"], value["settings"], value["fingerprints"]) == ("Title", {"split": "test"}, {"model": "abc"})
 
@@ -37,29 +41,81 @@ def test_tables_begin_with_the_headline_and_the_widest_dim_and_leave_gaps_open()
 
 
 def test_markdown_has_every_figure_the_conclusion_and_the_fingerprints(tmp_path: Path):
-    report.write(tmp_path, "Title", ROWS, {}, {"model": "abc"})
+    report.write(tmp_path, Report("Title", ROWS, fingerprints={"model": "abc"}))
     text = (tmp_path / report.MARKDOWN).read_text()
-    assert text.startswith("# Title\n\nAt 384 dims")
+    assert text.startswith("# Title\n\nnDCG@10 at 384 dims")
     assert "| dim | base | tuned |\n| ---: | ---: | ---: |\n| 384 | 0.500 | 0.700 |\n" in text
     assert "- model: `abc`" in text
     assert "funnel" not in text
 
 
 def test_markdown_explains_funnel_rows_where_there_are_any(tmp_path: Path):
-    report.write(tmp_path, "Title", [*ROWS, Row("tuned+funnel", 64, "nDCG@10", 0.69)], {}, {})
+    report.write(tmp_path, Report("Title", [*ROWS, Row("tuned+funnel", 64, "nDCG@10", 0.69)]))
     assert "A row of a `+funnel` system stands at the dim of its shortlist" in (tmp_path / report.MARKDOWN).read_text()
 
 
 def test_the_conclusion_names_the_smallest_dim_that_reaches_what_full_width_reached():
     assert report.conclude(ROWS) == (
-        "At 384 dims, nDCG@10 went from 0.500 to 0.700. Tuned, 128 dims reach what 384 dims reached before."
+        "nDCG@10 at 384 dims went from 0.500 to 0.700: 0.200 was gained. Tuned, 128 dims reach what 384 dims reached before."
     )
 
 
 def test_the_conclusion_of_a_loss_claims_nothing_and_one_of_a_single_system_is_empty():
     worse = [Row("base", 64, "nDCG@10", 0.5), Row("tuned", 64, "nDCG@10", 0.4)]
-    assert report.conclude(worse) == "At 64 dims, nDCG@10 went from 0.500 to 0.400."
+    assert report.conclude(worse) == "nDCG@10 at 64 dims went from 0.500 to 0.400: 0.100 was lost."
     assert report.conclude([row for row in ROWS if row.system == "base"]) == report.conclude([]) == ""
+
+
+def pair(before: float, after: float, systems: tuple[str, str] = ("base", "tuned"), metric: str = "nDCG@10") -> list[Row]:
+    return [Row(systems[0], 64, metric, before), Row(systems[1], 64, metric, after)]
+
+
+def test_the_change_is_that_of_the_printed_figures():
+    """0.0338 rounds to 0.034, but a reader who subtracts finds 0.033."""
+    assert report.describe_change(pair(0.6454, 0.6116)).endswith("from 0.645 to 0.612: 0.033 was lost.")
+    assert report.describe_change(pair(0.64504, 0.64496)).endswith("from 0.645 to 0.645: nothing changed.")
+
+
+def test_similarity_has_its_own_headline():
+    sentence = report.describe_change(pair(0.82, 0.79, metric="Spearman"), "On stsb, ")
+    assert sentence == "On stsb, Spearman at 64 dims went from 0.820 to 0.790: 0.030 was lost."
+
+
+def test_two_systems_of_other_names_are_compared_by_name_and_three_are_not_compared():
+    assert report.conclude(pair(0.5, 0.6, ("old", "new"))) == (
+        "nDCG@10 at 64 dims went from 0.500 (old) to 0.600 (new): 0.100 was gained."
+        " With new, 64 dims reach what 64 dims reached before."
+    )
+    assert report.conclude([*pair(0.5, 0.6, ("old", "new")), Row("third", 64, "nDCG@10", 0.7)]) == ""
+
+
+def test_what_was_lost_elsewhere_has_a_sentence_and_a_table_per_dim(tmp_path: Path):
+    rows = [*pair(0.645, 0.612), Row("base", 32, "nDCG@10", 0.3), Row("tuned", 32, "nDCG@10", 0.35)]
+    made = Report("Title", ROWS, elsewhere={"scifact": rows, "stsb": pair(0.8, 0.8, metric="Spearman")})
+    report.write(tmp_path, made)
+    text = (tmp_path / report.MARKDOWN).read_text()
+    assert "\n\nOn scifact, nDCG@10 at 64 dims went from 0.645 to 0.612: 0.033 was lost.\n\n" in text
+    assert "| 64 | 0.645 | 0.612 | -0.033 |\n| 32 | 0.300 | 0.350 | +0.050 |\n" in text
+    value = json.loads((tmp_path / report.JSON).read_text())
+    assert [Row(**row) for row in value["elsewhere"]["scifact"]] == rows
+    assert value["sentences"] == made.sentences == report.read_sentences(tmp_path)
+    assert len(made.sentences) == 3
+
+
+def test_a_ranking_names_the_best_and_lists_models_in_its_order(tmp_path: Path):
+    rows = [*pair(0.4, 0.5, ("small", "wide")), Row("wide", 128, "nDCG@10", 0.6)]
+    profiles = [dataclasses.replace(PROFILE, system=name) for name in ("small", "wide")]
+    report.write(tmp_path, Report("Title", rows, profiles, rank_systems(rows)))
+    assert report.read_best(tmp_path) == "wide"
+    text = (tmp_path / report.MARKDOWN).read_text()
+    assert "wide is the best of 2: mean nDCG@10 over 64 dims 0.500, before small (0.400). Best per dim: wide at 128, 64." in text
+    assert "| wide | 0.500 | 91.0 | 22.7 | 384 |  | 150 |  |\n| small | 0.400 |" in text
+
+
+def test_a_report_that_ranks_nothing_has_no_best(tmp_path: Path):
+    report.write(tmp_path, Report("Title", ROWS))
+    with pytest.raises(ValueError, match=r"report\.json: ranks no models"):
+        report.read_best(tmp_path)
 
 
 def test_a_folder_without_report_is_named(tmp_path: Path):

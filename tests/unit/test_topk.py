@@ -70,3 +70,16 @@ def test_a_ranking_without_ties_looks_up_no_id():
 def test_a_tie_that_begins_inside_the_kept_part_and_ends_outside_is_cut_by_id():
     scores = np.array([[1.0, 0.5, 0.5, 0.5]], dtype=np.float32)
     assert topk.rank(scores, np.array([[4, 3, 2, 1]]), 2, names).tolist() == [[0, 3]]
+
+
+@given(candidates(), st.integers(1, 5))
+def test_each_document_keeps_its_best_score_once_and_nothing_else(given_candidates, num_documents: int):
+    scores, rows = given_candidates
+    documents = rows % num_documents
+    kept = topk.once_per_document(scores, documents)
+    for own, before, after in zip(documents, scores, kept, strict=True):
+        for document in set(own.tolist()):
+            left = sorted(after[own == document], reverse=True)
+            assert left[0] == max(before[own == document])
+            assert all(score == PADDING for score in left[1:])
+    assert ((kept == scores) | (kept == PADDING)).all()

@@ -1,9 +1,10 @@
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matryoshka.units import InputFile, assign_shards, choose_split, plan_units, sample_keys
+from matryoshka.units import InputFile, assign_shards, choose_split, chunk_id, document_of, plan_units, sample_keys
 
 corpora = st.lists(st.integers(0, 300), max_size=5).map(
     lambda counts: [InputFile(f"{number}.parquet", f"{number:064x}"[::-1], count) for number, count in enumerate(counts)]
@@ -131,3 +132,14 @@ def test_a_sample_keeps_the_order_and_does_not_depend_on_it(names: list[str], li
 @given(keys)
 def test_no_limit_takes_all(names: list[str]):
     assert sample_keys(names, None, "salt") == names
+
+
+@given(st.text(), st.integers(0, 10**9), st.integers(0, 10**9))
+def test_a_chunk_leads_back_to_its_document_whatever_its_id_holds(document: str, start: int, end: int):
+    assert document_of(chunk_id(document, start, end)) == document
+
+
+@pytest.mark.parametrize("name", ["", "plain", "a#b", "a#1", "a#-2", "a#1-", "a#1-2-3", "1-2", "a#1-2#x"])
+def test_what_is_not_the_id_of_a_chunk_is_refused(name: str):
+    with pytest.raises(ValueError, match="not the id of a chunk"):
+        document_of(name)

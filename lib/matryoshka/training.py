@@ -1,124 +1,413 @@
 """The fine-tune stage's work: one rank of a distributed run with a Matryoshka loss.
 
 The same function trains alone or as one of several ranks: the process group, where there is one, has been set up around it.
+sentence-transformers' trainer steps; what it steps over (packed batches, fixed by the step's number alone) and where it begins
+(the last checkpoint) are decided here, so that a run that was killed ends with the weights of one that was not.
 """
 
+import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed
-from datasets import Dataset
 from sentence_transformers import SentenceTransformerTrainer
-from sentence_transformers.sentence_transformer.losses import (
-    CachedMultipleNegativesRankingLoss,
-    MatryoshkaLoss,
-    MultipleNegativesRankingLoss,
-)
-from sentence_transformers.sentence_transformer.training_args import BatchSamplers, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.training_args import SentenceTransformerTrainingArguments
+from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
-from matryoshka import model
+from matryoshka import batches, checkpoints, examples, layers, losses, model
+from matryoshka.batches import BatchPlan
+from matryoshka.dev import HEADLINE, DevEvaluator, DevSet
 from matryoshka.encode import Precision
+from matryoshka.examples import Examples
+from matryoshka.forward import TrainingForward, features_of
 from matryoshka.recipe import Recipe
+from matryoshka.tokens import Tokeniser
 
 LOG = "training_log.json"
+TENSORBOARD = "tensorboard"
+DEV = f"dev_{HEADLINE}"
+
+_SHOWN_PAIRS = 3
+_LOG_ENTRIES = 50
 
 
-class _Log(TrainerCallback):
-    """Keeps what the trainer reports, and tells a listener."""
+class Observer(Protocol):
+    """What a run tells, and whom it asks, on the way; every rank has one."""
 
-    def __init__(self, listener: Any) -> None:
-        self.entries: list[dict[str, float]] = []
-        self._listener = listener
+    def log(self, entry: Mapping[str, float]) -> None:
+        """Takes an entry of the log: ``step``, and the loss or the dev split's figures."""
+
+    def wants_checkpoint(self, step: int) -> bool:
+        """Returns whether this rank's machine, or the whole run, is about to be lost; asked after every step."""
+
+    def wants_end(self) -> bool:
+        """Returns whether the run is to end at once; asked after a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What one rank works on; the same on every rank.
+
+    Attributes:
+        base: Folder of the model to start from.
+        parts: Folders of tokenised pairs.
+        pair_files: The files that they were made from, for messages.
+        recipe: What to do.
+        precision: ``bf16`` computes under autocast; weights and optimiser state stay float32.
+        identity: Of base, data and recipe; a checkpoint of another one is refused.
+        output: Folder of the run: its checkpoints go below it.
+        target: Where rank 0 writes the model and the log of the run.
+        dev: What the model is measured on while it is trained; None: the last step's weights are kept.
+    """
+
+    base: Path
+    parts: tuple[Path, ...]
+    pair_files: tuple[Path, ...]
+    recipe: Recipe
+    precision: Precision
+    identity: str
+    output: Path
+    target: Path
+    dev: DevSet | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are."""
+        return self.output / checkpoints.FOLDER
+
+
+class StopRequestedError(RuntimeError):
+    """The run was asked to end, and has left a checkpoint to go on from."""
+
+
+def make_tokeniser(network: Any, max_tokens: int | None) -> Tokeniser:
+    """Returns the model's tokeniser with its prompts, cut to ``max_tokens`` where that is less than its window."""
+    window = int(network.max_seq_length or network.tokenizer.model_max_length)
+    prompts = {role: text for role, text in network.prompts.items() if text}
+    cut = network.tokenizer.truncation_side
+    return Tokeniser(model.rust_tokenizer(network), min(window, max_tokens or window), prompts, "truncate", cut)
+
+
+def train_rank(job: Job, observer: Observer) -> None:
+    """Trains one rank's replica; rank 0 writes the model and the log of the run.
+
+    Raises:
+        ValueError: A checkpoint in the output is of another run, or the recipe does not fit the model or the pairs.
+        RuntimeError: The loss or the weights are not finite, or memory ran out.
+        StopRequestedError: The observer wanted the end.
+    """
+    num_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(job.recipe.seed)
+    network: Any = model.load(job.base, device, dropout=job.recipe.dropout)
+    pairs = Examples.open(job.parts, job.recipe.num_negatives)
+    layers.choose(network, job.recipe)
+    forward = TrainingForward(network, job.precision)
+    layers.freeze_unused(network, lambda: _embed_some(network, pairs))
+    run = _Run(job, network, pairs, num_ranks, observer)
+    run.notices += [forward.notice] * bool(forward.notice)
+    try:
+        run.train()
+    except torch.OutOfMemoryError:
+        raise RuntimeError(
+            f"finetune: memory ran out with {job.recipe.batch_size // num_ranks} pairs per rank."
+            " Pass --mini-batch-tokens (65536, say) to hold so many tokens at once, or a smaller --batch-size."
+        ) from None
+    run.keep_best()
+    forward.restore()
+    if not all(torch.isfinite(parameter).all() for parameter in network.parameters()):
+        raise RuntimeError("finetune: the weights are not finite after training. Pass a lower --learning-rate.")
+    if run.is_first:
+        _save(network, job, run.summary())
+    if num_ranks > 1:
+        torch.distributed.barrier()
+
+
+def _embed_some(network: Any, pairs: Examples) -> Tensor:
+    ids, lengths = pairs.columns["query"].take(np.arange(min(len(pairs), 2)))
+    vectors: Tensor = network(_to_device(features_of(ids, lengths), network.device))["sentence_embedding"]
+    return vectors
+
+
+def _to_device(features: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in features.items()}
+
+
+def _save(network: Any, job: Job, summary: Mapping[str, Any]) -> None:
+    """Writes a plain sentence-transformers folder: weights as safetensors, the model's own window and dropout rates."""
+    if job.recipe.lora_rank:
+        layers.merge_low_rank(network)
+    network[0].auto_model.config.update(model.dropout_rates(job.base))
+    network.save_pretrained(str(job.target), create_model_card=False, safe_serialization=True)
+    (job.target / LOG).write_text(json.dumps(summary, indent=1) + "\n")
+
+
+@dataclass(frozen=True, slots=True)
+class _Batches:
+    """The batches of one rank from some step on, as the trainer takes them."""
+
+    pairs: Examples
+    plan: BatchPlan
+    rank: int
+    num_ranks: int
+    first_step: int
+    num_steps: int
+    lengths: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return self.num_steps - self.first_step
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for rows in self.plan.batches(self.first_step, self.num_steps):
+            dealt = rows[batches.deal(self.lengths[rows], self.num_ranks)]  # [W, B / W]
+            own = dealt[self.rank]
+            batch: dict[str, Any] = {"rows": rows, "mask": torch.from_numpy(self.pairs.mask(own, dealt.ravel()))}
+            for name, column in self.pairs.columns.items():
+                batch |= {f"{name}_{key}": value for key, value in features_of(*column.take(own)).items()}
+            yield batch
+
+
+class _Trainer(SentenceTransformerTrainer):
+    """sentence-transformers' trainer over batches that are made already.
+
+    Args:
+        data: The batches.
+        scores: Of the loss; it is told what to leave out.
+        name_pairs: Names some pairs, by their rows.
+        named: As the trainer's own.
+    """
+
+    def __init__(self, data: _Batches, scores: losses.MaskedScores, name_pairs: Callable[[Any], str], **named: Any) -> None:
+        super().__init__(**named)
+        self._data, self._scores, self._name_pairs = data, scores, name_pairs
+        self._last: tuple[int, Any, Tensor] | None = None
+
+    def get_train_dataloader(self) -> Any:
+        """Returns the batches."""
+        return self._data
+
+    def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:  # noqa: ANN401
+        """Returns the loss of one batch; see ``check_last`` for when it is looked at."""
+        self.check_last()
+        rows = inputs.pop("rows")
+        self._scores.begin(inputs.pop("mask"))
+        loss = super().compute_loss(model, inputs, *arguments, **named)
+        self._last = (self._data.first_step + self.state.global_step + 1, rows, loss.detach())
+        return loss
+
+    def check_last(self) -> None:
+        """Checks the last batch's loss, when the next one is about to begin: a GPU would have to be waited for at once.
+
+        Raises:
+            RuntimeError: It is not finite.
+        """
+        if self._last and not torch.isfinite(self._last[2]):
+            step, rows, loss = self._last
+            raise RuntimeError(
+                f"finetune: the loss of step {step} is not finite ({loss.item()}). Its pairs (query/document):"
+                f" {self._name_pairs(rows)}. Pass a lower --learning-rate, or look at these texts."
+            )
+
+
+@dataclass(slots=True)
+class _Run:
+    """One rank's run: where it begins, what it notes on the way, what it keeps."""
+
+    job: Job
+    network: Any
+    pairs: Examples
+    num_ranks: int
+    observer: Observer
+    entries: list[dict[str, float]] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    best_step: int | None = None
+    best_score: float = -1.0
+    num_worse: int = 0
+    stopped_at: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """Number of this rank."""
+        return torch.distributed.get_rank() if self.num_ranks > 1 else 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes."""
+        return self.rank == 0
+
+    def train(self) -> None:
+        """Takes the steps that no checkpoint has."""
+        recipe, network = self.job.recipe, self.network
+        plan = BatchPlan(len(self.pairs), recipe.batch_size, recipe.seed, self.pairs.labels)
+        lengths = self.pairs.lengths
+        self.facts = {
+            "steps_per_epoch": plan.steps_per_epoch,
+            "tokens_per_step": round(float(lengths.mean()) * recipe.batch_size),
+            "trainable": layers.count_trainable(network),
+            "num_ranks": self.num_ranks,
+        }
+        optimiser = torch.optim.AdamW(layers.optimiser_groups(network, recipe), weight_decay=0.0, fused=True)
+        first_step = self._resume(optimiser)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: recipe.rate_at(first_step + step))
+        if first_step >= recipe.num_steps or self.stopped_at is not None:
+            return
+        data = _Batches(self.pairs, plan, self.rank, self.num_ranks, first_step, recipe.num_steps, lengths)
+        scores = losses.MaskedScores()
+        watch = _Watch(self, optimiser, first_step)
+        trainer = _Trainer(
+            data,
+            scores,
+            self._name_pairs,
+            model=network,
+            args=_arguments(self.job, recipe.num_steps - first_step, self.num_ranks),
+            loss=losses.build(network, recipe, scores, self.num_ranks),
+            optimizers=(optimiser, scheduler),
+            callbacks=[watch],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        trainer.check_last()
+
+    def _resume(self, optimiser: torch.optim.Optimizer) -> int:
+        """Takes up the last checkpoint; returns how many steps are done."""
+        found = checkpoints.latest(self.job.checkpoints, self.job.identity)
+        if found is None:
+            return 0
+        found.load(self.network, optimiser)
+        for name in ("entries", "best_step", "best_score", "num_worse", "stopped_at"):
+            setattr(self, name, found.notes[name])
+        return found.step
+
+    def write_checkpoint(self, optimiser: torch.optim.Optimizer, step: int) -> None:
+        """Writes a checkpoint, on the rank that writes."""
+        if self.is_first:
+            checkpoints.write_step(self.job.checkpoints, self.network, optimiser, step, self._notes())
+
+    def _notes(self) -> dict[str, Any]:
+        names = ("entries", "best_step", "best_score", "num_worse", "stopped_at")
+        return {"identity": self.job.identity, **{name: getattr(self, name) for name in names}}
+
+    def note(self, entry: dict[str, float]) -> None:
+        """Adds an entry to the log."""
+        self.entries.append(entry)
+        if self.is_first:
+            self.observer.log(entry)
+
+    def judge(self, step: int, figures: Mapping[str, float]) -> bool:
+        """Notes the dev split's figures and keeps the weights if they are the best so far; returns whether to go on."""
+        self.note({"step": step, **figures})
+        if figures[DEV] > self.best_score:
+            self.best_step, self.best_score, self.num_worse = step, figures[DEV], 0
+            if self.is_first:
+                checkpoints.write(self.job.checkpoints, checkpoints.BEST, self.network, None, step, self._notes())
+        else:
+            self.num_worse += 1
+        if self.job.recipe.patience and self.num_worse >= self.job.recipe.patience:
+            self.stopped_at = step
+        return self.stopped_at is None
+
+    def keep_best(self) -> None:
+        """Loads the weights of the best evaluation, where there was any.
+
+        Raises:
+            RuntimeError: They are not there as they were written.
+        """
+        if self.num_ranks > 1:
+            torch.distributed.barrier()
+        if self.best_step is None:
+            return
+        best = checkpoints.read(self.job.checkpoints / checkpoints.BEST, self.job.identity)
+        if best is None or best.step != self.best_step:
+            raise RuntimeError(f"{self.job.checkpoints}: the best checkpoint is damaged. Pass --replace to train anew.")
+        best.load(self.network)
+
+    def summary(self) -> dict[str, Any]:
+        """Returns what there is to say about the run, as JSON."""
+        kept = self.job.recipe.num_steps if self.best_step is None else self.best_step
+        found = {"kept_step": kept, "stopped_at": self.stopped_at, "notices": self.notices, **self.facts}
+        return {"summary": found, "recipe": dataclasses.asdict(self.job.recipe), "entries": self.entries}
+
+    def _name_pairs(self, rows: Sequence[int]) -> str:
+        names = examples.name_pairs(self.job.pair_files, [int(row) for row in rows[:_SHOWN_PAIRS]])
+        return f"{', '.join(names)}{f' and {len(rows) - len(names)} more' if len(rows) > len(names) else ''}"
+
+
+class _Watch(TrainerCallback):
+    """What happens between two steps: the log, dev evaluations, checkpoints, the wish to stop."""
+
+    def __init__(self, run: _Run, optimiser: torch.optim.Optimizer, first_step: int) -> None:
+        self._run, self._optimiser, self._first = run, optimiser, first_step
+        job = run.job
+        self._steps = job.recipe.evaluation_steps if job.dev else frozenset()
+        self._evaluator: DevEvaluator | None = None
+        if job.dev:
+            tokeniser = make_tokeniser(run.network, None)
+            self._evaluator = DevEvaluator(job.dev, tokeniser, self._embed, job.recipe.dims)
+
+    def _embed(self, ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> Tensor:
+        network = self._run.network
+        dtype = torch.bfloat16 if self._run.job.precision == "bf16" else None
+        with torch.no_grad(), torch.autocast(network.device.type, dtype, enabled=dtype is not None):
+            vectors: Tensor = network(_to_device(features_of(ids, lengths), network.device))["sentence_embedding"]
+        return vectors
+
+    def _evaluate(self, step: int) -> bool:
+        """Measures the model after ``step`` steps, if that is due; returns whether to go on."""
+        if step not in self._steps or self._evaluator is None:
+            return True
+        self._run.network.eval()
+        figures = self._evaluator.measure()
+        self._run.network.train()
+        return self._run.judge(step, figures)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if self._first == 0:
+            self._evaluate(0)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Writes what is due after the steps so far, the log included, and fixes the randomness of the next step."""
+        run, step = self._run, self._first + state.global_step
+        is_wanted = run.observer.wants_checkpoint(step)
+        if step > self._first and (is_wanted or step % run.job.recipe.checkpoint_steps == 0):
+            run.write_checkpoint(self._optimiser, step)
+        if is_wanted and run.observer.wants_end():
+            raise StopRequestedError(f"finetune: stopped after step {step}, which is kept. Run the same command again to go on.")
+        seed = hashlib.sha256(f"{run.job.recipe.seed} {step} {run.rank}".encode()).digest()
+        torch.manual_seed(int.from_bytes(seed[:8], "big"))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if not self._evaluate(self._first + state.global_step):
+            control.should_training_stop = True
+            self._run.write_checkpoint(self._optimiser, self._first + state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:  # noqa: ARG002
         if logs and "loss" in logs:
             keys = ("loss", "learning_rate", "grad_norm")
-            self.entries.append({"step": state.global_step, **{key: float(logs[key]) for key in keys if key in logs}})
-            self._listener(self.entries[-1])
+            entry = {key: float(logs[key]) for key in keys if key in logs}
+            self._run.note({"step": self._first + state.global_step, **entry})
 
 
-def train_rank(
-    folder: Path, pairs: Mapping[str, Sequence[str]], recipe: Recipe, precision: Precision, target: Path, listener: Any
-) -> None:
-    """Trains one rank's replica; rank 0 writes the model and its log to ``target``.
-
-    Args:
-        folder: The model to start from.
-        pairs: Columns ``query`` and ``positive``, the same on every rank.
-        recipe: What to do.
-        precision: ``bf16`` computes under autocast; weights and optimiser state stay float32.
-        target: A folder of this run's own.
-        listener: Called with each log entry on every rank.
-
-    Raises:
-        RuntimeError: Steps are missing, or the weights are not finite.
-    """
-    num_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network: Any = model.load(folder, device, dropout=recipe.dropout)
-    window = network.max_seq_length
-    if recipe.max_tokens and (window is None or recipe.max_tokens < window):
-        network.max_seq_length = recipe.max_tokens
-    log = _Log(listener)
-    trainer = SentenceTransformerTrainer(
-        model=network,
-        args=_arguments(
-            target, recipe, precision, device, num_ranks, {name: prompt or "" for name, prompt in network.prompts.items()}
-        ),
-        train_dataset=Dataset.from_dict({name: list(pairs[name]) for name in ("query", "positive")}),
-        loss=_loss(network, recipe, gather=num_ranks > 1),
-        callbacks=[log],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    if trainer.state.global_step < recipe.num_steps:
-        raise RuntimeError(
-            f"finetune: only {trainer.state.global_step} of {recipe.num_steps} steps were made: too few batches without a text"
-            " twice. Bring more different pairs, or pass a smaller --batch-size."
-        )
-    if not all(torch.isfinite(parameter).all() for parameter in network.parameters()):
-        raise RuntimeError("finetune: the weights are not finite after training. Pass a lower --learning-rate.")
-    if trainer.is_world_process_zero():
-        network.max_seq_length = window
-        network[0].auto_model.config.update(model.dropout_rates(folder))
-        network.save_pretrained(str(target), create_model_card=False, safe_serialization=True)
-        (target / LOG).write_text(json.dumps(log.entries, indent=1) + "\n")
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
-def _loss(network: Any, recipe: Recipe, *, gather: bool) -> MatryoshkaLoss:
-    inner: torch.nn.Module
-    if recipe.mini_batch_size:
-        inner = CachedMultipleNegativesRankingLoss(network, mini_batch_size=recipe.mini_batch_size, gather_across_devices=gather)
-    else:
-        inner = MultipleNegativesRankingLoss(network, gather_across_devices=gather)
-    # Every dim in every step: with a random choice, ranks would draw different ones.
-    return MatryoshkaLoss(network, inner, matryoshka_dims=list(recipe.dims), n_dims_per_step=-1)
-
-
-def _arguments(
-    target: Path, recipe: Recipe, precision: Precision, device: str, num_ranks: int, prompts: dict[str, str]
-) -> SentenceTransformerTrainingArguments:
-    columns = {"query": prompts.get("query", ""), "positive": prompts.get("document", "")}
+def _arguments(job: Job, num_steps: int, num_ranks: int) -> SentenceTransformerTrainingArguments:
     return SentenceTransformerTrainingArguments(
-        output_dir=str(target),
-        max_steps=recipe.num_steps,
-        per_device_train_batch_size=recipe.batch_size // num_ranks,
-        learning_rate=recipe.learning_rate,
-        warmup_steps=recipe.warmup,
-        bf16=precision == "bf16",
-        use_cpu=device == "cpu",
-        seed=recipe.seed,
-        prompts={name: prompt for name, prompt in columns.items() if prompt} or None,
-        batch_sampler=BatchSamplers.NO_DUPLICATES,
-        dataloader_drop_last=True,
+        output_dir=str(job.target),
+        max_steps=num_steps,
+        per_device_train_batch_size=job.recipe.batch_size // num_ranks,
+        bf16=job.precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        logging_nan_inf_filter=False,
         save_strategy="no",
-        logging_steps=max(recipe.num_steps // 50, 1),
+        logging_steps=max(job.recipe.num_steps // _LOG_ENTRIES, 1),
         report_to=[],
         disable_tqdm=True,
     )

@@ -32,7 +32,6 @@ from matryoshka.recipe import Recipe
 from matryoshka.tokens import Tokeniser
 
 LOG = "training_log.json"
-TENSORBOARD = "tensorboard"
 DEV = f"dev_{HEADLINE}"
 
 _SHOWN_PAIRS = 3
@@ -46,10 +45,10 @@ class Observer(Protocol):
         """Takes an entry of the log: ``step``, and the loss or the dev split's figures."""
 
     def wants_checkpoint(self, step: int) -> bool:
-        """Returns whether this rank's machine, or the whole run, is about to be lost; asked after every step."""
+        """Returns whether the run, or a machine of it, is about to be lost; asked after every step."""
 
-    def wants_end(self) -> bool:
-        """Returns whether the run is to end at once; asked after a checkpoint."""
+    def checkpointed(self, step: int) -> None:
+        """Learns that this rank has written the checkpoint of a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +83,8 @@ class Job:
         return self.output / checkpoints.FOLDER
 
 
-class StopRequestedError(RuntimeError):
-    """The run was asked to end, and has left a checkpoint to go on from."""
+class TrainingError(RuntimeError):
+    """What a training run says of itself: the same run would fail again, whatever machine it is on."""
 
 
 def make_tokeniser(network: Any, max_tokens: int | None) -> Tokeniser:
@@ -101,8 +100,7 @@ def train_rank(job: Job, observer: Observer) -> None:
 
     Raises:
         ValueError: A checkpoint in the output is of another run, or the recipe does not fit the model or the pairs.
-        RuntimeError: The loss or the weights are not finite, or memory ran out.
-        StopRequestedError: The observer wanted the end.
+        TrainingError: The loss or the weights are not finite, or memory ran out.
     """
     num_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -117,14 +115,14 @@ def train_rank(job: Job, observer: Observer) -> None:
     try:
         run.train()
     except torch.OutOfMemoryError:
-        raise RuntimeError(
+        raise TrainingError(
             f"finetune: memory ran out with {job.recipe.batch_size // num_ranks} pairs per rank."
             " Pass --mini-batch-tokens (65536, say) to hold so many tokens at once, or a smaller --batch-size."
         ) from None
     run.keep_best()
     forward.restore()
     if not all(torch.isfinite(parameter).all() for parameter in network.parameters()):
-        raise RuntimeError("finetune: the weights are not finite after training. Pass a lower --learning-rate.")
+        raise TrainingError("finetune: the weights are not finite after training. Pass a lower --learning-rate.")
     if run.is_first:
         _save(network, job, run.summary())
     if num_ranks > 1:
@@ -207,11 +205,11 @@ class _Trainer(SentenceTransformerTrainer):
         """Checks the last batch's loss, when the next one is about to begin: a GPU would have to be waited for at once.
 
         Raises:
-            RuntimeError: It is not finite.
+            TrainingError: It is not finite.
         """
         if self._last and not torch.isfinite(self._last[2]):
             step, rows, loss = self._last
-            raise RuntimeError(
+            raise TrainingError(
                 f"finetune: the loss of step {step} is not finite ({loss.item()}). Its pairs (query/document):"
                 f" {self._name_pairs(rows)}. Pass a lower --learning-rate, or look at these texts."
             )
@@ -291,6 +289,7 @@ class _Run:
         """Writes a checkpoint, on the rank that writes."""
         if self.is_first:
             checkpoints.write_step(self.job.checkpoints, self.network, optimiser, step, self._notes())
+            self.observer.checkpointed(step)
 
     def _notes(self) -> dict[str, Any]:
         names = ("entries", "best_step", "best_score", "num_worse", "stopped_at")
@@ -379,8 +378,6 @@ class _Watch(TrainerCallback):
         is_wanted = run.observer.wants_checkpoint(step)
         if step > self._first and (is_wanted or step % run.job.recipe.checkpoint_steps == 0):
             run.write_checkpoint(self._optimiser, step)
-        if is_wanted and run.observer.wants_end():
-            raise StopRequestedError(f"finetune: stopped after step {step}, which is kept. Run the same command again to go on.")
         seed = hashlib.sha256(f"{run.job.recipe.seed} {step} {run.rank}".encode()).digest()
         torch.manual_seed(int.from_bytes(seed[:8], "big"))
 

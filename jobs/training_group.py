@@ -1,8 +1,11 @@
-"""The ranks of a training run as a Ray Train group, and what they report on the way."""
+"""The ranks of a training run as a Ray Train group: begun again after a loss, heard on the way, warned before an end."""
 
+import contextlib
+import os
+import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,22 +16,29 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from jobs.cluster import Capacity
-from jobs.terminal import Counter
+from jobs.terminal import Counter, say
 from matryoshka import storage
-from matryoshka.encode import Precision
 from matryoshka.recipe import Recipe
+from matryoshka.training import Job
 
 _POLL_SECONDS = 1.0
+_FAREWELL_SECONDS = 60.0
+_STEPS_PER_PREEMPTION_CHECK = 10  # every rank must ask as often, and all wait for each other
+
+Listener = Callable[[Mapping[str, float]], None]
 
 
 class _Mailbox:
-    """Carries log entries from rank 0 to the driver."""
+    """Carries the log from rank 0 to the driver, and the wish for a checkpoint the other way."""
 
     def __init__(self) -> None:
         self._entries: list[dict[str, float]] = []
+        self._is_ending = False
+        self._checkpoint = -1
+        self._error = ""
 
     def put(self, entry: dict[str, float]) -> None:
-        """Adds an entry."""
+        """Adds an entry of the log."""
         self._entries.append(entry)
 
     def take(self) -> list[dict[str, float]]:
@@ -36,91 +46,205 @@ class _Mailbox:
         entries, self._entries = self._entries, []
         return entries
 
+    def end(self) -> None:
+        """Asks for a checkpoint: the run is about to end."""
+        self._is_ending, self._checkpoint = True, -1
+
+    def is_ending(self) -> bool:
+        """Returns whether a checkpoint is asked for."""
+        return self._is_ending
+
+    def note_checkpoint(self, step: int) -> None:
+        """Takes note of a checkpoint."""
+        self._checkpoint = step
+
+    def checkpoint(self) -> int:
+        """Returns the step of the last checkpoint since the end was announced, or -1."""
+        return self._checkpoint
+
+    def fail(self, kind: str, text: str) -> None:
+        """Takes note of an error that would come again; it need not be tried again."""
+        self._error = self._error or f"{kind}:{text}"
+
+    def error(self) -> str:
+        """Returns the error's kind and text, or nothing."""
+        return self._error
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A number of ranks, one per GPU, or sharing the CPUs."""
+    """A number of ranks, one per GPU, or sharing the CPUs.
+
+    Attributes:
+        num_ranks: How many.
+        capacity: Of the cluster.
+        attempts: How often a run is begun at most; it goes on from its last checkpoint.
+    """
 
     num_ranks: int
     capacity: Capacity
+    attempts: int
 
-    def train(
-        self, folder: Path, pairs: Mapping[str, Sequence[str]], recipe: Recipe, precision: Precision, output: Path
-    ) -> float:
-        """Trains from the model in ``folder``, moves the result into ``output``, and returns the seconds that training took.
+    def train(self, job: Job, listener: Listener) -> float:
+        """Trains, moves the model into the output, and returns the seconds that training took.
+
+        Args:
+            job: What to do.
+            listener: Called with every entry of the log.
 
         Raises:
-            RuntimeError: A rank failed or was lost, or no model came out.
+            ValueError: The recipe does not fit the model or the pairs.
+            RuntimeError: The loss is not finite, ranks were lost too often, or no model came out.
+            KeyboardInterrupt: The process was told to end; a checkpoint is there to go on from.
         """
+        mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
+        trainer = self._trainer(job, mailbox)
+        start = time.perf_counter()
+        try:
+            with _Listening(mailbox, job.recipe, listener):
+                trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise RuntimeError(
+                f"finetune: training failed {self.attempts} times, last so: {_cause(error)}."
+                " Checkpoints are kept. Mend the cause and run the same command again."
+            ) from error
+        kind, _, text = ray.get(mailbox.error.remote()).partition(":")
+        if text:
+            raise ValueError(text) if kind == "ValueError" else RuntimeError(text)
+        seconds = time.perf_counter() - start
+        _adopt(job)
+        return seconds
+
+    def _trainer(self, job: Job, mailbox: Any) -> TorchTrainer:
         use_gpu = self.capacity.device == "cuda"
         cpus = 1 if use_gpu else max(self.capacity.num_cpus // self.num_ranks, 1)
-        target = output / f"{storage.TEMPORARY}model"
-        mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
-        trainer = TorchTrainer(
+        return TorchTrainer(
             _train_loop,
-            train_loop_config={
-                "folder": folder,
-                "pairs": ray.put(dict(pairs)),
-                "recipe": recipe,
-                "precision": precision,
-                "target": target,
-                "num_threads": cpus,
-                "mailbox": mailbox,
-            },
+            train_loop_config={"job": ray.put(job), "num_threads": cpus, "mailbox": mailbox},
             scaling_config=ScalingConfig(
                 num_workers=self.num_ranks, use_gpu=use_gpu, resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})}
             ),
             run_config=RunConfig(
-                name="ray", storage_path=str(output / f"{storage.TEMPORARY}train"), failure_config=FailureConfig(max_failures=0)
+                name="ray",
+                storage_path=str(job.output / f"{storage.TEMPORARY}train"),
+                failure_config=FailureConfig(max_failures=self.attempts - 1),
             ),
         )
-        start = time.perf_counter()
-        try:
-            with Counter("finetune", recipe.num_steps, "pairs") as counter, _Listening(mailbox, counter, recipe):
-                trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise RuntimeError(f"finetune: training failed ({_cause(error)}). Mend the cause and run it again.") from error
-        seconds = time.perf_counter() - start
-        if not (target / "modules.json").is_file():
-            raise RuntimeError(f"finetune: no model came out at {target}. Is {output} on a disk that all nodes mount?")
-        for path in target.rglob("*.safetensors"):
-            path.chmod(0o644)  # written for its owner only, but other users of the cluster load it
-        for path in target.iterdir():
-            path.rename(output / path.name)
-        storage.remove_leftovers(output)
-        return seconds
+
+
+def _adopt(job: Job) -> None:
+    """Moves the model to where it belongs, and removes what only an unfinished run needs."""
+    if not (job.target / "modules.json").is_file():
+        raise RuntimeError(f"finetune: no model came out at {job.target}. Is {job.output} on a disk that all nodes mount?")
+    for path in job.target.rglob("*.safetensors"):
+        path.chmod(0o644)  # written for its owner only, but other users of the cluster load it
+    for path in job.target.iterdir():
+        storage.remove(job.output / path.name)
+        path.rename(job.output / path.name)
+    storage.remove_leftovers(job.output)
 
 
 def _cause(error: Exception) -> str:
     failures = getattr(error, "worker_failures", None) or {0: error}
     lines = [line.strip() for line in str(next(iter(failures.values()))).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return lines[-1].rstrip(".") if lines else type(error).__name__
 
 
 class _Listening:
-    """Counts a training run's steps while the block runs."""
+    """Counts a training run's steps while the block runs; told to end, it has a checkpoint written first."""
 
-    def __init__(self, mailbox: Any, counter: Counter, recipe: Recipe) -> None:
-        self._mailbox, self._counter, self._recipe = mailbox, counter, recipe
+    def __init__(self, mailbox: Any, recipe: Recipe, listener: Listener) -> None:
+        self._mailbox, self._recipe, self._listener = mailbox, recipe, listener
         self._step = 0
-        self._ended = threading.Event()
+        self._counter = Counter("finetune", recipe.num_steps, "pairs")
+        self._ended, self._told_to_end = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> None:
+        self._stack.enter_context(self._counter)
+        self._stack.enter_context(_on_terminate(self._told_to_end.set))
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
+        self._stack.close()
 
     def _listen(self) -> None:
-        is_last = False
+        is_last = is_leaving = False
         while not is_last:
             is_last = self._ended.wait(_POLL_SECONDS)
             for entry in ray.get(self._mailbox.take.remote()):
-                steps = int(entry["step"]) - self._step
-                self._step += steps
-                self._counter.advance(steps * self._recipe.batch_size, num_parts=steps, **entry)
+                self._hear(entry)
+            if self._told_to_end.is_set() and not is_leaving:
+                is_leaving = True
+                self._leave()
+
+    def _hear(self, entry: Mapping[str, float]) -> None:
+        self._listener(entry)
+        if "loss" in entry and entry["step"] > self._step:  # after a loss, steps are made again
+            steps, self._step = int(entry["step"]) - self._step, int(entry["step"])
+            self._counter.advance(steps * self._recipe.batch_size, num_parts=steps, **entry)
+
+    def _leave(self) -> None:
+        """Waits for a last checkpoint, then interrupts the thread that trains."""
+        ray.get(self._mailbox.end.remote())
+        deadline = time.monotonic() + _FAREWELL_SECONDS
+        while (step := ray.get(self._mailbox.checkpoint.remote())) < 0 and time.monotonic() < deadline:
+            if self._ended.wait(_POLL_SECONDS):
+                return
+        say(f"finetune: told to end; a checkpoint of step {step} is kept" if step >= 0 else "finetune: told to end")
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _on_terminate(act: Callable[[], None]) -> Iterator[None]:
+    """Has SIGTERM call a function for as long as the block runs, where this thread may decide on signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: act())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Observer:
+    """Of one rank, inside Ray Train."""
+
+    def __init__(self, mailbox: Any, *, is_first: bool) -> None:
+        self._mailbox, self._is_first = mailbox, is_first
+        self._question = mailbox.is_ending.remote()
+        self._is_answered = self._is_preempted = False
+
+    def log(self, entry: Mapping[str, float]) -> None:
+        """Sends an entry to the driver."""
+        if self._is_first:
+            self._mailbox.put.remote(dict(entry))
+
+    def wants_checkpoint(self, step: int) -> bool:
+        """Returns, once each, whether the run is told to end, and whether a node of it is about to be taken away."""
+        return self._hears_of_end() | self._hears_of_preemption(step)
+
+    def checkpointed(self, step: int) -> None:
+        """Tells the driver."""
+        self._mailbox.note_checkpoint.remote(step)
+
+    def _hears_of_end(self) -> bool:
+        ready, _ = ray.wait([self._question], timeout=0)
+        if not ready or self._is_answered:
+            return False
+        self._is_answered = bool(ray.get(self._question))
+        self._question = self._mailbox.is_ending.remote()
+        return self._is_answered
+
+    def _hears_of_preemption(self, step: int) -> bool:
+        if step % _STEPS_PER_PREEMPTION_CHECK or self._is_preempted:
+            return False
+        self._is_preempted = ray.train.get_preemption_info() is not None
+        return self._is_preempted
 
 
 def _train_loop(config: dict[str, Any]) -> None:
@@ -129,14 +253,14 @@ def _train_loop(config: dict[str, Any]) -> None:
 
     from matryoshka import model, training
 
+    mailbox = config["mailbox"]
+    if ray.get(mailbox.error.remote()):
+        return
     model.quieten()
     torch.set_num_threads(config["num_threads"])
-    is_first = ray.train.get_context().get_world_rank() == 0
-    training.train_rank(
-        config["folder"],
-        ray.get(config["pairs"]),
-        config["recipe"],
-        config["precision"],
-        config["target"],
-        config["mailbox"].put.remote if is_first else lambda _: None,
-    )
+    observer = _Observer(mailbox, is_first=ray.train.get_context().get_world_rank() == 0)
+    try:
+        training.train_rank(ray.get(config["job"]), observer)
+    except (ValueError, training.TrainingError) as error:
+        ray.get(mailbox.fail.remote("ValueError" if isinstance(error, ValueError) else "RuntimeError", str(error)))
+        raise

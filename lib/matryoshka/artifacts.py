@@ -62,7 +62,7 @@ class Manifest:
     """The truth about one artifact folder.
 
     Attributes:
-        kind: ``dataset``, ``model``, ``embeddings``, ``index``, ``evaluation`` or ``run``.
+        kind: ``dataset``, ``negatives``, ``model``, ``embeddings``, ``index``, ``evaluation``, ``results`` or ``run``.
         identity: What must stay the same for parts to be mixed: fingerprints of inputs, settings that change bytes.
         inputs: Fingerprints of inputs that may change from night to night, such as the corpus.
         facts: What later stages and people want to know; derived, so not fingerprinted.
@@ -142,7 +142,14 @@ def _read_raw(path: Path) -> dict[str, Any]:
     return value
 
 
-_MAKERS = {"dataset": "prepare", "model": "finetune", "embeddings": "embed", "index": "index", "evaluation": "evaluate"}
+_MAKERS = {
+    "dataset": "prepare",
+    "negatives": "mine",
+    "model": "finetune",
+    "embeddings": "embed",
+    "index": "index",
+    "evaluation": "evaluate",
+}
 
 
 def read_complete(folder: Path, kind: str) -> Manifest:

@@ -9,7 +9,7 @@ import glob
 import itertools
 import json
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ _LOOKED_AT = 1_000
 
 
 Stamps = tuple[tuple[str, int, int], ...]
+Lists = Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,6 +373,54 @@ def find_texts(corpus: Corpus, ids: Iterable[str]) -> dict[str, str]:
 def write_rows(path: Path, rows: Mapping[str, Sequence[Any]]) -> None:
     """Writes columns as one Parquet file, with zstd."""
     pq.write_table(pa.table(dict(rows)), path, compression="zstd")
+
+
+def read_rows(path: Path, num_rows: int, columns: Sequence[str] | None = None) -> Iterator[dict[str, list[Any]]]:
+    """Yields the columns of a Parquet file, at most ``num_rows`` rows at a time.
+
+    Raises:
+        ValueError: The file is missing or damaged.
+    """
+    for batch in _batches(path, num_rows, columns):
+        yield batch.to_pydict()
+
+
+def _batches(path: Path, num_rows: int, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    file = open_parquet(path)
+    try:
+        yield from file.iter_batches(num_rows, columns=None if columns is None else list(columns))
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: damaged ({str(error).splitlines()[0]}). Write it again.") from None
+
+
+def count_rows(path: Path) -> int:
+    """Returns how many rows a Parquet file has.
+
+    Raises:
+        ValueError: The file is missing or damaged.
+    """
+    return int(open_parquet(path).metadata.num_rows)
+
+
+def extend_rows(
+    source: Path, target: Path, num_rows: int, names: Sequence[str], extend: Callable[[dict[str, list[Any]]], Sequence[Lists]]
+) -> None:
+    """Copies a Parquet file, at most ``num_rows`` rows at a time, and gives it columns that hold lists of texts.
+
+    Args:
+        source: The file.
+        target: Where to; columns that the file has under one of the names are left behind.
+        num_rows: Rows in memory at a time, and in a row group.
+        names: The new columns.
+        extend: Returns the values of the new columns, given those of all columns of the file.
+    """
+    kept = [field for field in open_parquet(source).schema_arrow if field.name not in names]
+    schema = pa.schema([*kept, *(pa.field(name, pa.list_(pa.string())) for name in names)])
+    with pq.ParquetWriter(target, schema, compression="zstd") as writer:
+        for batch in _batches(source, num_rows):
+            lists = [pa.array(values, pa.list_(pa.string())) for values in extend(batch.to_pydict())]
+            arrays = [*(batch.column(field.name) for field in kept), *lists]
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
 
 
 def read_json_lines(path: Path, keys: Sequence[str]) -> Iterator[dict[str, str]]:

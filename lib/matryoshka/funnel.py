@@ -4,6 +4,7 @@ Each cut is made over all shards together, by (score, id), so the outcome is tha
 Shards may live anywhere: ``Searcher`` only needs a way to call a method on each of them.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,16 @@ def call_locally(shards: Sequence[Shard]) -> CallShards:
     return call
 
 
+def call_in_turn(folders: Sequence[Path]) -> CallShards:
+    """Returns a caller that opens one shard after the other: memory holds one of them, and an only one stays open."""
+    open_shard = functools.lru_cache(maxsize=1)(Shard.open)
+
+    def call(method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        return [getattr(open_shard(folder), method)(*own) for folder, own in zip(folders, arguments, strict=True)]
+
+    return call
+
+
 @dataclass(frozen=True, slots=True)
 class Ranking:
     """Results of a search, best first; fewer than K where there are fewer documents.
@@ -145,6 +156,17 @@ class Searcher:
             scores, documents = self._cut(scores, documents, step.keep)
         scores, documents = scores[:, :num_results], documents[:, :num_results]
         return Ranking(scores, documents, self._look_up(documents))
+
+    def score(self, queries: npt.NDArray[np.floating[Any]], documents: IntArray) -> Float32Array:
+        """Returns the scores that a search gives documents at the end of the funnel; document -1 scores ``PADDING``.
+
+        Shapes: queries [Q, D], documents [Q, M] (numbers as in ``Ranking``) -> [Q, M].
+
+        Raises:
+            ValueError: A query is not finite, or queries are narrower than the plan.
+        """
+        self._check(queries, num_results=1)
+        return self._score(shrink(queries, self._plan.steps[-1].dim), documents)
 
     def _check(self, queries: npt.NDArray[np.floating[Any]], num_results: int) -> None:
         if num_results < 1:

@@ -281,14 +281,35 @@ class DatasetStore:
         return corpus.fingerprint([(Path(file.path).name, file.digest) for file in files], Columns())
 
     @property
+    def num_documents(self) -> int:
+        """Documents of the corpus; of a chunked one, its chunks."""
+        return sum(receipt.num_rows for receipt in self.manifest.receipts if receipt.key.startswith(f"{CORPUS}/"))
+
+    @property
     def is_chunked(self) -> bool:
-        """Whether the rows of the corpus are chunks of documents."""
-        return bool(self.manifest.facts.get("is_chunked", False))
+        """Whether the corpus holds chunks, whose ids are ``<document id>#<start>-<end>``."""
+        return bool(self.manifest.facts.get("is_chunked"))
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that have queries."""
+        """Names of the splits."""
         return tuple(split for split, count in self.manifest.facts["queries"].items() if count)
+
+    @property
+    def num_pairs(self) -> int:
+        """Training pairs."""
+        return sum(receipt.num_rows for receipt in self.manifest.receipts if receipt.key.startswith("pairs/"))
+
+    def pair_files(self) -> list[Path]:
+        """Returns the files with the training pairs, in order.
+
+        Raises:
+            ValueError: The dataset has no training pairs.
+        """
+        receipts = [receipt for receipt in self.manifest.receipts if receipt.key.startswith("pairs/")]
+        if not sum(receipt.num_rows for receipt in receipts):
+            raise ValueError(f"{self.folder}: no training pairs (no split '{TRAIN}'). Prepare data that has some.")
+        return [self.folder / receipt.files[0].path for receipt in receipts]
 
     def _read(self, kind: str, split: str) -> dict[str, list[Any]]:
         path = self.folder / kind / f"{split}.parquet"

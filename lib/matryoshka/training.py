@@ -192,7 +192,7 @@ class _Trainer(SentenceTransformerTrainer):
         """Returns the batches."""
         return self._data
 
-    def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:  # noqa: ANN401
+    def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
         """Returns the loss of one batch; see ``check_last`` for when it is looked at."""
         self.check_last()
         rows = inputs.pop("rows")

@@ -32,9 +32,7 @@ def group_of_parameters(network: Any) -> dict[str, str]:
     owners = {id(own): f"layer {number}" for number, layer in enumerate(layers) for own in layer.parameters()}
     embeddings = [part for part in network[0].modules() if isinstance(part, torch.nn.Embedding)]
     below = {id(own) for part in _ancestors_of(network[0], embeddings, layers) for own in part.parameters()}
-    return {
-        name: owners.get(id(own), "embeddings" if id(own) in below else "head") for name, own in network.named_parameters()
-    }
+    return {name: owners.get(id(own), "embeddings" if id(own) in below else "head") for name, own in network.named_parameters()}
 
 
 def _ancestors_of(root: Any, embeddings: list[Any], layers: torch.nn.ModuleList) -> Iterator[Any]:
@@ -102,8 +100,14 @@ def freeze_unused(network: Any, embed: Callable[[], Tensor]) -> None:
     Args:
         network: The model.
         embed: Gives some vectors of it.
+
+    Raises:
+        ValueError: No vector depends on anything that is trained.
     """
-    embed().sum().backward()  # type: ignore[no-untyped-call]
+    vectors = embed()
+    if not vectors.requires_grad:
+        raise ValueError("--top-layers 0: nothing stands above the model's layers that could be trained. Pass at least 1.")
+    vectors.sum().backward()  # type: ignore[no-untyped-call]
     for own in network.parameters():
         own.requires_grad_(own.requires_grad and own.grad is not None)
     network.zero_grad(set_to_none=True)

@@ -179,40 +179,27 @@ class _Trainer(SentenceTransformerTrainer):
     Args:
         data: The batches.
         scores: Of the loss; it is told what to leave out.
-        name_pairs: Names some pairs, by their rows.
+        on_loss: Gets the rows of each batch, and its loss.
         named: As the trainer's own.
     """
 
-    def __init__(self, data: _Batches, scores: losses.MaskedScores, name_pairs: Callable[[Any], str], **named: Any) -> None:
+    def __init__(
+        self, data: _Batches, scores: losses.MaskedScores, on_loss: Callable[[Any, Tensor], None], **named: Any
+    ) -> None:
         super().__init__(**named)
-        self._data, self._scores, self._name_pairs = data, scores, name_pairs
-        self._last: tuple[int, Any, Tensor] | None = None
+        self._data, self._scores, self._on_loss = data, scores, on_loss
 
     def get_train_dataloader(self) -> Any:
         """Returns the batches."""
         return self._data
 
-    def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:  # noqa: ANN401
-        """Returns the loss of one batch; see ``check_last`` for when it is looked at."""
-        self.check_last()
+    def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
+        """Returns the loss of one batch."""
         rows = inputs.pop("rows")
         self._scores.begin(inputs.pop("mask"))
-        loss = super().compute_loss(model, inputs, *arguments, **named)
-        self._last = (self._data.first_step + self.state.global_step + 1, rows, loss.detach())
+        loss: Any = super().compute_loss(model, inputs, *arguments, **named)
+        self._on_loss(rows, loss.detach())
         return loss
-
-    def check_last(self) -> None:
-        """Checks the last batch's loss, when the next one is about to begin: a GPU would have to be waited for at once.
-
-        Raises:
-            TrainingError: It is not finite.
-        """
-        if self._last and not torch.isfinite(self._last[2]):
-            step, rows, loss = self._last
-            raise TrainingError(
-                f"finetune: the loss of step {step} is not finite ({loss.item()}). Its pairs (query/document):"
-                f" {self._name_pairs(rows)}. Pass a lower --learning-rate, or look at these texts."
-            )
 
 
 @dataclass(slots=True)

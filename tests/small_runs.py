@@ -134,3 +134,31 @@ def furthest(left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray]) ->
 def are_same(left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray]) -> bool:
     """Returns whether two models have the same weights, bit for bit."""
     return left.keys() == right.keys() and all(left[name].tobytes() == right[name].tobytes() for name in left)
+
+
+def _is_same(left: str, right: str) -> bool:
+    return " ".join(left.split()).casefold() == " ".join(right.split()).casefold()
+
+
+def masked_by_hand(
+    columns: Mapping[str, Sequence[Any]], rows: Sequence[int], all_rows: Sequence[int], num_negatives: int
+) -> np.ndarray:
+    """Asks for every query and every document: is it known to answer the query, of its label, or not there at all?"""
+    documents: list[str | None] = [columns["positive"][row] for row in all_rows]
+    for number in range(num_negatives):
+        lists = [columns["negatives"][row] or [] for row in all_rows]
+        documents += [own[number] if number < len(own) else None for own in lists]
+    mask = np.zeros((len(rows), len(documents)), dtype=bool)
+    for place, row in enumerate(rows):
+        query, label = columns["query"][row], columns.get("label", [None] * len(columns["query"]))[row]
+        answers = [text for own, text in zip(columns["query"], columns["positive"], strict=True) if _is_same(own, query)]
+        siblings = [
+            text
+            for kind in ("query", "positive")
+            for text, own in zip(columns[kind], columns.get("label", []), strict=False)
+            if own == label
+        ]
+        for number, text in enumerate(documents):
+            mask[place, number] = text is None or any(_is_same(text, known) for known in [*answers, *siblings])
+        mask[place, all_rows.index(row)] = False
+    return mask

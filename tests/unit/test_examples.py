@@ -105,37 +105,11 @@ def test_pairs_are_named_by_their_ids_across_files(tmp_path: Path, tiny: str):
     assert examples.name_pairs(files, [6, 0, 3]) == ["q2/d2", "q0/d0", "q1/d1"]
 
 
-def same(left: str, right: str) -> bool:
-    return " ".join(left.split()).casefold() == " ".join(right.split()).casefold()
-
-
-def masked_by_hand(columns: dict[str, list[Any]], rows: list[int], all_rows: list[int], num_negatives: int) -> np.ndarray:
-    """For every query, every document: is it known to answer it, of its label, or not there at all?"""
-    documents: list[str | None] = [columns["positive"][row] for row in all_rows]
-    for number in range(num_negatives):
-        lists = [columns["negatives"][row] or [] for row in all_rows]
-        documents += [own[number] if number < len(own) else None for own in lists]
-    mask = np.zeros((len(rows), len(documents)), dtype=bool)
-    for place, row in enumerate(rows):
-        query, label = columns["query"][row], columns.get("label", [None] * len(columns["query"]))[row]
-        answers = [text for own, text in zip(columns["query"], columns["positive"], strict=True) if same(own, query)]
-        siblings = [
-            text
-            for kind in ("query", "positive")
-            for text, own in zip(columns[kind], columns.get("label", []), strict=False)
-            if own == label
-        ]
-        for number, text in enumerate(documents):
-            mask[place, number] = text is None or any(same(text, known) for known in [*answers, *siblings])
-        mask[place, all_rows.index(row)] = False
-    return mask
-
-
 def test_the_mask_of_a_batch_is_what_its_definition_gives(pairs: Examples):
     for all_rows in ([0, 1, 2, 3, 4, 5], [5, 3, 1, 0], [2, 4]):
         for rows in (all_rows, all_rows[1:], all_rows[::-1]):
             found = pairs.mask(np.array(rows), np.array(all_rows))
-            np.testing.assert_array_equal(found, masked_by_hand(PAIRS, rows, all_rows, 2))
+            np.testing.assert_array_equal(found, small_runs.masked_by_hand(PAIRS, rows, all_rows, 2))
 
 
 def test_what_answers_a_query_outside_the_batch_is_not_its_negative_either(pairs: Examples):
@@ -174,4 +148,4 @@ def test_the_mask_is_right_for_any_tangle_of_duplicates_labels_and_missing_negat
     found = Examples.open([folder / "part"], 2)
     all_rows = data.draw(st.permutations(range(len(columns["query"]))))
     rows = all_rows[: data.draw(st.integers(1, len(all_rows)))]
-    np.testing.assert_array_equal(found.mask(np.array(rows), np.array(all_rows)), masked_by_hand(columns, rows, all_rows, 2))
+    np.testing.assert_array_equal(found.mask(np.array(rows), np.array(all_rows)), small_runs.masked_by_hand(columns, rows, all_rows, 2))

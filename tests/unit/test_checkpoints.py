@@ -9,6 +9,8 @@ import torch
 
 from matryoshka import checkpoints, storage
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RUN = "this run"
 
 

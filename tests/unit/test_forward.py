@@ -14,6 +14,8 @@ from torch import Tensor
 from matryoshka import forward, model, packed, training
 from matryoshka.forward import TrainingForward, features_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS = [
     WORDS[0],
     " ".join(WORDS[40:52]),  # short of a whole tile

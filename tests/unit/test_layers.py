@@ -15,6 +15,8 @@ from sentence_transformers.sentence_transformer.modules import Dense
 from matryoshka import layers, model
 from matryoshka.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RECIPE = dataclasses.replace(small_runs.RECIPE, num_steps=2)
 GROUPS = ["embeddings", "head", "layer 0", "layer 1"]
 FAMILIES = ["bert", "distilbert", "electra", "modernbert", "mpnet", "qwen3", "roberta"]

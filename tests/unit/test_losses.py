@@ -17,6 +17,8 @@ from matryoshka.forward import TrainingForward, features_of
 from matryoshka.losses import MaskedScores
 from matryoshka.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Pairs 0 and 1 ask the same in other letters, pair 2 has the document of pair 0; negatives are missing, known positives, copies.
 PAIRS: dict[str, list[Any]] = {
     "query": ["bada bife", "Bada  bife", "geva noti", "pola", "viro zuna", "ba"],

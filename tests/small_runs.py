@@ -10,7 +10,8 @@ import numpy as np
 import texts
 from safetensors.numpy import load_file
 
-from matryoshka import examples, model, training
+from matryoshka import examples, metrics, model, nested, training, units
+from matryoshka.dev import DevSet
 from matryoshka.examples import Examples
 from matryoshka.recipe import Recipe
 from matryoshka.training import Job
@@ -90,6 +91,36 @@ def make_job(
     )
     named = {"precision": "float32", "identity": "this run", "output": folder, "target": folder / "model"}
     return Job(base=Path(base), parts=parts, pair_files=files, recipe=recipe, **{**named, **more})
+
+
+def dev_set(num_queries: int, num_documents: int, *, is_chunked: bool = False) -> DevSet:
+    """Returns queries each with the document that answers it, and other documents; chunked, each is cut into two."""
+    made = texts.pairs(num_documents)
+    documents = {f"d{number}": text for number, text in enumerate(made["positive"])}
+    if is_chunked:
+        halves = ((name, text, len(text) // 2) for name, text in documents.items())
+        cuts = ((name, text, edges) for name, text, half in halves for edges in ((0, half), (half, len(text))))
+        documents = {units.chunk_id(name, *edges): text[slice(*edges)] for name, text, edges in cuts}
+    queries = {f"q{number}": made["query"][number] for number in range(num_queries)}
+    qrels = {f"q{number}": {f"d{number}": 1, f"d{(number + 1) % num_documents}": 1} for number in range(num_queries)}
+    return DevSet(queries, documents, qrels, is_chunked)
+
+
+def figures_by_hand(base: str | Path, dev: DevSet, dims: Sequence[int]) -> dict[str, float]:
+    """Returns nDCG@10 of a model on a dev set, per dim and on average: each document counts with its best chunk."""
+    network = model.load(Path(base), "cpu")
+    queries, documents = (network.encode(list(part.values())) for part in (dev.queries, dev.documents))
+    found: dict[str, float] = {}
+    for dim in dims:
+        rankings = []
+        for scores in nested.shrink(queries, dim) @ nested.shrink(documents, dim).T:
+            best: dict[str, float] = {}
+            for name, score in zip(dev.documents, scores.tolist(), strict=True):
+                owner = units.document_of(name) if dev.is_chunked else name
+                best[owner] = max(score, best.get(owner, -2))
+            rankings.append(sorted(best, key=lambda name: -best[name])[: metrics.DEPTH])
+        found[f"dev_nDCG@10_{dim}"] = metrics.measure(dev.qrels, list(dev.queries), rankings)["nDCG@10"]
+    return {**found, "dev_nDCG@10": float(np.mean(list(found.values())))}
 
 
 def again(job: Job, name: str, **changes: Any) -> Job:

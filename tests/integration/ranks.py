@@ -1,6 +1,7 @@
 """Ranks of a gloo group outside Ray, to see what ``train_rank`` leaves in the memory of each process."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,6 @@ import torch.multiprocessing
 from small_runs import Observer
 
 from matryoshka import checkpoints, model, training
-from matryoshka.dev import DevEvaluator
 from matryoshka.training import Job
 
 Found = dict[str, list[dict[str, Any]]]
@@ -59,35 +59,17 @@ def _run_rank(rank: int, meeting: Path, jobs: Mapping[str, Job], dies_at: Mappin
     torch.distributed.destroy_process_group()
 
 
-def measure_two(base: Path, **named: Any) -> list[dict[str, float]]:
-    """Returns the figures of a dev set that two ranks measure together, as each of them has them.
+class _Killed(Observer):
+    """Kills its process, with the signal that none survives."""
 
-    Args:
-        base: The model.
-        named: Of ``DevEvaluator``, but for ``tokeniser`` and ``embed``.
-    """
-    with tempfile.TemporaryDirectory() as meeting:
-        torch.multiprocessing.spawn(_measure_rank, args=(Path(meeting), base, named), nprocs=2)
-        return [torch.load(Path(meeting) / str(rank), weights_only=False) for rank in range(2)]
+    def wants_checkpoint(self, step: int) -> bool:
+        if step == self.dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return False
 
 
-def _measure_rank(rank: int, meeting: Path, base: Path, named: Mapping[str, Any]) -> None:
+def train_until_killed(job: Job, step: int) -> None:
+    """Trains alone, until the process is killed before the step after ``step`` steps."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}/group", rank=rank, world_size=2)
-    torch.save(evaluator(base, **named).measure(), meeting / str(rank))
-    torch.distributed.destroy_process_group()
-
-
-def evaluator(base: Path, **named: Any) -> DevEvaluator:
-    """Returns the evaluator of a model that embeds by its own padded forward."""
-    from matryoshka.forward import TrainingForward, features_of
-
-    network = model.load(base, "cpu").eval()
-    TrainingForward(network, "float32")
-
-    def embed(ids: Any, lengths: Any) -> torch.Tensor:
-        with torch.no_grad():
-            vectors: torch.Tensor = network(features_of(ids, lengths))["sentence_embedding"]
-        return vectors
-
-    return DevEvaluator(tokeniser=training.make_tokeniser(network, None), embed=embed, **named)
+    model.quieten()
+    training.train_rank(job, _Killed(dies_at=step))

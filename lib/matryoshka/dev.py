@@ -113,7 +113,7 @@ class DevEvaluator:
         roles: dict[Role, Sequence[str]] = {"query": list(dev.queries.values()), "document": list(dev.documents.values())}
         self._tokens = {role: self._tokenise(tokeniser, texts, role) for role, texts in roles.items()}
         owners = [_owner(name, is_chunked=dev.is_chunked) for name in dev.documents]
-        self._names = np.array(list(dict.fromkeys(owners)), dtype=object)
+        self._names = np.array(sorted(set(owners)), dtype=object)
         place = {name: number for number, name in enumerate(self._names)}
         self._owners = np.array([place[name] for name in owners])
 
@@ -151,12 +151,11 @@ class DevEvaluator:
 
     def _measure(self, queries: npt.NDArray[np.float32], documents: npt.NDArray[np.float32], dim: int) -> float:
         scores = shrink(queries, dim) @ shrink(documents, dim).T  # [Q, N]
-        if self._dev.is_chunked:
-            best = np.full((len(scores), len(self._names)), -np.inf, dtype=np.float32)
-            np.maximum.at(best.T, self._owners, scores.T)
-            scores = best
-        count = min(metrics.DEPTH, scores.shape[1])
-        top = np.argpartition(-scores, count - 1, axis=1)[:, :count]
-        order = np.argsort(-np.take_along_axis(scores, top, axis=1), axis=1, kind="stable")
-        rankings = self._names[np.take_along_axis(top, order, axis=1)].tolist()
+        best = np.full((len(scores), len(self._names)), -np.inf, dtype=np.float32)
+        np.maximum.at(best.T, self._owners, scores.T)
+        count = min(metrics.DEPTH, best.shape[1])
+        rankings = []
+        for row, least in zip(best, np.partition(best, -count, axis=1)[:, -count], strict=True):
+            places = np.flatnonzero(row >= least)  # in the order of ids, which decides where scores are equal
+            rankings.append(self._names[places[np.argsort(-row[places], kind="stable")[:count]]].tolist())
         return metrics.measure(self._dev.qrels, list(self._dev.queries), rankings)[HEADLINE]

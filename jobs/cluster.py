@@ -76,11 +76,12 @@ class Session:
         self._pool = None
 
     def choose_precision(self, wanted: str) -> Precision:
-        """Returns the precision that was asked for, or for ``auto`` what a measurement on a worker says, made once per session."""
+        """Returns the precision that was asked for, or for ``auto`` what a measurement on a worker said once."""
         if wanted != "auto":
             return "bf16" if wanted == "bf16" else "float32"
         if self._precision is None:
-            self._precision = self._on_worker(calibration.best_precision, capacity().device)
+            measured: Precision = self._on_worker(calibration.best_precision, capacity().device)
+            self._precision = measured
         return self._precision
 
     def calibrate(self, info: ModelInfo, choice: Choice, texts: Sequence[str], num_documents: int) -> Calibration:

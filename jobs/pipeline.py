@@ -136,8 +136,8 @@ def _refuse_unknown_names(settings: Settings) -> None:
         raise ValueError(f"pipeline, also: '{nameless[0]}' cannot name a folder. Use letters, digits, '.', '_' and '-'.")
 
 
-def _choice(settings: Settings, split: str, *, has_gpu: bool) -> evaluate.Settings:
-    """Returns the settings of the choice among candidates."""
+def choose(settings: Settings, split: str, *, has_gpu: bool) -> evaluate.Settings:
+    """Returns the settings of the stage that ranks the candidates."""
     root, own = Path(settings.output), _section(settings, "evaluate", has_gpu=has_gpu)
     dims = own.get("dims") or _section(settings, "finetune", has_gpu=has_gpu).get("dims", ())
     values = {"output": str(root / _CANDIDATES), "data": str(root / "data"), "models": settings.candidates, "split": split,
@@ -145,7 +145,7 @@ def _choice(settings: Settings, split: str, *, has_gpu: bool) -> evaluate.Settin
     return evaluate.Settings.from_values(values, "pipeline, candidates")
 
 
-def _choosing_split(settings: Settings, data: DatasetStore, *, has_gpu: bool) -> str:
+def choosing_split(settings: Settings, data: DatasetStore, *, has_gpu: bool) -> str:
     """Returns the split on which candidates are ranked: never the one that the final figures come from.
 
     Raises:
@@ -175,7 +175,7 @@ def _refuse_early(settings: Settings) -> None:
             for name, _, stage in plan(settings, has_gpu=has_gpu, winner=winner):
                 _refuse_stage(f"pipeline, section '{name}', model {location}", stage, info)
     for has_gpu in (True, False) if settings.candidates else ():
-        evaluate.check_models(_choice(settings, "dev", has_gpu=has_gpu))
+        evaluate.check_models(choose(settings, "dev", has_gpu=has_gpu))
     for name in settings.also:
         evaluate.check_data(_stage_settings(settings, *_also(settings, name, "base", settings.model), has_gpu=True))
 
@@ -216,8 +216,8 @@ def run(settings: Settings) -> None:
         data = str(output / "data")
         _refuse_data(data, [stage for _, _, stage in stages])
         if settings.candidates:
-            split = _choosing_split(settings, DatasetStore.open(Path(data)), has_gpu=has_gpu)
-            _run_stage(("choose", evaluate.run, _choice(settings, split, has_gpu=has_gpu)))
+            split = choosing_split(settings, DatasetStore.open(Path(data)), has_gpu=has_gpu)
+            _run_stage(("choose", evaluate.run, choose(settings, split, has_gpu=has_gpu)))
             _, *stages = plan(settings, has_gpu=has_gpu, winner=report.read_best(output / _CANDIDATES))
         for stage in stages:
             _run_stage(stage)

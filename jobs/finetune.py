@@ -23,6 +23,9 @@ class Settings(StageSettings):
 
     data: FolderPath = Field(description="Folder that the prepare job wrote.")
     model: str = Field("minilm", description="Model to start from: folder, hub name, or minilm (the demo extra's model).")
+    negatives: FolderPath | None = Field(
+        None, description="Folder that the mine job wrote from this data: its pairs bring hard negatives."
+    )
     dims: tuple[int, ...] = Field((), description="Resolutions to train for; none: full width and the usual ones below it.")
     epochs: float = Field(1.0, gt=0, description="Passes over the training pairs.")
     max_steps: int | None = Field(None, ge=1, description="Most optimiser steps.")

@@ -1,4 +1,4 @@
-"""Runs the whole mission from one YAML file: prepare, evaluate, finetune, embed, index, search, evaluate, report."""
+"""Runs the whole mission from one YAML file: prepare, evaluate, mine, finetune, embed, index, search, evaluate, report."""
 
 import dataclasses
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs import cluster, embed, evaluate, finetune, index, prepare, search, verify
+from jobs import cluster, embed, evaluate, finetune, index, mine, prepare, search, verify
 from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import say, show_table
 from matryoshka import artifacts, model, nested, report, storage
@@ -17,14 +17,15 @@ from matryoshka.recipe import count_steps
 
 
 class Settings(StageSettings):
-    """Runs the whole mission: prepare data, evaluate the untouched model, fine-tune it, embed the corpus, build the index,
-    search it with the test queries, and evaluate again.
+    """Runs the whole mission: prepare data, evaluate the untouched model, fine-tune it (on hard negatives that it mined, if asked
+    to), embed the corpus, build the index, search it with the test queries, and evaluate again.
 
     Each section holds options of the job of that name, written with underscores. Paths between jobs need not be given.
     """
 
     model: str = Field("minilm", description="Model to start from: folder, hub name, or minilm (the demo extra's model).")
     prepare: dict[str, Any] = Field({}, description="Options of the prepare job.")
+    mine: dict[str, Any] | None = Field(None, description="Options of the mine job; none: no hard negatives are mined.")
     finetune: dict[str, Any] = Field({}, description="Options of the finetune job.")
     embed: dict[str, Any] = Field({}, description="Options of the embed job.")
     index: dict[str, Any] = Field({}, description="Options of the index job.")
@@ -36,7 +37,7 @@ class Settings(StageSettings):
 
 Stage = tuple[str, Callable[[Any], Any], JobSettings]
 
-_SECTIONS = ("prepare", "finetune", "embed", "index", "search", "evaluate")
+_SECTIONS = ("prepare", "mine", "finetune", "embed", "index", "search", "evaluate")
 
 
 def plan(settings: Settings, *, has_gpu: bool) -> list[Stage]:
@@ -59,6 +60,13 @@ def plan(settings: Settings, *, has_gpu: bool) -> list[Stage]:
         ("evaluate", evaluate, {"output": after, "data": data, "model": tuned, "embeddings": vectors, "index": built,
                                 "compare": before, "system": "tuned"}),
     ]  # fmt: skip
+    if settings.mine is not None:
+        negatives, untouched = (
+            str(root / "negatives"),
+            {"data": data, "model": settings.model, "embeddings": f"{before}/embeddings"},
+        )
+        wired[2][2]["negatives"] = negatives
+        wired.insert(2, ("mine", mine, {"output": negatives, **untouched}))
     _refuse_unknown_sections(settings.without_gpu)
     dims = _section(settings, "finetune", has_gpu=has_gpu).get("dims")
     stages = []
@@ -74,7 +82,7 @@ def plan(settings: Settings, *, has_gpu: bool) -> list[Stage]:
 
 
 def _section(settings: Settings, name: str, *, has_gpu: bool) -> dict[str, Any]:
-    return {**getattr(settings, name), **({} if has_gpu else settings.without_gpu.get(name, {}))}
+    return {**(getattr(settings, name) or {}), **({} if has_gpu else settings.without_gpu.get(name, {}))}
 
 
 def _refuse_unknown_sections(sections: Mapping[str, Any]) -> None:
@@ -109,6 +117,8 @@ def _refuse_data(folder: str, stages: Sequence[JobSettings]) -> None:
     for stage in stages:
         if isinstance(stage, finetune.Settings):
             count_steps(len(data.training_pairs()["query"]), stage.batch_size, stage.epochs, stage.max_steps)
+        if isinstance(stage, mine.Settings):
+            mine.check_window(stage, data)
         if isinstance(stage, evaluate.Settings):
             data.queries(stage.split)
             data.qrels(stage.split)
@@ -137,7 +147,8 @@ def run(settings: Settings) -> None:
 def _finish(output: Path, previous: Manifest | None, run: dict[str, Any]) -> None:
     """Writes the report of the whole run, if it changed: the last evaluation's figures, and the fingerprints behind them."""
     rows = report.read_rows(output / "evaluation-tuned")
-    stages = ("data", "evaluation-base", "model", "embeddings", "index", "results", "evaluation-tuned")
+    mined = ("negatives",) if run["settings"]["mine"] is not None else ()
+    stages = ("data", "evaluation-base", *mined, "model", "embeddings", "index", "results", "evaluation-tuned")
     fingerprints = {name: artifacts.read(output / name).fingerprint for name in stages}
     manifest = Manifest("run", {}, fingerprints, {"run": run}, is_complete=True)
     is_current = previous and (previous.inputs, previous.facts) == (fingerprints, manifest.facts)

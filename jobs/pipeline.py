@@ -1,4 +1,4 @@
-"""Runs the whole mission from one YAML file: prepare, choose, evaluate, mine, finetune, embed, index, search, evaluate, report."""
+"""Runs the whole mission from one YAML file: prepare, choose, evaluate, mine, fine-tune, embed, index, search, evaluate."""
 
 import dataclasses
 import re

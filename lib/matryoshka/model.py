@@ -152,7 +152,7 @@ def _pooled_width(config: Mapping[str, Any]) -> int:
 
 
 def _read_max_tokens(folder: Path) -> int | None:
-    """Returns the window as sentence-transformers finds it: its own limit, or the smaller of the network's and the tokenizer's."""
+    """Returns the window as sentence-transformers finds it: its own limit, or the smaller of network's and tokenizer's."""
     own = _read_optional(folder / "sentence_bert_config.json").get("max_seq_length")
     limits = [
         _read_optional(folder / "config.json").get("max_position_embeddings"),

@@ -106,11 +106,11 @@ def run(settings: Settings) -> Manifest:
     artifacts.begin(output, manifest, previous)
     with cluster.connected() as session:
         store = store or _embed(settings, data, output)
-        built = _index(store, output)
-        sources = _gather(output / _WORK, data, store, built, rules)
+        rules.check(store.manifest.num_rows, data.corpus)  # documents without text are not among them
         made = store.manifest.identity
         pool = session.encoders(info, made["precision"], made["tokens_per_step"], settings.workers)
-        _encode_queries(pool, todo, sources.work, store.width)
+        _encode_queries(pool, todo, output / _WORK, store.width)  # before other work ends the pool that has just embedded
+        sources = _gather(output / _WORK, data, store, _index(store, output), rules)
         _mine(session, sources, todo, output, finished)
     storage.remove(output / _WORK)
     return _finish(output, manifest, [finished[key] for key in keys])
@@ -149,7 +149,6 @@ def _index(store: EmbeddingStore, output: Path) -> IndexStore:
 
 def _gather(work: Path, data: DatasetStore, store: EmbeddingStore, built: IndexStore, rules: Rules) -> Sources:
     """Returns what workers need, with the hashes of documents and of what is known written to a folder of this run."""
-    rules.check(store.manifest.num_rows, data.corpus)
     documents, known = positives.read(data, built.open_ids())
     for name, hashes in ((mining.DOCUMENTS, documents), (mining.KNOWN, known)):
         with storage.publish(work / name) as temporary:

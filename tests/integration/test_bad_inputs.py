@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import texts
 
-from jobs import cluster, embed, evaluate, finetune, index, pipeline, prepare, search, verify
+from jobs import cluster, embed, evaluate, finetune, index, mine, pipeline, prepare, search, verify
 
 
 @pytest.fixture
@@ -363,7 +363,9 @@ def test_a_model_that_is_nowhere_is_refused_by_its_name(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_workers")
 @pytest.mark.parametrize("replace", [False, True])
-@pytest.mark.parametrize("job", ["prepare", "embed", "finetune", "index", "search", "evaluate", "evaluate-beir", "pipeline"])
+@pytest.mark.parametrize(
+    "job", ["prepare", "mine", "embed", "finetune", "index", "search", "evaluate", "evaluate-beir", "pipeline"]
+)
 @pytest.mark.parametrize("foreign", ["notes.txt", "manifest.json"])
 def test_an_output_folder_of_something_else_is_not_touched(
     tmp_path: Path, dataset: Path, tiny: str, finished_pipeline: Path, foreign: str, job: str, replace: bool
@@ -388,6 +390,7 @@ def _with_output(job: str, output: Path, root: Path, dataset: Path, model: str, 
     corpus, beir = str(texts.write_corpus(root / "corpus")), str(texts.write_beir(root / "beir"))
     settings: dict[str, Callable[[], Any]] = {
         "prepare": lambda: prepare.Settings(pairs=pairs, **common),
+        "mine": lambda: mine.Settings(data=str(dataset), model=model, window="0:20", **common),
         "embed": lambda: embed.Settings(corpus=corpus, model=model, **common),
         "finetune": lambda: finetune.Settings(data=str(dataset), model=model, batch_size=16, **common),
         "index": lambda: index.Settings(embeddings=str(done / "embeddings"), **common),

@@ -30,6 +30,17 @@ def local_ray() -> "Iterator[Session]":
         yield session
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Keeps tiny models on one thread: on a busy machine, threads wait for each other longer than they work."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two tiny models of one architecture and different weights."""

@@ -18,8 +18,8 @@ from torch import Tensor
 from matryoshka import storage
 
 FOLDER = "checkpoints"
-BEST = "best"
 
+_STEP, _BEST = "step-", "best-"
 _STATE, _WEIGHTS, _OPTIMISER = "state.json", "weights.safetensors", "optimiser.safetensors"
 _KEPT = 2
 
@@ -86,14 +86,49 @@ def write(
             save_file(_optimiser_tensors(optimiser, network), temporary / _OPTIMISER)
         digests = {path.name: storage.digest_file(path) for path in temporary.iterdir()}
         state = {**notes, "step": step, "weights_digest": digest_of(weights), "digests": digests}
-        (temporary / _STATE).write_text(json.dumps(state))
+        (temporary / _STATE).write_text(json.dumps({**state, "digest": storage.digest_json(state)}))
 
 
 def write_step(folder: Path, network: Any, optimiser: torch.optim.Optimizer, step: int, notes: Mapping[str, Any]) -> None:
-    """Writes the checkpoint of a step, and removes all but the last two: should the last be damaged, there is another."""
-    write(folder, f"step-{step:08d}", network, optimiser, step, notes)
-    for path in sorted(folder.glob("step-*"))[:-_KEPT]:
-        storage.remove(path)
+    """Writes the checkpoint of a step, and removes all but the last two: should the last be damaged, there is another.
+
+    Args:
+        folder: Of all checkpoints.
+        network: As ``write``.
+        optimiser: As ``write``.
+        step: As ``write``.
+        notes: As ``write``; ``best_step`` names a best checkpoint that is kept as long as this one.
+    """
+    name = f"{_STEP}{step:08d}"
+    write(folder, name, network, optimiser, step, notes)
+    kept = sorted(path for path in folder.glob(f"{_STEP}*") if path.name <= name)[-_KEPT:]
+    best_steps = set(map(_best_step, kept)) - {None}
+    needed = {path.name for path in kept} | {f"{_BEST}{best_step:08d}" for best_step in best_steps}
+    for path in [*folder.glob(f"{_STEP}*"), *folder.glob(f"{_BEST}*")]:
+        if path.name not in needed:
+            storage.remove(path)
+
+
+def _best_step(path: Path) -> int | None:
+    try:
+        found: int | None = json.loads((path / _STATE).read_bytes()).get("best_step")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found
+
+
+def write_best(folder: Path, network: Any, step: int, notes: Mapping[str, Any]) -> None:
+    """Writes the weights of a step that was the best so far; the best of a checkpoint from before it stays."""
+    write(folder, f"{_BEST}{step:08d}", network, None, step, notes)
+
+
+def best(folder: Path, step: int, identity: str) -> Checkpoint | None:
+    """Returns the weights that ``write_best`` wrote for a step, or None, with a warning, where they are damaged.
+
+    Raises:
+        ValueError: They are of another run.
+    """
+    return read(folder / f"{_BEST}{step:08d}", identity)
 
 
 def latest(folder: Path, identity: str) -> Checkpoint | None:
@@ -102,7 +137,7 @@ def latest(folder: Path, identity: str) -> Checkpoint | None:
     Raises:
         ValueError: It is of another run.
     """
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in sorted(folder.glob(f"{_STEP}*"), reverse=True):
         found = read(path, identity)
         if found:
             return found
@@ -123,8 +158,9 @@ def read(path: Path, identity: str) -> Checkpoint | None:
         return None
     try:
         state = json.loads((path / _STATE).read_bytes())
-        is_whole = all(storage.digest_file(path / name) == digest for name, digest in state["digests"].items())
-    except (OSError, ValueError, KeyError):
+        is_whole = state.pop("digest") == storage.digest_json(state)
+        is_whole = is_whole and all(storage.digest_file(path / name) == digest for name, digest in state["digests"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         is_whole = False
     if not is_whole:
         logger.warning("%s: a damaged checkpoint is passed over", path)

@@ -132,20 +132,21 @@ class DevEvaluator:
         return shared[0]
 
     def _vectors(self, role: Role) -> npt.NDArray[np.float32]:
-        """Returns the vectors of all ranks' texts, in their order, on rank 0; elsewhere, those of this rank.
+        """Returns the vectors of all ranks' texts, in their order.
 
         Shapes: [N, D].
         """
-        parts = [self._embed(tokens.ids, tokens.lengths).float().cpu() for tokens in self._tokens[role]]
-        width = self._dims[0] if not parts else parts[0].shape[1]
-        own = torch.cat([*parts, torch.zeros((0, width))])
-        if self._num_ranks == 1:
-            return np.asarray(own.numpy())
-        gathered: list[Any] = [None] * self._num_ranks
-        torch.distributed.all_gather_object(gathered, own.numpy())
-        vectors = np.empty((sum(map(len, gathered)), own.shape[1]), dtype=np.float32)
-        for rank, part in enumerate(gathered):
-            vectors[rank :: self._num_ranks] = part
+        own = [self._embed(tokens.ids, tokens.lengths).float().cpu().numpy() for tokens in self._tokens[role]]
+        gathered: list[Any] = [own]
+        if self._num_ranks > 1:
+            gathered = [None] * self._num_ranks
+            torch.distributed.all_gather_object(gathered, own)
+        shares = [np.concatenate(parts) if parts else None for parts in gathered]  # with few texts, a rank has none
+        sizes = [0 if share is None else len(share) for share in shares]
+        vectors = np.empty((sum(sizes), shares[0].shape[1]), dtype=np.float32)
+        for rank, share in enumerate(shares):
+            if share is not None:
+                vectors[rank :: self._num_ranks] = share
         return vectors
 
     def _measure(self, queries: npt.NDArray[np.float32], documents: npt.NDArray[np.float32], dim: int) -> float:

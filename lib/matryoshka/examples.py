@@ -75,7 +75,8 @@ def _read_rows(path: Path, num_negatives: int) -> Iterator[dict[str, Sequence[st
     if num_negatives and "negatives" not in known:
         raise ValueError(f"{path}: no column 'negatives'. Mine them with python -m jobs.mine, or pass --num-negatives 0.")
     wanted = ["query", "positive", *(["negatives"] if num_negatives else []), *(["label"] if "label" in known else [])]
-    for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
+    nothing = file.schema_arrow.empty_table()  # a file without rows is a part as well
+    for batch in itertools.chain([nothing], file.iter_batches(_BATCH_ROWS, columns=wanted)):
         rows: dict[str, Any] = {name: batch.column(name).to_pylist() for name in wanted}
         negatives = rows.pop("negatives", [])
         for number in range(num_negatives):

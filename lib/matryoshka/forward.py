@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from matryoshka.encode import Precision
 from matryoshka.packed import CannotPackError, PackedModel
@@ -37,7 +38,7 @@ class TrainingForward:
 
     Args:
         network: The model; its ``forward`` is replaced until ``restore``.
-        precision: With bf16 on a GPU, the variable-length kernel is used (it has no dropout of its own).
+        precision: With bf16 on a GPU, the variable-length kernel is used, unless attention has dropout, which it has not.
 
     Attributes:
         notice: Why texts are padded; empty where they are packed.
@@ -68,14 +69,15 @@ class TrainingForward:
         ids = np.random.default_rng(0).integers(count // 2, count, lengths.sum(), dtype=np.int32)
         features = features_of(ids, lengths)
         features["input_ids"] = features["input_ids"].to(self._device)
-        kernel = "varlen" if self._device.type == "cuda" and precision == "bf16" else "grouped"
+        is_varlen = self._device.type == "cuda" and precision == "bf16" and not _attention_dropout(self._network)
         packed = PackedModel(self._network, "grouped")
         with torch.no_grad():
-            apart = self._run(packed, features) - self._run_padded(features)["sentence_embedding"]
+            found, wanted = self._run(packed, features), self._run_padded(features)["sentence_embedding"]
         self._network.train(is_training)
-        if not float(apart.abs().max()) < _TOLERANCE * float(self._network.get_embedding_dimension()) ** 0.5:
-            raise CannotPackError(f"packed vectors differ from padded ones by {float(apart.abs().max()):.1e}")
-        return PackedModel(self._network, kernel) if kernel == "varlen" else packed
+        apart = float((normalize(found) - normalize(wanted)).abs().max())
+        if not apart < _TOLERANCE:
+            raise CannotPackError(f"packed vectors differ from padded ones by {apart:.1e}")
+        return PackedModel(self._network, "varlen") if is_varlen else packed
 
     def __call__(self, features: Mapping[str, Any], **_: Any) -> dict[str, Any]:
         """Returns the features with the vectors of the texts, in their order.
@@ -109,6 +111,12 @@ class TrainingForward:
         ids[mask] = features["input_ids"][0]
         found: dict[str, Any] = self._padded(self._network, {"input_ids": ids, "attention_mask": mask.long()})
         return found
+
+
+def _attention_dropout(network: Any) -> float:
+    """Returns the rate in a model's attention, whatever its family calls it."""
+    config = network[0].auto_model.config
+    return max(float(getattr(config, name, None) or 0) for name in ("attention_probs_dropout_prob", "attention_dropout"))
 
 
 def _lengths_of(features: Mapping[str, Any]) -> npt.NDArray[np.int64]:

@@ -3,7 +3,7 @@
 The only room that knows peft.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,23 +27,18 @@ def find_layers(network: Any) -> torch.nn.ModuleList:
 
 
 def group_of_parameters(network: Any) -> dict[str, str]:
-    """Returns the layer group of every parameter: ``embeddings``, ``layer 0`` and so on, or ``head`` (what comes after)."""
-    layers = find_layers(network)
-    owners = {id(own): f"layer {number}" for number, layer in enumerate(layers) for own in layer.parameters()}
-    embeddings = [part for part in network[0].modules() if isinstance(part, torch.nn.Embedding)]
-    below = {id(own) for part in _ancestors_of(network[0], embeddings, layers) for own in part.parameters()}
-    return {name: owners.get(id(own), "embeddings" if id(own) in below else "head") for name, own in network.named_parameters()}
-
-
-def _ancestors_of(root: Any, embeddings: list[Any], layers: torch.nn.ModuleList) -> Iterator[Any]:
-    """Yields the largest modules that hold embeddings and no layer."""
-    found = {id(part) for part in embeddings}
-    for child in root.children():
-        inside = list(child.modules())
-        if any(part is layers for part in inside):
-            yield from _ancestors_of(child, embeddings, layers)
-        elif any(id(part) in found for part in inside):
-            yield child
+    """Returns the layer group of every parameter: ``embeddings`` (and what lies between them and the layers), ``layer 0``
+    and so on, or ``head`` (what comes after).
+    """
+    owners = {id(own): f"layer {number}" for number, layer in enumerate(find_layers(network)) for own in layer.parameters()}
+    tables = (part for part in network[0].modules() if isinstance(part, torch.nn.Embedding))
+    embedded = {id(own) for table in tables for own in table.parameters()}  # MPNet has one behind its layers
+    groups: dict[str, str] = {}
+    is_below = True
+    for name, own in network.named_parameters():
+        is_below = is_below and id(own) not in owners
+        groups[name] = owners.get(id(own)) or ("embeddings" if is_below or id(own) in embedded else "head")
+    return groups
 
 
 def choose(network: Any, recipe: Recipe) -> None:
@@ -100,8 +95,14 @@ def freeze_unused(network: Any, embed: Callable[[], Tensor]) -> None:
     Args:
         network: The model.
         embed: Gives some vectors of it.
+
+    Raises:
+        ValueError: No vector depends on anything that is trained.
     """
-    embed().sum().backward()  # type: ignore[no-untyped-call]
+    vectors = embed()
+    if not vectors.requires_grad:
+        raise ValueError("--top-layers 0: nothing stands above the model's layers that could be trained. Pass at least 1.")
+    vectors.sum().backward()  # type: ignore[no-untyped-call]
     for own in network.parameters():
         own.requires_grad_(own.requires_grad and own.grad is not None)
     network.zero_grad(set_to_none=True)

@@ -142,7 +142,7 @@ def grouped_attention(
         own_q, own_k, own_v = (part[number].view(shape).transpose(1, 2) for part in (q, k, v))  # [n, H, P, d]
         mask = _mask(layout, number, sliding_window, is_causal, bias)
         named = {"attn_mask": mask, "is_causal": is_causal and mask is None, "scale": scaling}
-        if _is_slow_backwards(own_q, own_k, dropout):
+        if _is_slow_backwards(own_q, own_k, mask, dropout):
             attended = _CpuAttention.apply(own_q, own_k, own_v, *named.values())
         else:
             attended = torch.nn.functional.scaled_dot_product_attention(
@@ -201,10 +201,15 @@ class _Collect(torch.autograd.Function):
         return rows.masked_fill_(padding[:, None, None], 0), None, None, None
 
 
-def _is_slow_backwards(query: Tensor, key: Tensor, dropout: float) -> bool:
-    """Returns whether torch's own gradient of attention would be taken in half precision on a CPU."""
+def _is_slow_backwards(query: Tensor, key: Tensor, mask: Tensor | None, dropout: float) -> bool:
+    """Returns whether torch's own gradient of attention would be taken in half precision on a CPU.
+
+    A mask that is trained (MPNet's relative positions) needs torch's own, which has a gradient for it.
+    """
     is_half = query.dtype == torch.bfloat16 and query.device.type == "cpu"
-    return is_half and torch.is_grad_enabled() and query.requires_grad and not dropout and query.shape[1] == key.shape[1]
+    is_trained = torch.is_grad_enabled() and query.requires_grad
+    is_plain = not dropout and query.shape[1] == key.shape[1] and not (mask is not None and mask.requires_grad)
+    return is_half and is_trained and is_plain
 
 
 class _CpuAttention(torch.autograd.Function):
@@ -442,7 +447,8 @@ def _adapt_mpnet(network: Any) -> None:
             return own(hidden, mask, bias, **named)
         shape = (*hidden.shape[:-1], -1, module.attention_head_size)
         q, k, v = (projection(hidden).view(shape).transpose(1, 2) for projection in (module.q, module.k, module.v))
-        attended, _ = grouped_attention(module, q, k, v, None, layout=at_hand, bias=bias)
+        dropout = module.dropout.p if module.training else 0.0
+        attended, _ = grouped_attention(module, q, k, v, None, layout=at_hand, bias=bias, dropout=dropout)
         return (module.o(attended.flatten(2)),)
 
     encoder = network.encoder

@@ -36,6 +36,7 @@ DEV = f"dev_{HEADLINE}"
 
 _SHOWN_PAIRS = 3
 _LOG_ENTRIES = 50
+_NOTED = ("entries", "best_step", "best_score", "num_worse", "stopped_at", "loss_sum", "num_summed")
 
 
 class Observer(Protocol):
@@ -179,40 +180,27 @@ class _Trainer(SentenceTransformerTrainer):
     Args:
         data: The batches.
         scores: Of the loss; it is told what to leave out.
-        name_pairs: Names some pairs, by their rows.
+        on_loss: Gets the rows of each batch, and its loss.
         named: As the trainer's own.
     """
 
-    def __init__(self, data: _Batches, scores: losses.MaskedScores, name_pairs: Callable[[Any], str], **named: Any) -> None:
+    def __init__(
+        self, data: _Batches, scores: losses.MaskedScores, on_loss: Callable[[Any, Tensor], None], **named: Any
+    ) -> None:
         super().__init__(**named)
-        self._data, self._scores, self._name_pairs = data, scores, name_pairs
-        self._last: tuple[int, Any, Tensor] | None = None
+        self._data, self._scores, self._on_loss = data, scores, on_loss
 
     def get_train_dataloader(self) -> Any:
         """Returns the batches."""
         return self._data
 
     def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
-        """Returns the loss of one batch; see ``check_last`` for when it is looked at."""
-        self.check_last()
+        """Returns the loss of one batch."""
         rows = inputs.pop("rows")
         self._scores.begin(inputs.pop("mask"))
-        loss = super().compute_loss(model, inputs, *arguments, **named)
-        self._last = (self._data.first_step + self.state.global_step + 1, rows, loss.detach())
+        loss: Any = super().compute_loss(model, inputs, *arguments, **named)
+        self._on_loss(rows, loss.detach())
         return loss
-
-    def check_last(self) -> None:
-        """Checks the last batch's loss, when the next one is about to begin: a GPU would have to be waited for at once.
-
-        Raises:
-            TrainingError: It is not finite.
-        """
-        if self._last and not torch.isfinite(self._last[2]):
-            step, rows, loss = self._last
-            raise TrainingError(
-                f"finetune: the loss of step {step} is not finite ({loss.item()}). Its pairs (query/document):"
-                f" {self._name_pairs(rows)}. Pass a lower --learning-rate, or look at these texts."
-            )
 
 
 @dataclass(slots=True)
@@ -230,6 +218,9 @@ class _Run:
     best_score: float = -1.0
     num_worse: int = 0
     stopped_at: int | None = None
+    loss_sum: Any = 0.0
+    num_summed: int = 0
+    last: tuple[int, Any, Tensor] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -264,7 +255,7 @@ class _Run:
         trainer = _Trainer(
             data,
             scores,
-            self._name_pairs,
+            watch.take_loss,
             model=network,
             args=_arguments(self.job, recipe.num_steps - first_step, self.num_ranks),
             loss=losses.build(network, recipe, scores, self.num_ranks),
@@ -273,7 +264,7 @@ class _Run:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        trainer.check_last()
+        self.check_loss()
 
     def _resume(self, optimiser: torch.optim.Optimizer) -> int:
         """Takes up the last checkpoint; returns how many steps are done."""
@@ -281,19 +272,50 @@ class _Run:
         if found is None:
             return 0
         found.load(self.network, optimiser)
-        for name in ("entries", "best_step", "best_score", "num_worse", "stopped_at"):
+        for name in _NOTED:
             setattr(self, name, found.notes[name])
         return found.step
 
     def write_checkpoint(self, optimiser: torch.optim.Optimizer, step: int) -> None:
         """Writes a checkpoint, on the rank that writes."""
+        self.check_loss()
         if self.is_first:
             checkpoints.write_step(self.job.checkpoints, self.network, optimiser, step, self._notes())
             self.observer.checkpointed(step)
 
     def _notes(self) -> dict[str, Any]:
-        names = ("entries", "best_step", "best_score", "num_worse", "stopped_at")
-        return {"identity": self.job.identity, **{name: getattr(self, name) for name in names}}
+        noted = {name: getattr(self, name) for name in _NOTED}
+        return {"identity": self.job.identity, **noted, "loss_sum": float(self.loss_sum)}
+
+    def take_loss(self, step: int, rows: Sequence[int], loss: Tensor) -> None:
+        """Takes the loss of a step on this rank.
+
+        It is looked at when the next step is about to begin: a GPU would have to be waited for at once.
+        """
+        self.check_loss()
+        loss = loss.clone()
+        if self.num_ranks > 1:  # so that all of them end together where one has a loss that is not finite
+            torch.distributed.all_reduce(loss)
+        self.last = step, rows, loss / self.num_ranks
+        self.loss_sum, self.num_summed = self.loss_sum + self.last[2], self.num_summed + 1
+
+    def check_loss(self) -> None:
+        """Checks the loss of the last step.
+
+        Raises:
+            TrainingError: It is not finite.
+        """
+        if self.last and not torch.isfinite(self.last[2]):
+            step, rows, loss = self.last
+            raise TrainingError(
+                f"finetune: the loss of step {step} is not finite ({loss.item()}). Its pairs (query/document):"
+                f" {self._name_pairs(rows)}. Pass a lower --learning-rate, or look at these texts."
+            )
+
+    def note_loss(self, step: int, entry: Mapping[str, float]) -> None:
+        """Adds the mean loss since the last such entry, and more, to the log."""
+        self.note({"step": step, "loss": float(self.loss_sum) / self.num_summed, **entry})
+        self.loss_sum, self.num_summed = 0.0, 0
 
     def note(self, entry: dict[str, float]) -> None:
         """Adds an entry to the log."""
@@ -307,7 +329,7 @@ class _Run:
         if figures[DEV] > self.best_score:
             self.best_step, self.best_score, self.num_worse = step, figures[DEV], 0
             if self.is_first:
-                checkpoints.write(self.job.checkpoints, checkpoints.BEST, self.network, None, step, self._notes())
+                checkpoints.write_best(self.job.checkpoints, self.network, step, self._notes())
         else:
             self.num_worse += 1
         if self.job.recipe.patience and self.num_worse >= self.job.recipe.patience:
@@ -324,8 +346,8 @@ class _Run:
             torch.distributed.barrier()
         if self.best_step is None:
             return
-        best = checkpoints.read(self.job.checkpoints / checkpoints.BEST, self.job.identity)
-        if best is None or best.step != self.best_step:
+        best = checkpoints.best(self.job.checkpoints, self.best_step, self.job.identity)
+        if best is None:
             raise RuntimeError(f"{self.job.checkpoints}: the best checkpoint is damaged. Pass --replace to train anew.")
         best.load(self.network)
 
@@ -347,6 +369,7 @@ class _Watch(TrainerCallback):
         self._run, self._optimiser, self._first = run, optimiser, first_step
         job = run.job
         self._steps = job.recipe.evaluation_steps if job.dev else frozenset()
+        self._step = first_step
         self._evaluator: DevEvaluator | None = None
         if job.dev:
             tokeniser = make_tokeniser(run.network, None)
@@ -363,6 +386,7 @@ class _Watch(TrainerCallback):
         """Measures the model after ``step`` steps, if that is due; returns whether to go on."""
         if step not in self._steps or self._evaluator is None:
             return True
+        self._run.check_loss()
         self._run.network.eval()
         figures = self._evaluator.measure()
         self._run.network.train()
@@ -375,6 +399,7 @@ class _Watch(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Writes what is due after the steps so far, the log included, and fixes the randomness of the next step."""
         run, step = self._run, self._first + state.global_step
+        self._step = step
         is_wanted = run.observer.wants_checkpoint(step)
         if step > self._first and (is_wanted or step % run.job.recipe.checkpoint_steps == 0):
             run.write_checkpoint(self._optimiser, step)
@@ -382,15 +407,24 @@ class _Watch(TrainerCallback):
         torch.manual_seed(int.from_bytes(seed[:8], "big"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        if not self._evaluate(self._first + state.global_step):
+        self._step, num_steps = self._first + state.global_step, self._run.job.recipe.num_steps
+        if not self._evaluate(self._step):
             control.should_training_stop = True
-            self._run.write_checkpoint(self._optimiser, self._first + state.global_step)
+        # Counted from the run's beginning, wherever this process has begun.
+        control.should_log = self._step % max(num_steps // _LOG_ENTRIES, 1) == 0 or self._step == num_steps
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:  # noqa: ARG002
         if logs and "loss" in logs:
-            keys = ("loss", "learning_rate", "grad_norm")
-            entry = {key: float(logs[key]) for key in keys if key in logs}
-            self._run.note({"step": self._first + state.global_step, **entry})
+            entry = {key: float(logs[key]) for key in ("learning_rate", "grad_norm") if key in logs}
+            self._run.note_loss(self._step, entry)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if self._run.stopped_at is not None:
+            self._run.write_checkpoint(self._optimiser, self._step)
+
+    def take_loss(self, rows: Sequence[int], loss: Tensor) -> None:
+        """Takes the loss of the step that is being taken, and the rows of its pairs."""
+        self._run.take_loss(self._step + 1, rows, loss)
 
 
 def _arguments(job: Job, num_steps: int, num_ranks: int) -> SentenceTransformerTrainingArguments:
@@ -404,7 +438,7 @@ def _arguments(job: Job, num_steps: int, num_ranks: int) -> SentenceTransformerT
         ddp_broadcast_buffers=False,
         logging_nan_inf_filter=False,
         save_strategy="no",
-        logging_steps=max(job.recipe.num_steps // _LOG_ENTRIES, 1),
+        logging_strategy="no",
         report_to=[],
         disable_tqdm=True,
     )

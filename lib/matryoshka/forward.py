@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from matryoshka.encode import Precision
-from matryoshka.packed import CannotPackError, PackedModel
+from matryoshka.packed import Attention, CannotPackError, PackedModel
 from matryoshka.stream import Stream, end_of_step
 
 # Tokens of a forward pass. CPU: larger ones fall out of the caches [measured, AMX].
@@ -68,7 +68,7 @@ class TrainingForward:
         ids = np.random.default_rng(0).integers(count // 2, count, lengths.sum(), dtype=np.int32)
         features = features_of(ids, lengths)
         features["input_ids"] = features["input_ids"].to(self._device)
-        kernel = "varlen" if self._device.type == "cuda" and precision == "bf16" else "grouped"
+        kernel: Attention = "varlen" if self._device.type == "cuda" and precision == "bf16" else "grouped"
         packed = PackedModel(self._network, "grouped")
         with torch.no_grad():
             apart = self._run(packed, features) - self._run_padded(features)["sentence_embedding"]
@@ -114,6 +114,6 @@ class TrainingForward:
 def _lengths_of(features: Mapping[str, Any]) -> npt.NDArray[np.int64]:
     """Returns the lengths of the texts; of a part of a batch, they are read from the device."""
     lengths: npt.NDArray[np.int64] = features["lengths"]
-    if len(lengths) == len(features["cu_seq_lens_q"]) - 1:
-        return lengths
-    return np.diff(features["cu_seq_lens_q"].cpu().numpy()).astype(np.int64)
+    if len(lengths) != len(features["cu_seq_lens_q"]) - 1:
+        lengths = np.diff(features["cu_seq_lens_q"].cpu().numpy()).astype(np.int64)
+    return lengths

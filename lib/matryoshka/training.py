@@ -35,7 +35,6 @@ LOG = "training_log.json"
 DEV = f"dev_{HEADLINE}"
 
 _SHOWN_PAIRS = 3
-_LOG_ENTRIES = 50
 
 
 class Observer(Protocol):
@@ -192,7 +191,7 @@ class _Trainer(SentenceTransformerTrainer):
         """Returns the batches."""
         return self._data
 
-    def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:  # noqa: ANN401
+    def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
         """Returns the loss of one batch; see ``check_last`` for when it is looked at."""
         self.check_last()
         rows = inputs.pop("rows")
@@ -404,7 +403,7 @@ def _arguments(job: Job, num_steps: int, num_ranks: int) -> SentenceTransformerT
         ddp_broadcast_buffers=False,
         logging_nan_inf_filter=False,
         save_strategy="no",
-        logging_steps=max(job.recipe.num_steps // _LOG_ENTRIES, 1),
+        logging_steps=job.recipe.log_steps,
         report_to=[],
         disable_tqdm=True,
     )

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -97,7 +96,7 @@ class Group:
             RuntimeError: The loss is not finite, ranks were lost too often, or no model came out.
             KeyboardInterrupt: The process was told to end; a checkpoint is there to go on from.
         """
-        mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
+        mailbox: Any = ray.remote(_Mailbox).options(num_cpus=0).remote()
         trainer = self._trainer(job, mailbox)
         start = time.perf_counter()
         try:
@@ -108,7 +107,8 @@ class Group:
                 f"finetune: training failed {self.attempts} times, last so: {_cause(error)}."
                 " Checkpoints are kept. Mend the cause and run the same command again."
             ) from error
-        kind, _, text = ray.get(mailbox.error.remote()).partition(":")
+        told: str = ray.get(mailbox.error.remote())
+        kind, _, text = told.partition(":")
         if text:
             raise ValueError(text) if kind == "ValueError" else RuntimeError(text)
         seconds = time.perf_counter() - start

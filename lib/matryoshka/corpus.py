@@ -115,6 +115,15 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         raise ValueError(f"{path}: not a readable Parquet file ({reason}). Write it again, or take it out.") from None
 
 
+def has_column(path: Path, column: str) -> bool:
+    """Returns whether a Parquet file has a column.
+
+    Raises:
+        ValueError: As ``open_parquet``.
+    """
+    return column in open_parquet(path).schema_arrow.names
+
+
 def read_columns(path: Path, columns: Sequence[str], id_columns: Collection[str] = ()) -> pa.Table:
     """Returns whole columns of a file as text, checked like any input.
 

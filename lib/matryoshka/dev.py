@@ -13,7 +13,6 @@ import torch.distributed
 from torch import Tensor
 
 from matryoshka import corpus, metrics, units
-from matryoshka.corpus import Columns
 from matryoshka.nested import shrink
 from matryoshka.pairs import DatasetStore
 from matryoshka.tokens import Role, Tokeniser
@@ -68,7 +67,7 @@ def _read_pool(data: DatasetStore, answers: set[str], num_others: int) -> dict[s
     others: list[tuple[int, str, str]] = []  # a heap: the largest hash first
     _, paths = corpus.find_files(data.corpus)
     for path in paths:
-        for batch in corpus.text_batches(path, Columns()):
+        for batch in corpus.text_batches(path, ["id", "text"], ["id"]):
             for name, text in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
                 if _owner(name, is_chunked=data.is_chunked) in answers:
                     found[name] = text

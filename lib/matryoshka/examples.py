@@ -209,6 +209,15 @@ class Examples:
         return np.where(self.label_keys[places] == keys, self.label_of_key[places], -1)
 
 
+def read_labels(paths: Sequence[Path]) -> IntArray | None:
+    """Returns a number for the label of each pair of some files, or None where they have no labels; [N]."""
+    if not corpus.has_column(paths[0], "label"):
+        return None
+    tables = [corpus.open_parquet(path).read(columns=["label"]) for path in paths]
+    keys = [key_of(label) for table in tables for label in table.column(0).to_pylist()]
+    return np.unique(np.array(keys, dtype=np.int64), return_inverse=True)[1]
+
+
 def name_pairs(paths: Sequence[Path], rows: Sequence[int]) -> list[str]:
     """Returns the query and document ids of some pairs, for a message; ``paths`` are the files that were tokenised."""
     edges = [0, *itertools.accumulate(corpus.open_parquet(path).metadata.num_rows for path in paths)]

@@ -32,9 +32,7 @@ def group_of_parameters(network: Any) -> dict[str, str]:
     owners = {id(own): f"layer {number}" for number, layer in enumerate(layers) for own in layer.parameters()}
     embeddings = [part for part in network[0].modules() if isinstance(part, torch.nn.Embedding)]
     below = {id(own) for part in _ancestors_of(network[0], embeddings, layers) for own in part.parameters()}
-    return {
-        name: owners.get(id(own), "embeddings" if id(own) in below else "head") for name, own in network.named_parameters()
-    }
+    return {name: owners.get(id(own), "embeddings" if id(own) in below else "head") for name, own in network.named_parameters()}
 
 
 def _ancestors_of(root: Any, embeddings: list[Any], layers: torch.nn.ModuleList) -> Iterator[Any]:

@@ -247,7 +247,7 @@ class Miner:
         ranking = Ranking(ranking.scores[numbers], ranking.documents[numbers], ranking.ids[numbers])
         candidates = self._judge(pairs, own, ranking)
         positive_scores, margin = mined.positive_scores[own], np.float32(self._rules.relative_margin)
-        bars: Float32Array = positive_scores - np.abs(positive_scores) * margin
+        bars = (positive_scores - np.abs(positive_scores) * margin).astype(np.float32)
         choice = choose(candidates, bars, pairs.wanted[own], pairs.seeds[own], self._rules)
         width = choice.columns.shape[1]  # a corpus may be smaller than what is wanted
         taken = choice.columns >= 0

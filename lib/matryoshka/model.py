@@ -121,6 +121,18 @@ def weigh(folder: Path) -> tuple[int, int]:
     return num_bytes, num_parameters
 
 
+def check_layers(folder: Path, wanted: int | None) -> None:
+    """Checks that a model has so many layers, where its configuration says how many it has.
+
+    Raises:
+        ValueError: It has fewer.
+    """
+    config = _read_optional(folder / "config.json")
+    found = next((int(config[name]) for name in ("num_hidden_layers", "n_layers") if config.get(name)), None)
+    if wanted is not None and found is not None and wanted > found:
+        raise ValueError(f"--top-layers {wanted}: the model has {found} layers. Pass at most {found}.")
+
+
 def _read_width(folder: Path) -> int:
     for module in reversed(_read_modules(folder)):
         config = _read_optional(folder / module["path"] / "config.json")
@@ -152,11 +164,13 @@ def _pooled_width(config: Mapping[str, Any]) -> int:
 
 
 def _read_max_tokens(folder: Path) -> int | None:
+    """Returns the window as sentence-transformers finds it: its own limit, or the smaller of network's and tokenizer's."""
+    own = _read_optional(folder / "sentence_bert_config.json").get("max_seq_length")
     limits = [
-        _read_optional(folder / "sentence_bert_config.json").get("max_seq_length"),
         _read_optional(folder / "config.json").get("max_position_embeddings"),
+        _read_optional(folder / "tokenizer_config.json").get("model_max_length"),
     ]
-    return next((int(limit) for limit in limits if limit), None)
+    return int(own) if own else min((int(limit) for limit in limits if limit), default=None)
 
 
 def _read_optional(path: Path) -> dict[str, Any]:

@@ -29,8 +29,8 @@ PURE = ("units", "nested", "topk", "clock")
 LAYERS = [
     {"config", "units", "nested", "topk", "clock"},
     {"storage", "corpus", "index", "metrics", "docstrings", "recipe"},
-    {"artifacts", "model", "pairs", "sts", "encode", "tokens", "packed", "vectors", "funnel"},
-    {"training", "embedding", "indexing", "evaluation", "report", "verification", "calibration", "peers", "plain_trainer"},
+    {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "funnel"},
+    {"mining", "training", "embedding", "indexing", "evaluation", "report", "verification", "calibration", "peers", "plain_trainer"},
 ]
 
 

@@ -178,7 +178,9 @@ def test_a_driver_that_is_told_to_end_leaves_a_checkpoint_that_the_same_command_
     ]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'lib'}"}
     command = [sys.executable, "-m", "jobs.finetune", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=tmp_path) as run:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=tmp_path
+    ) as run:
         assert run.stdout
         lines = []
         for line in run.stdout:

@@ -1,488 +1,82 @@
-"""Measures this project against other software: the same model, documents and machine, one system at a time.
+"""Measures this project against other software: the same model, data and machine, one system at a time."""
 
-Each peer runs in a process of its own, which imports this module and whose memory is measured. So what peers do not need, such
-as Ray, is imported within functions.
-"""
+from typing import Annotated, Any, Literal
 
-import contextlib
-import dataclasses
-import os
-import statistics
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
-from importlib import metadata
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-import numpy as np
-import numpy.typing as npt
-
-from jobs.entry import describe_run, main
-from jobs.processes import Process, environment, family_of, peak_bytes
-from jobs.terminal import say, show_table
+from jobs import benchmark_encode, benchmark_finetune, measurement
+from jobs.entry import main
+from jobs.terminal import say
 from matryoshka import storage
-from matryoshka.config import Field, InputPath, JobSettings, Metavar, Positional
+from matryoshka.config import Field, InputPath, JobSettings, Metavar, Positional, check_settings
 
-if TYPE_CHECKING:
-    from jobs.cluster import Session
-    from matryoshka.artifacts import Receipt
-    from matryoshka.calibration import Calibration
-    from matryoshka.corpus import Corpus
-    from matryoshka.model import ModelInfo
-    from matryoshka.peers import Setup
-    from matryoshka.units import Unit
-
-Vectors = npt.NDArray[np.floating[Any]]
-
-_UNITS_PER_WORKER = 4
-_MOST_UNIT_ROWS = 20_000  # the embed job's own
-_SAMPLE_TEXTS = 1_000
-_MANY_DOCUMENTS = 10_000_000  # what is compared is the rate of a long run, so what ours prepares for one is prepared
-_COMPARED = 512  # documents whose vectors are held against the reference, which also warm a peer up
-_ENOUGH_ROUNDS = 3
-_CEILING_SECONDS = 2.0
+_OWN = {
+    "encode": ("corpus", "id_column", "text_column", "documents", "compile"),
+    "finetune": ("pairs", "steps", "batch_size", "dims", "max_tokens", "learning_rate", "dropout", "seed"),
+}
+_NEEDED = {"encode": "corpus", "finetune": "pairs"}
 
 
 class Settings(JobSettings):
-    """Measures this project's embed path against sentence-transformers, as it comes and tuned, and against int8 runtimes.
+    """Measures this project against other software: the same checkpoint, the same data, the same machine.
 
-    Same checkpoint, same documents, same machine. The systems take turns for some rounds; medians are reported. Runtimes that
-    are not installed (extra: bench) are left out, and the report says so.
+    encode: text to vectors, against sentence-transformers, as it comes and tuned, and against int8 runtimes. Runtimes that are
+    not installed (extra: bench) are left out, and the report says so. finetune: training steps, against a plain script with
+    sentence-transformers' trainer. The systems take turns for some rounds; medians are reported.
     """
 
-    work: Annotated[Literal["encode"], Positional("encode")] = Field(description="What to measure: encode, text to vectors.")
+    work: Annotated[Literal["encode", "finetune"], Positional("encode|finetune")] = Field(
+        description="What to measure: text to vectors, or training."
+    )
     output: Annotated[str, Metavar("FILE.json")] = Field(description="JSON file for the report.")
-    corpus: InputPath = Field(description="Parquet files: a folder, a file, or a glob pattern in quotes.")
     model: str = Field("minilm", description="Model folder, hub name, or minilm (the demo extra's model).")
-    id_column: str = Field("id", description="Column with the document's id.")
-    text_column: str = Field("text", description="Column with the document's text.")
-    documents: int = Field(20_000, ge=1, description="How many rows to take, from the first on; those without text are left out.")
     rounds: int = Field(3, ge=1, description="How often each system does the work.")
     device: Literal["cpu", "cuda"] | None = Field(None, description="Where to compute; none: on a GPU if there is one.")
     precision: Literal["auto", "bf16", "float32"] = Field(
-        "auto", description="Ours; auto: bf16 where a measurement says it pays."
+        "auto", description="Ours, and of trainers; auto: bf16 where a measurement says it pays."
     )
-    compile: Literal["auto", "on", "off"] = Field("auto", description="Ours; auto: where a measurement says it pays.")
-    workers: int | None = Field(None, ge=1, description="Our encoder processes; none: one per CPU, or a single one on a GPU.")
+    workers: int | None = Field(
+        None, ge=1, description="Our processes; none: one per CPU to encode, one to train, a single one on a GPU."
+    )
+    corpus: InputPath | None = Field(None, description="encode: Parquet files: a folder, a file, or a glob pattern in quotes.")
+    id_column: str = Field("id", description="encode: column with the document's id.")
+    text_column: str = Field("text", description="encode: column with the document's text.")
+    documents: int = Field(
+        20_000, ge=1, description="encode: how many rows to take, from the first on; those without text are left out."
+    )
+    compile: Literal["auto", "on", "off"] = Field("auto", description="encode: ours; auto: where a measurement says it pays.")
+    pairs: InputPath | None = Field(
+        None,
+        description="finetune: Parquet files with query and positive: a folder, a file, or a glob pattern in quotes.",
+    )
+    steps: int = Field(20, ge=1, description="finetune: training steps whose time is taken; a few more go before them.")
+    batch_size: int = Field(64, ge=2, description="finetune: pairs per step.")
+    dims: tuple[int, ...] = Field((), description="finetune: resolutions; none: full width and the usual ones below it.")
+    max_tokens: int | None = Field(None, ge=8, description="finetune: cut longer texts; none: the model's own window.")
+    learning_rate: float = Field(5e-5, gt=0, description="finetune: highest learning rate.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="finetune: ours, and of the trainer that is measured at equal terms.")
+    seed: int = Field(7, description="finetune: seed of the order of pairs, and of dropout.")
+
+    @check_settings
+    def _options_of_the_work(self) -> "Settings":
+        needed = _NEEDED[self.work]
+        if getattr(self, needed) is None:
+            raise ValueError(f"benchmark {self.work}: no {needed}. Pass --{needed} PATH.")
+        strangers = [name for work, own in _OWN.items() if work != self.work for name in own if name in self.model_fields_set]
+        if strangers:
+            flag = strangers[0].replace("_", "-")
+            raise ValueError(f"--{flag}: says nothing to benchmark {self.work}. Leave it out.")
+        return self
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """Measures, prints a table, writes the report and returns it."""
-    from jobs import cluster
-    from matryoshka import corpus, model
-
-    device = _choose_device(settings.device)
-    output = _check_output(settings.output)
-    if os.environ.get("RAY_ADDRESS"):
-        raise ValueError("RAY_ADDRESS is set, but systems are compared on this machine alone. Unset it.")
-    source = corpus.inspect(settings.corpus, corpus.Columns(settings.id_column, settings.text_column))
-    info = model.describe(settings.model)
-    storage.keep_apart(output, info.folder, *(source.path_of(file.name) for file in source.files))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(environment({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}))
-        session = stack.enter_context(cluster.connected())
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=storage.TEMPORARY, dir=output.parent)))
-        work = _plan(settings, source, info, device)
-        ours = _Ours(session, work, settings, scratch)
-        setups, not_run = _prepare_peers(work, scratch)
-        peers = {name: stack.enter_context(Process(name, _PeerRun, setup, work.all_texts)) for name, setup in setups.items()}
-        crew = [stack.enter_context(Process("the forward pass", _Engine, *arguments)) for arguments in ours.engines()]
-        for process in [*peers.values(), *crew]:
-            process.answer()
-        ours.warm_up()
-        rounds = _measure(settings.rounds, ours, peers, crew)
-        systems = _describe_systems(work, ours, setups, peers, rounds)
-    report = _make_report(settings, work, systems, rounds, ours.num_flops, not_run)
+    work: Any = {"encode": benchmark_encode, "finetune": benchmark_finetune}[settings.work]
+    device = measurement.choose_device(settings.device)
+    output = measurement.check_output(settings.output)
+    report: dict[str, Any] = work.measure(settings, device, output)
     storage.publish_json(output, report)
-    _show(report)
+    work.show(report)
     say(f"benchmark: report in {output}")
     return report
-
-
-def _choose_device(wanted: str | None) -> str:
-    import torch
-
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here. Pass --device cpu, or leave it out.")
-    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _check_output(text: str) -> Path:
-    """Returns where the report goes, if a file can be there and is not something else's."""
-    output = storage.local_path(text)
-    if output.is_dir():
-        raise ValueError(f"{output}: is a folder. Pass a file: --output {output / 'benchmark.json'}.")
-    if output.suffix != ".json":
-        raise ValueError(f"{output}: the report is JSON. Pass --output {output.with_suffix('.json')}.")
-    known = storage.read_json(output) if output.exists() else {"job": "benchmark"}
-    if not isinstance(known, dict) or known.get("job") != "benchmark":
-        raise ValueError(f"{output}: holds something else than a benchmark's report. Pass another --output.")
-    return output
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What every system has to do: the documents, and how they are cut for ours."""
-
-    source: "Corpus"
-    info: "ModelInfo"
-    device: str
-    num_workers: int
-    units: "list[Unit]"
-    texts: list[list[str]]
-
-    @property
-    def all_texts(self) -> list[str]:
-        """The documents in one list, in the order of the corpus."""
-        return [text for texts in self.texts for text in texts]
-
-
-def _plan(settings: Settings, source: "Corpus", info: "ModelInfo", device: str) -> _Work:
-    """Returns the first rows of a corpus, in at least four units per worker."""
-    from jobs import cluster
-    from matryoshka import corpus
-    from matryoshka.units import plan_units
-
-    if cluster.capacity().device != device:
-        raise RuntimeError(f"Ray was started for {cluster.capacity().device}, torch computes on {device}.")
-    default = 1 if device == "cuda" else cluster.capacity().num_cpus  # the peers have one GPU as well
-    num_workers = cluster.check_workers(settings.workers) or default
-    files, missing = [], settings.documents
-    for file in source.files:
-        files.append(dataclasses.replace(file, num_rows=min(file.num_rows, missing)))
-        missing -= files[-1].num_rows
-    num_rows = settings.documents - missing
-    unit_rows = min(num_rows // (_UNITS_PER_WORKER * num_workers), _MOST_UNIT_ROWS)
-    units = plan_units(files, max(unit_rows, 1))
-    texts = [corpus.read_unit(source.path_of(unit.name), source.columns, unit)[1] for unit in units]
-    if not any(texts):
-        raise ValueError(f"{settings.corpus}: no text in the first {num_rows} rows. Pass a larger --documents.")
-    return _Work(source, info, device, num_workers, units, texts)
-
-
-class _Ours:
-    """This project's embed path: Parquet files in, Parquet files out, over Ray."""
-
-    def __init__(self, session: "Session", work: _Work, settings: Settings, scratch: Path) -> None:
-        from matryoshka.calibration import Choice
-
-        self._work, self._scratch = work, scratch
-        choice = Choice(
-            None if settings.precision == "auto" else settings.precision,
-            None,
-            None if settings.compile == "auto" else settings.compile == "on",
-        )
-        self.how = session.calibrate(work.info, choice, work.all_texts[:_SAMPLE_TEXTS], _MANY_DOCUMENTS)
-        self._pool = session.encoders(
-            work.info, self.how.precision, self.how.tokens_per_step, work.num_workers, is_compiled=self.how.is_compiled
-        )
-        self.start_seconds = 0.0
-        self._receipts: dict[str, Receipt] = {}
-
-    def engines(self) -> list[tuple[Any, ...]]:
-        """Returns the arguments of one ``_Engine`` per worker, with its share of the documents."""
-        common = (self._work.info.folder, self._work.device, self.how)
-        return [(*common, self._work.texts[first :: self._work.num_workers]) for first in range(self._work.num_workers)]
-
-    def warm_up(self) -> None:
-        """Starts the workers, which takes them ``start_seconds``, and has each of them embed one unit."""
-        start = time.perf_counter()
-        self._pool.start()
-        self.start_seconds = time.perf_counter() - start
-        self._embed(self._work.units[: self._work.num_workers])
-
-    def encode(self) -> tuple[float, Vectors]:
-        """Embeds all documents; returns the seconds that it took, and the vectors of the first of them, from disk.
-
-        Shapes: vectors [N, D].
-        """
-        from matryoshka import vectors
-
-        start = time.perf_counter()
-        folder = self._embed(self._work.units)
-        seconds = time.perf_counter() - start
-        parts, num_read = [], 0
-        for unit in self._work.units:
-            if num_read < _COMPARED:
-                parts.append(vectors.read_unit(folder / self._receipts[unit.key].files[0].path)[1].copy())
-                num_read += len(parts[-1])
-        storage.remove(folder)
-        return seconds, np.concatenate(parts)[:_COMPARED]
-
-    def _embed(self, units: "list[Unit]") -> Path:
-        folder = Path(tempfile.mkdtemp(dir=self._scratch))
-        titles = {unit.key: unit.title for unit in units}
-        for outcome in self._pool.embed(self._work.source, units, folder, attempts=1):
-            if outcome.result is None:
-                raise RuntimeError(f"{titles[outcome.key]} could not be embedded ({outcome.error}).")
-            self._receipts[outcome.key] = outcome.result
-        return folder
-
-    @property
-    def num_tokens(self) -> int:
-        """Real tokens of all documents: what the model's tokenizer gives, cut to its window."""
-        return sum(receipt.details["num_tokens"] for receipt in self._receipts.values())
-
-    @property
-    def num_flops(self) -> float:
-        """Operations of the matrix products that these tokens need."""
-        return sum((receipt.details["num_flops"] for receipt in self._receipts.values()), 0.0)
-
-
-def _prepare_peers(work: _Work, scratch: Path) -> "tuple[dict[str, Setup], dict[str, str]]":
-    """Returns how each peer runs, and why the others do not."""
-    from matryoshka.peers import PEERS, prepare, why_not
-
-    setups = {"default": prepare("default", work.info.folder, work.device, [], scratch)}  # nothing to measure
-    not_run = {name: reason for name in PEERS if (reason := why_not(name, work.device))}
-    for name in [name for name in PEERS if name not in (*setups, *not_run)]:
-        say(f"benchmark: preparing {name}")
-        folder = scratch / name
-        folder.mkdir()
-        try:
-            with Process(name, prepare, name, work.info.folder, work.device, work.all_texts, folder) as process:
-                setups[name] = process.answer()
-        except RuntimeError as error:
-            if not PEERS[name].packages:
-                raise
-            not_run[name] = f"could not be prepared ({str(error).splitlines()[0]})"
-    return setups, not_run
-
-
-class _PeerRun:
-    """A peer in its process, with its documents in memory, warmed up."""
-
-    def __init__(self, setup: "Setup", texts: list[str]) -> None:
-        from matryoshka import model
-        from matryoshka.peers import PeerEncoder
-
-        model.quieten()
-        self._encoder, self._texts = PeerEncoder(setup), texts
-        self._encoder.encode(texts[:_COMPARED])
-
-    def encode(self) -> tuple[float, Vectors]:
-        """Encodes all documents; returns the seconds that it took, and the vectors of the first of them.
-
-        Shapes: vectors [N, D].
-        """
-        start = time.perf_counter()
-        vectors = self._encoder.encode(self._texts)
-        return time.perf_counter() - start, vectors[:_COMPARED].copy()
-
-    def costs(self) -> dict[str, int]:
-        """Returns what this process takes."""
-        return {"peak_bytes": peak_bytes()[os.getpid()], "processes": 1, "threads": self._encoder.num_threads}
-
-
-class _Engine:
-    """What one of our workers does without reading, tokenising and writing; and how fast its processor multiplies."""
-
-    def __init__(self, folder: Path, device: str, how: "Calibration", texts: list[list[str]]) -> None:
-        import torch
-
-        from matryoshka import model
-        from matryoshka.encode import Encoder
-
-        model.quieten()
-        torch.set_num_threads(1)  # as Ray does for its workers
-        self._device, self._precision = device, how.precision
-        self._encoder = Encoder(folder, device, how.precision, how.tokens_per_step, is_compiled=how.is_compiled)
-        self._tokens = [self._encoder.tokenise(part, "document") for part in texts if part]
-        self.tokens_per_second()
-
-    def tokens_per_second(self) -> float:
-        """Returns the real tokens of all its documents over the seconds that computing their vectors takes."""
-        start = time.perf_counter()
-        num_tokens = sum(self._encoder.compute(tokens, "document").num_tokens for tokens in self._tokens)
-        return num_tokens / (time.perf_counter() - start)
-
-    def flops_per_second(self) -> float:
-        """Returns the rate of a large matrix product, measured for so long that all processes measure together."""
-        from matryoshka import calibration
-
-        rates: list[float] = []
-        start = time.perf_counter()
-        while not rates or time.perf_counter() - start < _CEILING_SECONDS:
-            rates.append(calibration.matrix_rate(self._device, self._precision))
-        return statistics.median(rates)
-
-
-@dataclass(slots=True)
-class _Rounds:
-    """What the rounds measured: seconds and vectors by system, rates of all engines together."""
-
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    vectors: dict[str, Vectors] = field(default_factory=dict)
-    forward_tokens_per_second: list[float] = field(default_factory=list)
-    ceiling_flops_per_second: list[float] = field(default_factory=list)
-
-
-def _measure(num_rounds: int, ours: _Ours, peers: Mapping[str, Process], crew: Sequence[Process]) -> _Rounds:
-    """Has every system do the work in turn, round after round."""
-    rounds = _Rounds()
-    for number in range(1, num_rounds + 1):
-        for name in ("ours", *peers):
-            seconds, rounds.vectors[name] = ours.encode() if name == "ours" else _ask_all([peers[name]], "encode")[0]
-            rounds.seconds.setdefault(name, []).append(seconds)
-        rounds.forward_tokens_per_second.append(sum(_ask_all(crew, "tokens_per_second")))
-        rounds.ceiling_flops_per_second.append(sum(_ask_all(crew, "flops_per_second")))
-        taken = ", ".join(f"{name} {seconds[-1]:.1f} s" for name, seconds in rounds.seconds.items())
-        say(f"benchmark: round {number} of {num_rounds}: {taken}")
-    return rounds
-
-
-def _ask_all(processes: Sequence[Process], method: str) -> list[Any]:
-    """Returns the results of a call that all processes make at the same time."""
-    for process in processes:
-        process.ask(method)
-    return [process.answer() for process in processes]
-
-
-def _describe_systems(
-    work: _Work, ours: _Ours, setups: "Mapping[str, Setup]", peers: Mapping[str, Process], rounds: _Rounds
-) -> dict[str, dict[str, Any]]:
-    """Returns, for each system, how it ran, how fast, what it took, and how near its vectors are to float32."""
-    peaks = peak_bytes()
-    pids = family_of(b"_EncoderActor")
-    own_how = {
-        "precision": ours.how.precision,
-        "tokens_per_step": ours.how.tokens_per_step,
-        "is_compiled": ours.how.is_compiled,
-        "start_seconds": ours.start_seconds,
-    }
-    own_costs = {"peak_bytes": sum(peaks.get(pid, 0) for pid in pids), "processes": len(pids), "threads": 1}
-    facts: dict[str, dict[str, Any]] = {"ours": {**own_how, **own_costs}}
-    for name, process in peers.items():
-        how = {"precision": setups[name].precision, "batch_size": setups[name].batch_size}
-        facts[name] = {**how, **_ask_all([process], "costs")[0]}
-    num_documents, num_tokens = len(work.all_texts), ours.num_tokens
-    systems = {}
-    for name, seconds in rounds.seconds.items():
-        median = statistics.median(seconds)
-        cosines = _cosines(rounds.vectors[name], rounds.vectors["default"])
-        systems[name] = {
-            "documents_per_second": num_documents / median,
-            "tokens_per_second": num_tokens / median,
-            "median_seconds": median,
-            "seconds": seconds,
-            "cosine_mean": float(cosines.mean()),
-            "cosine_min": float(cosines.min()),
-            **facts[name],
-        }
-    return systems
-
-
-def _cosines(left: Vectors, right: Vectors) -> npt.NDArray[np.float64]:
-    left, right = left.astype(np.float64), right.astype(np.float64)
-    norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-    return np.asarray((left * right).sum(axis=1) / norms)
-
-
-def _make_report(
-    settings: Settings,
-    work: _Work,
-    systems: Mapping[str, Mapping[str, Any]],
-    rounds: _Rounds,
-    num_flops: float,
-    not_run: Mapping[str, str],
-) -> dict[str, Any]:
-    ours = systems["ours"]
-    ratios = {
-        name: ours["documents_per_second"] / system["documents_per_second"] for name, system in systems.items() if name != "ours"
-    }
-    forward = statistics.median(rounds.forward_tokens_per_second)
-    ceiling = statistics.median(rounds.ceiling_flops_per_second)
-    ratios["ceiling_share"] = num_flops / ours["median_seconds"] / ceiling
-    ratios["pipeline_share"] = ours["tokens_per_second"] / forward
-    run_record = describe_run("benchmark", settings)
-    few = [f"--rounds {settings.rounds}: a median of fewer than {_ENOUGH_ROUNDS} says little"]
-    return {
-        **run_record,
-        "versions": {**run_record["versions"], **_peer_versions()},
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "hardware": _describe_hardware(work.device),
-        "model": {"name": settings.model, "fingerprint": work.info.fingerprint},
-        "documents": {
-            "corpus": work.source.fingerprint,
-            "num_documents": len(work.all_texts),
-            "num_tokens": round(ours["tokens_per_second"] * ours["median_seconds"]),
-            "num_units": len(work.units),
-        },
-        "notes": [*_NOTES, *(few if settings.rounds < _ENOUGH_ROUNDS else [])],
-        "systems": systems,
-        "not_run": not_run,
-        "ratios": ratios,
-        "forward": {"tokens_per_second": forward, "rounds": rounds.forward_tokens_per_second},
-        "ceiling": {"flops_per_second": ceiling, "rounds": rounds.ceiling_flops_per_second},
-    }
-
-
-_NOTES = (
-    "ours: text in Parquet files to float16 vectors in Parquet files, synced to disk; peers: text in memory to a NumPy array",
-    "ratios: documents per second of ours over those of the peer, from medians; higher is better",
-    f"cosines: to sentence-transformers in float32 (default), on the first {_COMPARED} documents",
-    "tokens: those of the model's tokenizer, cut to its window; padding does not count",
-    "peak_bytes: the largest RSS of each process that does the work, added up; pages that processes share count in each",
-    "start_seconds: until our workers were ready, compilers' caches warm; in no rate, as the peers' loading is in none",
-    "tuned: sentence-transformers in the best precision and batch size, not compiled; ours is compiled where that pays",
-    "forward: our encoders on texts that are tokenised already, as many processes as workers, all at once",
-    "ceiling: large matrix products in our precision, as many processes as workers, all at once",
-)
-
-
-def _peer_versions() -> dict[str, str]:
-    from matryoshka.peers import PEERS
-
-    found = {}
-    for package in (package for peer in PEERS.values() for package in peer.packages):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
-
-
-def _describe_hardware(device: str) -> dict[str, Any]:
-    import torch
-
-    lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else "unknown",
-        "cores": len(os.sched_getaffinity(0)),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "device": device,
-    }
-
-
-def _show(report: Mapping[str, Any]) -> None:
-    """Prints what was measured, and says what was not."""
-    speeds = [["system", "documents/s", "tokens/s", "ours is", "memory"]]
-    vectors = [["system", "cosine: mean", "least", "how"]]
-    for name, system in report["systems"].items():
-        ratio = f"{report['ratios'][name]:.2f} x" if name in report["ratios"] else ""
-        rates = (f"{system['documents_per_second']:,.0f}", f"{system['tokens_per_second']:,.0f}")
-        speeds.append([name, *rates, ratio, f"{system['peak_bytes'] / 1e9:.2f} GB"])
-        vectors.append([name, f"{system['cosine_mean']:.5f}", f"{system['cosine_min']:.5f}", _describe_setup(system)])
-    hardware, documents, ratios = report["hardware"], report["documents"], report["ratios"]
-    place = hardware["gpu"] or f"{hardware['cores']} cores of {hardware['cpu']}"
-    say(f"{documents['num_documents']:,} documents, {documents['num_tokens']:,} tokens, {place}")
-    show_table("speed", speeds)
-    show_table("vectors against float32", vectors, text_columns=(3,))
-    say(
-        f"benchmark: ours reaches {ratios['pipeline_share']:.0%} of the rate of its forward pass alone,"
-        f" and {ratios['ceiling_share']:.0%} of that of large matrix products"
-    )
-    for name, reason in report["not_run"].items():
-        say(f"benchmark: {name} was not measured: {reason}")
-
-
-def _describe_setup(system: Mapping[str, Any]) -> str:
-    step = f"batch {system['batch_size']}" if "batch_size" in system else f"{system['tokens_per_step']:,} tokens a step"
-    compiled = ", compiled" if system.get("is_compiled") else ""
-    return f"{system['precision']}{compiled}, {step}, {system['processes']} x {system['threads']} threads"
 
 
 if __name__ == "__main__":

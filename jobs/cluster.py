@@ -46,6 +46,7 @@ class Session:
     def __init__(self) -> None:
         self._key: tuple[Any, ...] | None = None
         self._pool: Encoders | None = None
+        self._precision: Precision | None = None
 
     def encoders(
         self,
@@ -75,10 +76,13 @@ class Session:
         self._pool = None
 
     def choose_precision(self, wanted: str) -> Precision:
-        """Returns the precision that was asked for, or for ``auto`` what a measurement on a worker says."""
+        """Returns the precision that was asked for, or for ``auto`` what a measurement on a worker said once."""
         if wanted != "auto":
             return "bf16" if wanted == "bf16" else "float32"
-        return self._on_worker(calibration.best_precision, capacity().device)
+        if self._precision is None:
+            measured: Precision = self._on_worker(calibration.best_precision, capacity().device)
+            self._precision = measured
+        return self._precision
 
     def calibrate(self, info: ModelInfo, choice: Choice, texts: Sequence[str], num_documents: int) -> Calibration:
         """Returns how a worker should run the model; see ``calibration.calibrate``."""

@@ -265,7 +265,11 @@ class _Retrieval:
         if settings.beir:
             prepare.run(prepare.Settings(output=str(folder), beir=settings.beir, replace=settings.replace))
         data = DatasetStore.open(folder)
-        return cls(data, settings.split, *data.queries(settings.split), data.qrels(settings.split))
+        query_ids, queries = data.queries(settings.split)
+        qrels = data.qrels(settings.split)
+        if qrels.keys().isdisjoint(query_ids):
+            raise ValueError(f"{folder}: no query of split '{settings.split}' has judgements. Pass another --split.")
+        return cls(data, settings.split, query_ids, queries, qrels)
 
     @property
     def fingerprint(self) -> str:

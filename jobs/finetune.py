@@ -22,18 +22,8 @@ from matryoshka.recipe import Recipe, count_steps
 from matryoshka.training import Job
 
 _PARTS = f"{storage.TEMPORARY}pairs"
-_WITHOUT_EFFECT = {
-    "output",
-    "replace",
-    "data",
-    "model",
-    "dims",
-    "negatives",
-    "workers",
-    "attempts",
-    "checkpoint_steps",
-    "tensorboard",
-}
+_APART = {"output", "replace", "data", "model", "dims", "negatives"}
+_WITHOUT_EFFECT = {"workers", "attempts", "checkpoint_steps", "tensorboard"}
 
 
 class Settings(StageSettings):
@@ -168,10 +158,9 @@ def _check(settings: Settings, output: Path) -> _Inputs:
     return _Inputs(data, info, pair_files, recipe, identity)
 
 
-_SHARED = tuple(
-    name
-    for name in ("batch_size", "learning_rate", "warmup", "seed", "max_tokens", "dropout", "mini_batch_tokens", "top_layers",
-                 "layer_decay", "lora_rank", "evaluations", "patience", "checkpoint_steps")
+_SHARED = (
+    "batch_size", "learning_rate", "warmup", "seed", "max_tokens", "dropout", "mini_batch_tokens", "top_layers", "layer_decay",
+    "lora_rank", "evaluations", "patience", "checkpoint_steps",
 )  # fmt: skip
 
 

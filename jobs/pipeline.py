@@ -1,4 +1,4 @@
-"""Runs the whole mission from one YAML file: prepare, choose, evaluate, finetune, embed, index, search, evaluate, report."""
+"""Runs the whole mission from one YAML file: prepare, choose, evaluate, mine, fine-tune, embed, index, search, evaluate."""
 
 import dataclasses
 import re
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs import cluster, embed, evaluate, finetune, index, prepare, search, verify
+from jobs import cluster, embed, evaluate, finetune, index, mine, prepare, search, verify
 from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import say, show_table
 from matryoshka import artifacts, model, nested, report, storage
@@ -20,8 +20,8 @@ from matryoshka.report import Report
 
 
 class Settings(StageSettings):
-    """Runs the whole mission: prepare data, choose the best of several models if they are given, evaluate it untouched, fine-tune
-    it, embed the corpus, build the index, search it with the test queries, and evaluate again.
+    """Runs the whole mission: prepare data, choose the best of several models if they are given, evaluate it untouched, mine hard
+    negatives if asked to, fine-tune it, embed the corpus, build the index, search it with the test queries, and evaluate again.
 
     Each section holds options of the job of that name, written with underscores. Paths between jobs need not be given.
     """
@@ -31,6 +31,7 @@ class Settings(StageSettings):
         (), description="Models of which the best on dev (without dev: on train) is started from, in place of --model."
     )
     prepare: dict[str, Any] = Field({}, description="Options of the prepare job.")
+    mine: dict[str, Any] | None = Field(None, description="Options of the mine job; none: no hard negatives are mined.")
     finetune: dict[str, Any] = Field({}, description="Options of the finetune job.")
     embed: dict[str, Any] = Field({}, description="Options of the embed job.")
     index: dict[str, Any] = Field({}, description="Options of the index job.")
@@ -52,9 +53,9 @@ class Settings(StageSettings):
 
 Stage = tuple[str, Callable[[Any], Any], JobSettings]
 
-_SECTIONS = ("prepare", "finetune", "embed", "index", "search", "evaluate")
+_SECTIONS = ("prepare", "mine", "finetune", "embed", "index", "search", "evaluate")
 _BEFORE, _AFTER = "evaluation-base", "evaluation-tuned"
-_CANDIDATES = "candidates"
+_CANDIDATES, _NEGATIVES = "candidates", "negatives"
 _NAME = re.compile(r"[\w.-]+")
 
 
@@ -73,16 +74,19 @@ def plan(settings: Settings, *, has_gpu: bool, winner: str | None = None) -> lis
     split = str(settings.evaluate.get("split", "test"))
     data, tuned, vectors, built = (str(root / name) for name in ("data", "model", "embeddings", "index"))
     before, after = str(root / _BEFORE), str(root / _AFTER)
-    base, known = settings.model, {}
+    base, known, there = settings.model, {}, f"{before}/embeddings"
     if winner:
         base = evaluate.named_models(settings.candidates)[winner]
-        known = {"embeddings": str(evaluate.embeddings_of(evaluate.folder_of(root / _CANDIDATES, winner)))}
+        there = str(evaluate.embeddings_of(evaluate.folder_of(root / _CANDIDATES, winner)))
+        known = {"embeddings": there}
+    negatives: dict[str, Any] = {"negatives": str(root / _NEGATIVES)} if settings.mine is not None else {}
     _refuse_unknown_names(settings)
     wired: list[tuple[str, Any, dict[str, Any]]] = [
         ("prepare", prepare, {"output": data}),
         ("evaluate", evaluate, {"output": before, "data": data, "model": base, "system": "base", **known}),
         *(_also(settings, name, "base", base) for name in settings.also),
-        ("finetune", finetune, {"output": tuned, "data": data, "model": base}),
+        *(("mine", mine, {"output": own, "data": data, "model": base, "embeddings": there}) for own in negatives.values()),
+        ("finetune", finetune, {"output": tuned, "data": data, "model": base, **negatives}),
         ("embed", embed, {"output": vectors, "corpus": f"{data}/corpus", "model": tuned}),
         ("index", index, {"output": built, "embeddings": vectors}),
         ("search", search, {"output": str(root / "results"), "index": built, "queries": f"{data}/queries/{split}.parquet"}),
@@ -124,7 +128,7 @@ def _stage_settings(settings: Settings, name: str, job: Any, wiring: dict[str, A
 def _section(settings: Settings, name: str, *, has_gpu: bool) -> dict[str, Any]:
     if name.startswith("also."):
         return settings.also[name.removeprefix("also.")]
-    return {**getattr(settings, name), **({} if has_gpu else settings.without_gpu.get(name, {}))}
+    return {**(getattr(settings, name) or {}), **({} if has_gpu else settings.without_gpu.get(name, {}))}
 
 
 def _refuse_unknown_names(settings: Settings) -> None:
@@ -136,8 +140,8 @@ def _refuse_unknown_names(settings: Settings) -> None:
         raise ValueError(f"pipeline, also: '{nameless[0]}' cannot name a folder. Use letters, digits, '.', '_' and '-'.")
 
 
-def _choice(settings: Settings, split: str, *, has_gpu: bool) -> evaluate.Settings:
-    """Returns the settings of the choice among candidates."""
+def choose(settings: Settings, split: str, *, has_gpu: bool) -> evaluate.Settings:
+    """Returns the settings of the stage that ranks the candidates."""
     root, own = Path(settings.output), _section(settings, "evaluate", has_gpu=has_gpu)
     dims = own.get("dims") or _section(settings, "finetune", has_gpu=has_gpu).get("dims", ())
     values = {"output": str(root / _CANDIDATES), "data": str(root / "data"), "models": settings.candidates, "split": split,
@@ -145,7 +149,7 @@ def _choice(settings: Settings, split: str, *, has_gpu: bool) -> evaluate.Settin
     return evaluate.Settings.from_values(values, "pipeline, candidates")
 
 
-def _choosing_split(settings: Settings, data: DatasetStore, *, has_gpu: bool) -> str:
+def choosing_split(settings: Settings, data: DatasetStore, *, has_gpu: bool) -> str:
     """Returns the split on which candidates are ranked: never the one that the final figures come from.
 
     Raises:
@@ -175,7 +179,7 @@ def _refuse_early(settings: Settings) -> None:
             for name, _, stage in plan(settings, has_gpu=has_gpu, winner=winner):
                 _refuse_stage(f"pipeline, section '{name}', model {location}", stage, info)
     for has_gpu in (True, False) if settings.candidates else ():
-        evaluate.check_models(_choice(settings, "dev", has_gpu=has_gpu))
+        evaluate.check_models(choose(settings, "dev", has_gpu=has_gpu))
     for name in settings.also:
         evaluate.check_data(_stage_settings(settings, *_also(settings, name, "base", settings.model), has_gpu=True))
 
@@ -196,7 +200,9 @@ def _refuse_data(folder: str, stages: Sequence[JobSettings]) -> None:
     data = DatasetStore.open(storage.local_path(folder))
     for stage in stages:
         if isinstance(stage, finetune.Settings):
-            count_steps(len(data.training_pairs()["query"]), stage.batch_size, stage.epochs, stage.max_steps)
+            count_steps(data.num_pairs, stage.batch_size, stage.epochs, stage.max_steps)
+        if isinstance(stage, mine.Settings):
+            mine.check_window(stage, data)
         if isinstance(stage, evaluate.Settings) and stage.data == folder:
             data.queries(stage.split)
             data.qrels(stage.split)
@@ -216,8 +222,8 @@ def run(settings: Settings) -> None:
         data = str(output / "data")
         _refuse_data(data, [stage for _, _, stage in stages])
         if settings.candidates:
-            split = _choosing_split(settings, DatasetStore.open(Path(data)), has_gpu=has_gpu)
-            _run_stage(("choose", evaluate.run, _choice(settings, split, has_gpu=has_gpu)))
+            split = choosing_split(settings, DatasetStore.open(Path(data)), has_gpu=has_gpu)
+            _run_stage(("choose", evaluate.run, choose(settings, split, has_gpu=has_gpu)))
             _, *stages = plan(settings, has_gpu=has_gpu, winner=report.read_best(output / _CANDIDATES))
         for stage in stages:
             _run_stage(stage)
@@ -256,7 +262,8 @@ def _collect(output: Path, settings: Settings) -> Report:
     """Returns what all evaluations of the run found."""
     also = [f"also-{name}-{system}" for name in settings.also for system in ("base", "tuned")]
     chosen = [_CANDIDATES] if settings.candidates else []
-    stages = ("data", *chosen, _BEFORE, "model", "embeddings", "index", "results", _AFTER, *also)
+    mined = [_NEGATIVES] if settings.mine is not None else []
+    stages = ("data", *chosen, _BEFORE, *mined, "model", "embeddings", "index", "results", _AFTER, *also)
     return Report(
         "Before and after fine-tuning",
         report.read_rows(output / _AFTER),

@@ -56,7 +56,7 @@ class Process:
         try:
             result = self._connection.recv()
         except (EOFError, ConnectionError):
-            raise RuntimeError(f"the process of {self._name} was lost. If memory ran out, pass fewer --documents.") from None
+            raise RuntimeError(f"the process of {self._name} was lost. If memory ran out, give it less to do.") from None
         if isinstance(result, _Failure):
             raise RuntimeError(f"{self._name}: {result.text}")
         return result

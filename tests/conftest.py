@@ -71,7 +71,8 @@ def pipeline_config(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path
     texts.write_parquet(root / "pairs.parquet", texts.pairs(PIPELINE_PAIRS))
     config = {
         "output": str(root / "run"),
-        "model": tiny,
+        "candidates": [tiny],
+        "also": {"alike": {"sts": str(texts.write_sts(root / "alike.csv"))}},
         "prepare": {"pairs": str(root / "pairs.parquet")},
         "finetune": {
             "dims": [64, 32, 16],

@@ -64,7 +64,10 @@ def tokenise(folder: Path, base: Path, columns: Mapping[str, Sequence[Any]], num
     tokeniser = training.make_tokeniser(model.load(base, "cpu"), options.get("max_tokens"))
     edges = [len(columns["query"]) * number // num_parts for number in range(num_parts + 1)]
     files = [
-        write_pairs(folder / f"pairs-{number}.parquet", {name: values[edges[number] : edges[number + 1]] for name, values in columns.items()})
+        write_pairs(
+            folder / f"pairs-{number}.parquet",
+            {name: values[edges[number] : edges[number + 1]] for name, values in columns.items()},
+        )
         for number in range(num_parts)
     ]
     parts = [folder / "parts" / str(number) for number in range(num_parts)]
@@ -86,9 +89,7 @@ def make_job(
         more: Further attributes.
     """
     columns = columns or texts.pairs(24)
-    files, parts = tokenise(
-        folder, Path(base), columns, num_negatives=recipe.num_negatives, max_tokens=recipe.max_tokens
-    )
+    files, parts = tokenise(folder, Path(base), columns, num_negatives=recipe.num_negatives, max_tokens=recipe.max_tokens)
     named = {"precision": "float32", "identity": "this run", "output": folder, "target": folder / "model"}
     return Job(base=Path(base), parts=parts, pair_files=files, recipe=recipe, **{**named, **more})
 

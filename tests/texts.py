@@ -68,3 +68,16 @@ def write_beir(folder: Path, *, num_pairs: int = 60, splits: Sequence[str] = ("t
         lines = [f"q{number}\td{number}\t1\n" for number in range(position, num_pairs, len(splits))]
         (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines), "utf-8")
     return folder
+
+
+def write_sts(path: Path, *, num_pairs: int = 30) -> Path:
+    """Writes scored pairs of sentences in the form of STS-benchmark's own file: the score is the number of shared words."""
+    lines = []
+    for number in range(num_pairs):
+        words = random.Random(20_000 + number).sample(WORDS, k=10)
+        score = number % 6
+        lines.append(
+            f"genre\tfile\t2026\t{number}\t{score}.000\t{' '.join(words[:5])}\t{' '.join(words[5 - score : 10 - score])}\n"
+        )
+    path.write_text("".join(lines), "utf-8")
+    return path

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from matryoshka.encode import Precision
-from matryoshka.packed import CannotPackError, PackedModel
+from matryoshka.packed import Attention, CannotPackError, PackedModel
 from matryoshka.stream import Stream, end_of_step
 
 # Tokens of a forward pass. CPU: larger ones fall out of the caches [measured, AMX].
@@ -122,6 +122,6 @@ def _attention_dropout(network: Any) -> float:
 def _lengths_of(features: Mapping[str, Any]) -> npt.NDArray[np.int64]:
     """Returns the lengths of the texts; of a part of a batch, they are read from the device."""
     lengths: npt.NDArray[np.int64] = features["lengths"]
-    if len(lengths) == len(features["cu_seq_lens_q"]) - 1:
-        return lengths
-    return np.diff(features["cu_seq_lens_q"].cpu().numpy()).astype(np.int64)
+    if len(lengths) != len(features["cu_seq_lens_q"]) - 1:
+        lengths = np.diff(features["cu_seq_lens_q"].cpu().numpy()).astype(np.int64)
+    return lengths

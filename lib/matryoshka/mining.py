@@ -167,7 +167,18 @@ class Mined:
 
 @dataclass(frozen=True, slots=True)
 class _Pairs:
-    """What is asked about some pairs; ``queries`` numbers the rows of ``vectors``, so that a query is searched once."""
+    """What is asked about some pairs.
+
+    Attributes:
+        queries: Rows of ``vectors``, so that a query is searched once.
+        vectors: Of the queries.
+        keys: Hashes of the queries, as ``Relation`` knows what answers them.
+        labels: Hashes of the labels, if the pairs have any.
+        texts: Hashes of the queries as texts of documents.
+        seeds: Decide random choices.
+        given: Number of the pair, and the negatives that it brings.
+        wanted: How many negatives to find.
+    """
 
     queries: IntArray
     vectors: Float16Array
@@ -228,7 +239,7 @@ class Miner:
         first = np.unique(queries, return_index=True)[1]
         keys, given = positives.hash_queries(rows["query"]), [negatives for negatives, _ in given_negatives(rows)]
         seeds = positives.mix(keys, positives.hash_ids(rows["document_id"]))
-        counts = np.asarray([len(own) for own in given])
+        counts = np.asarray([len(own) for own in given], dtype=np.int64)
         return _Pairs(
             queries,
             vectors[first],
@@ -236,7 +247,10 @@ class Miner:
             positives.hash_labels(rows["label"]) if "label" in rows else None,
             positives.hash_texts(rows["query"]),
             seeds,
-            Relation.of(np.repeat(seeds, counts), positives.hash_texts(text for own in given for text in own)),
+            Relation.of(
+                np.repeat(np.arange(len(counts), dtype=np.uint64), counts),
+                positives.hash_texts(text for own in given for text in own),
+            ),
             np.maximum(self._rules.num_negatives - counts, 0),
         )
 
@@ -247,7 +261,7 @@ class Miner:
         ranking = Ranking(ranking.scores[numbers], ranking.documents[numbers], ranking.ids[numbers])
         candidates = self._judge(pairs, own, ranking)
         positive_scores, margin = mined.positive_scores[own], np.float32(self._rules.relative_margin)
-        bars: Float32Array = positive_scores - np.abs(positive_scores) * margin
+        bars = (positive_scores - np.abs(positive_scores) * margin).astype(np.float32)
         choice = choose(candidates, bars, pairs.wanted[own], pairs.seeds[own], self._rules)
         width = choice.columns.shape[1]  # a corpus may be smaller than what is wanted
         taken = choice.columns >= 0
@@ -262,7 +276,7 @@ class Miner:
         is_known = self._known.holds(pairs.keys[own], texts)
         if pairs.labels is not None:
             is_known |= self._known.holds(pairs.labels[own], texts)
-        is_barred = (ranking.documents < 0) | (texts == pairs.texts[own, None]) | pairs.given.holds(pairs.seeds[own], texts)
+        is_barred = (ranking.documents < 0) | (texts == pairs.texts[own, None]) | pairs.given.holds(own.astype(np.uint64), texts)
         return Candidates(ranking.scores, texts, is_known & (ranking.documents >= 0), is_barred)
 
 

@@ -164,11 +164,13 @@ def _pooled_width(config: Mapping[str, Any]) -> int:
 
 
 def _read_max_tokens(folder: Path) -> int | None:
+    """Returns the window as sentence-transformers finds it: its own limit, or the smaller of network's and tokenizer's."""
+    own = _read_optional(folder / "sentence_bert_config.json").get("max_seq_length")
     limits = [
-        _read_optional(folder / "sentence_bert_config.json").get("max_seq_length"),
         _read_optional(folder / "config.json").get("max_position_embeddings"),
+        _read_optional(folder / "tokenizer_config.json").get("model_max_length"),
     ]
-    return next((int(limit) for limit in limits if limit), None)
+    return int(own) if own else min((int(limit) for limit in limits if limit), default=None)
 
 
 def _read_optional(path: Path) -> dict[str, Any]:

@@ -134,16 +134,16 @@ def grouped_attention(
     """
     # One row per place: T tokens become sum(n x P) places, in which every group is a block of equal lengths.
     sizes = [group.num_documents * group.length for group in layout.groups]
-    q, k, v = (_spread(part[0].transpose(0, 1), layout).split(sizes) for part in (query, key, value))
+    q, k, v = (torch.split(_spread(part[0].transpose(0, 1), layout), sizes) for part in (query, key, value))
     is_causal = bool(getattr(module, "is_causal", False))
     parts = []
     for number, group in enumerate(layout.groups):
         shape = (group.num_documents, group.length, -1, query.shape[3])
         own_q, own_k, own_v = (part[number].view(shape).transpose(1, 2) for part in (q, k, v))  # [n, H, P, d]
         mask = _mask(layout, number, sliding_window, is_causal, bias)
-        named = {"attn_mask": mask, "is_causal": is_causal and mask is None, "scale": scaling}
+        named: dict[str, Any] = {"attn_mask": mask, "is_causal": is_causal and mask is None, "scale": scaling}
         if _is_slow_backwards(own_q, own_k, mask, dropout):
-            attended = _CpuAttention.apply(own_q, own_k, own_v, *named.values())
+            attended = _apply(_CpuAttention, own_q, own_k, own_v, *named.values())
         else:
             attended = torch.nn.functional.scaled_dot_product_attention(
                 own_q, own_k, own_v, dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1], **named
@@ -156,16 +156,19 @@ def _spread(tokens: Tensor, layout: Layout) -> Tensor:
     """Returns the rows of all places, given those of all tokens."""
     if layout.spread is None or layout.collect is None:
         return tokens
-    rows: Tensor = _Spread.apply(tokens, layout.spread, layout.collect, layout.num_tokens)
-    return rows
+    return _apply(_Spread, tokens, layout.spread, layout.collect, layout.num_tokens)
 
 
 def _collect(places: Tensor, layout: Layout) -> Tensor:
     """Returns the rows of all tokens, given those of all places."""
     if layout.spread is None or layout.collect is None:
         return places
-    rows: Tensor = _Collect.apply(places, layout.spread, layout.collect, layout.num_tokens)
-    return rows
+    return _apply(_Collect, places, layout.spread, layout.collect, layout.num_tokens)
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    result: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _Spread(torch.autograd.Function):

@@ -5,6 +5,7 @@ share one, a candidate more is passed over; a known positive is never taken for 
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -154,9 +155,12 @@ def read(data: DatasetStore, index_ids: Iterable[Any]) -> tuple[Documents, Relat
     rows = np.concatenate([np.empty(0, np.int64), *(find(part, ids, order) for part in _hash_index(index_ids))])
     if (rows < 0).any():
         raise ValueError(f"{data.folder}: lacks {(rows < 0).sum()} documents of the index. Mine into another --output.")
-    of_split = [_read_qrels(data, split, owners, texts) for split in data.splits]
-    of_pairs = [_read_pairs(part, data.is_chunked, owners, texts) for part in _pair_rows(data)]
-    return Documents(ids[rows], texts[rows]), Relation.union([*of_split, *of_pairs])
+    documents = Documents(ids[rows], texts[rows])
+    order = np.argsort(owners)
+    owners, texts = owners[order], texts[order]
+    of_split = (_read_qrels(data, split, owners, texts) for split in data.splits)
+    of_pairs = (_read_pairs(part, data.is_chunked, owners, texts) for part in _pair_rows(data))
+    return documents, Relation.union(itertools.chain(of_split, of_pairs))
 
 
 def _read_corpus(data: DatasetStore) -> tuple[Hashes, Hashes, Hashes]:
@@ -217,13 +221,12 @@ def _read_pairs(part: dict[str, list[Any]], is_chunked: bool, owners: Hashes, te
 
 
 def _relate(keys: Hashes, wanted: Hashes, owners: Hashes, texts: Hashes) -> Relation:
-    """Returns the set of each key with the text of every row of the document that stands beside it.
+    """Returns the set of each key with every text of the document that is wanted with it.
 
-    Shapes: keys [M], wanted [M], owners [N], texts [N].
+    Shapes: keys [M], wanted [M], owners [N] (sorted), texts [N].
     """
-    order = np.argsort(owners)
-    first, last = (np.searchsorted(owners, wanted, side=side, sorter=order) for side in ("left", "right"))
+    first, last = (np.searchsorted(owners, wanted, side=side) for side in ("left", "right"))
     counts = last - first
     starts = np.cumsum(counts) - counts  # of each key's run in what comes out
     places = np.arange(counts.sum()) + np.repeat(first - starts, counts)
-    return Relation.of(np.repeat(keys, counts), texts[order[places]])
+    return Relation.of(np.repeat(keys, counts), texts[places])

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+_LOG_ENTRIES = 50
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -53,6 +55,11 @@ class Recipe:
         if not self.evaluations:
             return frozenset()
         return frozenset(self.num_steps * number // self.evaluations for number in range(self.evaluations + 1))
+
+    @property
+    def log_steps(self) -> int:
+        """After how many steps each the loss is noted."""
+        return max(self.num_steps // _LOG_ENTRIES, 1)
 
     def rate_at(self, step: int) -> float:
         """Returns the share of the highest learning rate that the step after ``step`` steps takes.

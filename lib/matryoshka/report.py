@@ -151,12 +151,12 @@ def _difference(before: str, after: str) -> str:
 def model_table(profiles: Sequence[Profile], ranking: Ranking | None = None) -> Table:
     """Returns size and speed of models; ranked ones stand in their order, with the mean that put them there."""
     order = list(ranking.means) if ranking else []
-    means = [f"mean {ranking.metric}"] if ranking else []
-    header = ["model", *means, "MB", "million parameters", "width", "window", "documents/s", "queries/s"]
+    means = ["mean"] if ranking else []
+    header = ["model", *means, "MB", "params", "width", "window", "docs/s", "queries/s"]  # must fit a terminal
     lines = []
     for profile in sorted(profiles, key=lambda profile: order.index(profile.system)) if order else profiles:
         own = [f"{ranking.means[profile.system]:.3f}"] if ranking else []
-        size = [f"{profile.num_bytes / 1e6:,.1f}", f"{profile.num_parameters / 1e6:,.1f}", str(profile.width)]
+        size = [f"{profile.num_bytes / 1e6:,.1f}", f"{profile.num_parameters / 1e6:,.1f}M", str(profile.width)]
         rates = [_rate(profile.documents_per_second), _rate(profile.queries_per_second)]
         lines.append([profile.system, *own, *size, str(profile.max_tokens or ""), *rates])
     return [header, *lines]

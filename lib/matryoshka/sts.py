@@ -77,8 +77,8 @@ def _of_parquet(path: Path) -> Iterator[tuple[Any, ...]]:
 
 def _of_named(path: Path, text: str, delimiter: str) -> Iterator[tuple[Any, ...]]:
     """Yields the rows of a file with a header: tabs are without quoting, as everywhere with these data; commas are CSV."""
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
+    lines = io.StringIO(text, newline="")
+    rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if delimiter == "\t" else csv.DictReader(lines)
     try:
         _check_names(path, rows.fieldnames or ())
         yield from (tuple(row[name] for name in COLUMNS) for row in rows)

@@ -35,7 +35,6 @@ LOG = "training_log.json"
 DEV = f"dev_{HEADLINE}"
 
 _SHOWN_PAIRS = 3
-_LOG_ENTRIES = 50
 _NOTED = ("entries", "best_step", "best_score", "num_worse", "stopped_at", "loss_sum", "num_summed")
 
 
@@ -184,9 +183,7 @@ class _Trainer(SentenceTransformerTrainer):
         named: As the trainer's own.
     """
 
-    def __init__(
-        self, data: _Batches, scores: losses.MaskedScores, on_loss: Callable[[Any, Tensor], None], **named: Any
-    ) -> None:
+    def __init__(self, data: _Batches, scores: losses.MaskedScores, on_loss: Callable[[Any, Tensor], None], **named: Any) -> None:
         super().__init__(**named)
         self._data, self._scores, self._on_loss = data, scores, on_loss
 
@@ -411,7 +408,7 @@ class _Watch(TrainerCallback):
         if not self._evaluate(self._step):
             control.should_training_stop = True
         # Counted from the run's beginning, wherever this process has begun.
-        control.should_log = self._step % max(num_steps // _LOG_ENTRIES, 1) == 0 or self._step == num_steps
+        control.should_log = self._step % self._run.job.recipe.log_steps == 0 or self._step == num_steps
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:  # noqa: ARG002
         if logs and "loss" in logs:

@@ -12,6 +12,7 @@ from matryoshka.artifacts import Manifest
 from matryoshka.funnel import COARSE, IDS, VECTORS
 from matryoshka.index import CoarseIndex
 
+_BATCH_ROWS = 16_384
 _UNIT_TOLERANCE = 2e-3  # float16 rounding moves the norm of a unit vector by up to 2e-4; ten times that is a fault
 
 
@@ -38,6 +39,7 @@ def verify(folder: Path) -> tuple[Manifest, list[str]]:
         "dataset": _check_dataset,
         "embeddings": _check_embeddings,
         "index": _check_index,
+        "negatives": _check_negatives,
         "model": _check_model,
         "results": _check_results,
         "run": _check_run,
@@ -105,6 +107,18 @@ def _check_dataset(folder: Path, manifest: Manifest) -> Iterator[str]:
             strangers = set(store.qrels(split)) - set(store.queries(split)[0])
             if strangers:
                 yield f"{folder}: split '{split}' judges {len(strangers)} queries that it does not have"
+
+
+def _check_negatives(folder: Path, manifest: Manifest) -> Iterator[str]:
+    yield from _check_results(folder, manifest)
+    for receipt in manifest.receipts:
+        path = folder / receipt.files[0].path
+        num_rows = 0
+        for rows in corpus.read_rows(path, _BATCH_ROWS, ["negatives", "negative_ids"]):
+            for texts, ids in zip(rows["negatives"], rows["negative_ids"], strict=True):
+                if len(texts) != len(ids):
+                    yield f"{path}: row {num_rows} has {len(texts)} negatives and {len(ids)} ids"
+                num_rows += 1
 
 
 def _check_results(folder: Path, manifest: Manifest) -> Iterator[str]:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import texts
 
-from jobs import cluster, embed, evaluate, finetune, index, pipeline, prepare, search, verify
+from jobs import cluster, embed, evaluate, finetune, index, mine, pipeline, prepare, search, verify
 
 
 @pytest.fixture
@@ -231,6 +231,39 @@ def test_evaluate_refuses_a_split_that_the_data_does_not_have(tmp_path: Path, da
         evaluate.run(evaluate.Settings(output=str(tmp_path / "out"), data=str(dataset), model=tiny, split="exam"))
 
 
+_BAD_EVALUATIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "two models of one name": (
+        {"models": ("a/model", "b/model")},
+        r"two are named 'model' \(a/model, b/model\)\. Write another-name=",
+    ),
+    "a name that is a path": ({"models": ("a/b=c",)}, "'a/b' cannot name a folder"),
+    "a candidate that is no model": ({"models": ("TINY", "x=DATA")}, "no model here"),
+    "a candidate that is nowhere": ({"models": ("TINY", "no-such-model")}, "no-such-model: no such folder"),
+    "dims that no model has": ({"models": ("TINY",), "dims": (65, 64)}, "none of them has 65 dims"),
+    "dims of which a model has none": ({"models": ("TINY",), "dims": (65,)}, "dims 65 do not fit a model of width 64"),
+    "a model and several": ({"models": ("TINY",), "model": "TINY"}, "--model cannot be used with --models"),
+    "an index of several models": (
+        {"models": ("TINY",), "index": "index"},
+        "--index cannot be used with --models: it goes with one",
+    ),
+    "no data": ({"data": None}, "--data .*, --beir or --sts, one of them"),
+    "two kinds of data": ({"sts": "sts.csv"}, "--data .*, --beir or --sts, one of them"),
+    "a split of sentences": ({"data": None, "sts": "sts.csv", "split": "dev"}, "--split cannot be used with --sts"),
+    "sentences that are nowhere": ({"data": None, "sts": "sts.csv"}, r"sts\.csv: cannot be read"),
+}
+
+
+@pytest.mark.usefixtures("no_workers")
+@pytest.mark.parametrize("case", _BAD_EVALUATIONS)
+def test_evaluate_refuses(tmp_path: Path, dataset: Path, tiny: str, case: str) -> None:
+    given, message = _BAD_EVALUATIONS[case]
+    names = [name.replace("TINY", tiny).replace("DATA", str(dataset)) for name in given.get("models", ())]
+    values = {"output": str(tmp_path / "out"), "data": str(dataset), **given, "models": tuple(names)}
+    with pytest.raises(ValueError, match=message):
+        evaluate.run(evaluate.Settings.from_values(values, "evaluate"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("plan", [("16:50", "96:20"), ("128:50",)])
 def test_index_refuses_a_funnel_wider_than_the_vectors(finished_pipeline: Path, tmp_path: Path, plan: tuple[str, ...]) -> None:
     settings = index.Settings(output=str(tmp_path / "out"), embeddings=str(finished_pipeline / "embeddings"), plan=plan)
@@ -330,7 +363,9 @@ def test_a_model_that_is_nowhere_is_refused_by_its_name(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_workers")
 @pytest.mark.parametrize("replace", [False, True])
-@pytest.mark.parametrize("job", ["prepare", "embed", "finetune", "index", "search", "evaluate", "evaluate-beir", "pipeline"])
+@pytest.mark.parametrize(
+    "job", ["prepare", "mine", "embed", "finetune", "index", "search", "evaluate", "evaluate-beir", "pipeline"]
+)
 @pytest.mark.parametrize("foreign", ["notes.txt", "manifest.json"])
 def test_an_output_folder_of_something_else_is_not_touched(
     tmp_path: Path, dataset: Path, tiny: str, finished_pipeline: Path, foreign: str, job: str, replace: bool
@@ -355,6 +390,7 @@ def _with_output(job: str, output: Path, root: Path, dataset: Path, model: str, 
     corpus, beir = str(texts.write_corpus(root / "corpus")), str(texts.write_beir(root / "beir"))
     settings: dict[str, Callable[[], Any]] = {
         "prepare": lambda: prepare.Settings(pairs=pairs, **common),
+        "mine": lambda: mine.Settings(data=str(dataset), model=model, window="0:20", **common),
         "embed": lambda: embed.Settings(corpus=corpus, model=model, **common),
         "finetune": lambda: finetune.Settings(data=str(dataset), model=model, batch_size=16, **common),
         "index": lambda: index.Settings(embeddings=str(done / "embeddings"), **common),
@@ -403,6 +439,7 @@ _BAD_YAML: dict[str, tuple[str, str]] = {
     "no output": ("model: minilm\n", "'output' is missing"),
     "a list": ("- output\n- model\n", "holds no settings"),
     "broken syntax": ("output: [out\n", "not YAML"),
+    "a model and candidates": ("output: out\nmodel: minilm\ncandidates: [minilm]\n", "either --model or --candidates"),
 }
 
 
@@ -420,6 +457,16 @@ _BAD_SECTIONS: dict[str, tuple[str, str]] = {
     "dims that are too large": ("finetune: {dims: [64, 4096]}", "4096"),
     "a funnel that is too wide": ("index: {plan: ['16:50', '4096:20']}", "4096"),
     "a path that the pipeline sets": ("index: {output: elsewhere}", r"section 'index': 'output' is set by the pipeline itself"),
+    "candidates that are no models": ("candidates: [jobs, lib]", "jobs: no model here"),
+    "candidates of one name": ("candidates: [a/model, b/model]", "two are named 'model'"),
+    "other data that is not there": ("also: {alike: {sts: no-such.csv}}", r"no-such\.csv: cannot be read"),
+    "other data without its split": ("also: {far: {beir: tests}}", r"tests/qrels/test\.tsv: not there"),
+    "other data of no kind": ("also: {far: {split: dev}}", r"section 'also\.far': give the data as"),
+    "other data with a path that the pipeline sets": (
+        "also: {far: {model: minilm}}",
+        r"section 'also\.far': 'model' is set by the",
+    ),
+    "other data of no name": ("also: {far/away: {beir: tests}}", "also: 'far/away' cannot name a folder"),
     "two sources": ("prepare: {pairs: a, beir: b}", "exactly one source"),
     "an unknown key without a GPU": ("without_gpu: {embed: {unit_row: 5}}", r"no key 'unit_row'\. Did you mean 'unit_rows'"),
     "an unknown section without a GPU": ("without_gpu: {embd: {unit_rows: 5}}", r"no section 'embd'"),
@@ -431,7 +478,8 @@ _BAD_SECTIONS: dict[str, tuple[str, str]] = {
 def test_the_pipeline_refuses_before_any_stage_a_section_with(tmp_path: Path, tiny: str, case: str) -> None:
     section, message = _BAD_SECTIONS[case]
     source = "" if section.startswith("prepare") else "prepare: {pairs: pairs.parquet}\n"
-    text = f"output: {tmp_path / 'out'}\nmodel: {tiny}\n{source}{section}\n"
+    start = "" if section.startswith("candidates") else f"model: {tiny}\n"
+    text = f"output: {tmp_path / 'out'}\n{start}{source}{section}\n"
     settings = pipeline.Settings.from_command_line(_yaml(tmp_path, text), "pipeline")
     with pytest.raises(ValueError, match=message):
         pipeline.run(settings)

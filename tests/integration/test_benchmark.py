@@ -152,8 +152,11 @@ def test_a_cluster_is_refused(root: Path, tiny: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["index"], "'work': input should be 'encode' .found 'index'"),
+        (["index"], "'work': input should be 'encode' or 'finetune' .found 'index'"),
         ([], "'work' is missing"),
+        (["finetune"], r"benchmark finetune: no pairs\. Pass --pairs PATH"),
+        (["finetune", "--pairs", "pairs"], r"--corpus: says nothing to benchmark finetune\. Leave it out"),
+        (["encode", "--batch-size", "8"], r"--batch-size: says nothing to benchmark encode\. Leave it out"),
         (["encode", "--rounds", "0"], "'rounds': input should be greater than or equal to 1"),
         (["encode", "--device", "tpu"], "'device': input should be 'cpu' or 'cuda'"),
     ],

@@ -1,20 +1,29 @@
-"""Fine-tuning with one rank and with two: the same mathematics, a model that any tool loads."""
+"""Fine-tuning under Ray Train: what comes out, what is refused, and what holds when ranks and drivers are lost on the way."""
 
-import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import folders
 import numpy as np
+import psutil
+import pyarrow.parquet as pq
 import pytest
-import ranks
 import texts
+from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
 
 from jobs import finetune, prepare, verify
-from matryoshka import training
-from matryoshka.recipe import Recipe
+from matryoshka import artifacts
+
+ROOT = Path(__file__).parents[2]
+DIMS = (64, 32, 8)
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -28,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _settings(output: Path, data: Path, model: str, **more: Any) -> finetune.Settings:
-    small = {"batch_size": 16, "max_steps": 60, "epochs": 20, "dropout": 0.0, "learning_rate": 3e-3, "precision": "float32"}
+    small = {"batch_size": 16, "max_steps": 60, "epochs": 20, "learning_rate": 3e-3, "precision": "float32", "dims": DIMS}
     return finetune.Settings(output=str(output), data=str(data), model=model, **{**small, **more})
 
 
@@ -36,7 +45,7 @@ def _settings(output: Path, data: Path, model: str, **more: Any) -> finetune.Set
 def two_ranks(tmp_path_factory: pytest.TempPathFactory, data: Path, tiny: str) -> Path:
     """The model that two ranks trained under Ray."""
     output = tmp_path_factory.mktemp("two") / "model"
-    finetune.run(_settings(output, data, tiny, workers=2, dims=(64, 32, 8)))
+    finetune.run(_settings(output, data, tiny, workers=2, tensorboard=True))
     return output
 
 
@@ -46,6 +55,15 @@ def trained(request: pytest.FixtureRequest) -> Path:
     if request.param == 1:
         return Path(request.getfixturevalue("finished_pipeline")) / "model"
     return Path(request.getfixturevalue("two_ranks"))
+
+
+def _log(folder: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((folder / "training_log.json").read_text())
+    return value
+
+
+def _losses(folder: Path) -> list[float]:
+    return [entry["loss"] for entry in _log(folder)["entries"] if "loss" in entry]
 
 
 def test_the_loss_falls_on_pairs_that_can_be_learned(trained: Path) -> None:
@@ -65,64 +83,128 @@ def test_the_manifest_says_what_was_trained(two_ranks: Path, data: Path) -> None
     made = folders.manifest(two_ranks)
     assert made["is_complete"]
     assert made["identity"]["dims"] == [64, 32, 8]
-    assert made["identity"]["workers"] == 2
     assert made["identity"]["data"] == folders.manifest(data)["fingerprint"]
-    assert made["facts"]["num_steps"] == 60
+    assert (made["facts"]["workers"], made["facts"]["num_steps"]) == (2, 60)
+    assert set(made["facts"]["trainable"]) == {"embeddings", "layer 0", "layer 1"}
     verify.run(verify.Settings(folder=str(two_ranks)))
+
+
+def test_nothing_that_only_training_needs_is_left(two_ranks: Path) -> None:
     assert not list(two_ranks.rglob(".partial-*"))
+    assert not (two_ranks / "checkpoints").exists()
+    assert not [path for path in two_ranks.rglob("*") if path.suffix in {".bin", ".pt", ".pkl"}]
+
+
+def test_the_log_has_losses_and_the_dev_split_s_figures_at_every_dim(two_ranks: Path) -> None:
+    entries = _log(two_ranks)["entries"]
+    looked_at = [entry for entry in entries if "dev_nDCG@10" in entry]
+    assert [entry["step"] for entry in looked_at] == [0, 12, 24, 36, 48, 60]
+    for entry in looked_at:
+        assert entry["dev_nDCG@10"] == pytest.approx(np.mean([entry[f"dev_nDCG@10_{dim}"] for dim in DIMS]))
+    assert all({"loss", "learning_rate", "grad_norm"} <= entry.keys() for entry in entries if entry not in looked_at)
+    assert list((two_ranks / "tensorboard").glob("events.*"))
+
+
+def test_the_card_has_the_figures_before_and_after(two_ranks: Path) -> None:
+    log, card = _log(two_ranks), (two_ranks / "README.md").read_text()
+    by_step = {entry["step"]: entry for entry in log["entries"] if "dev_nDCG@10" in entry}
+    best = by_step[log["summary"]["kept_step"]]
+    assert best["dev_nDCG@10"] == max(entry["dev_nDCG@10"] for entry in by_step.values())
+    for dim in DIMS:
+        assert f"| {dim} | {by_step[0][f'dev_nDCG@10_{dim}']:.3f} | {best[f'dev_nDCG@10_{dim}']:.3f} |" in card
 
 
 def test_the_same_finetune_command_again_does_nothing(two_ranks: Path, data: Path, tiny: str) -> None:
     before = folders.times(two_ranks)
-    finetune.run(_settings(two_ranks, data, tiny, workers=2, dims=(64, 32, 8)))
+    finetune.run(_settings(two_ranks, data, tiny, workers=1))  # how many ranks there were does not matter
     assert folders.times(two_ranks) == before
 
 
 def test_finetune_refuses_an_output_of_another_recipe_and_leaves_it_as_it_is(two_ranks: Path, data: Path, tiny: str) -> None:
     before = folders.times(two_ranks)
     with pytest.raises(ValueError, match=r"learning_rate: 0\.003 there, 0\.01 now"):
-        finetune.run(_settings(two_ranks, data, tiny, workers=2, dims=(64, 32, 8), learning_rate=0.01))
+        finetune.run(_settings(two_ranks, data, tiny, learning_rate=0.01))
     assert folders.times(two_ranks) == before
 
 
-def _losses(folder: Path) -> list[float]:
-    return [entry["loss"] for entry in json.loads((folder / "training_log.json").read_text())]
+def _workers() -> list[psutil.Process]:
+    """Returns the processes of ranks that have loaded their model."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        title = " ".join(process.info["cmdline"] or [])
+        if title.startswith("ray::RayTrainWorker"):
+            found.append(process)
+    return found
 
 
-def _cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    return np.einsum("nd,nd->n", left, right) / np.linalg.norm(left, axis=1) / np.linalg.norm(right, axis=1)
+def _once(holds: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
+    """Acts as soon as a condition holds, beside the test."""
+
+    def wait() -> None:
+        folders.wait_until(holds)
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
 
 
-def test_two_ranks_do_what_one_process_does_on_the_same_batches(tmp_path: Path, tiny: str) -> None:
-    # As many pairs as a batch: every step sees all of them, so all runs see the same batches, in whatever order.
-    pairs = texts.pairs(16)
-    whole = Recipe((64, 32, 8), 6, 16, None, 1e-3, 0.1, None, 0.0, 7)
-    recipes = {tmp_path / "whole": whole, tmp_path / "cached": dataclasses.replace(whole, mini_batch_size=4)}
-    alone = tmp_path / "alone"
-    training.train_rank(Path(tiny), pairs, whole, "float32", alone, lambda _: None)
-    digests = ranks.train_two(Path(tiny), pairs, recipes)
-
-    untrained, one = (SentenceTransformer(str(folder), device="cpu").encode(pairs["query"]) for folder in (tiny, alone))
-    assert _cosines(untrained, one).max() < 0.999, "training moved less than the tolerance below allows"
-    for target in recipes:
-        first, second = digests[target]
-        assert first == second, "the replicas drifted apart"
-        # The order of summation differs: float32 rounding, carried through six steps.
-        np.testing.assert_allclose(_losses(target), _losses(alone), rtol=1e-3)
-        # Adam makes full steps of gradients that are zero but for rounding, so weights differ more than losses do.
-        two = SentenceTransformer(str(target), device="cpu").encode(pairs["query"])
-        assert _cosines(one, two).min() > 0.9995
+def _has_checkpoint(output: Path) -> bool:
+    return bool(list((output / "checkpoints").glob("step-*")))
 
 
-def test_a_training_that_diverges_leaves_no_model(tmp_path: Path, tiny: str) -> None:
-    recipe = Recipe((64, 32), 4, 16, None, 1e38, 0.0, None, 0.0, 7)
-    with pytest.raises(RuntimeError, match="the weights are not finite"):
-        training.train_rank(Path(tiny), texts.pairs(16), recipe, "float32", tmp_path / "model", lambda _: None)
-    assert not list(tmp_path.rglob("*.safetensors"))
+def test_a_run_that_loses_a_rank_ends_with_the_weights_of_one_that_does_not(
+    tmp_path: Path, two_ranks: Path, data: Path, tiny: str
+) -> None:
+    output = tmp_path / "model"
+    killer = _once(lambda: _has_checkpoint(output), lambda: _workers()[-1].kill())
+    finetune.run(_settings(output, data, tiny, workers=2, checkpoint_steps=7))
+    killer.join()
+    disturbed, undisturbed = (load_file(folder / "model.safetensors") for folder in (output, two_ranks))
+    assert disturbed.keys() == undisturbed.keys()
+    for name, value in undisturbed.items():
+        np.testing.assert_array_equal(disturbed[name], value, err_msg=name)
+    assert _log(output)["entries"] == _log(two_ranks)["entries"]
+
+
+def test_a_driver_that_is_told_to_end_leaves_a_checkpoint_that_the_same_command_goes_on_from(
+    tmp_path: Path, data: Path, tiny: str
+) -> None:
+    output = tmp_path / "model"
+    settings = _settings(output, data, tiny, max_steps=400, epochs=100, checkpoint_steps=10_000, evaluations=0, workers=1)
+    flags = [
+        f"--{name.replace('_', '-')}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value in settings.model_dump(exclude_defaults=True).items()
+    ]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'lib'}"}
+    command = [sys.executable, "-m", "jobs.finetune", *flags]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=tmp_path
+    ) as run:
+        assert run.stdout
+        lines = []
+        for line in run.stdout:
+            lines.append(line)
+            if "step=16 " in line:
+                run.send_signal(signal.SIGTERM)
+    assert run.returncode == 130, "".join(lines)
+    assert _has_checkpoint(output)
+    assert "told to end; a checkpoint of step" in "".join(lines)
+    assert not artifacts.read(output).is_complete
+    step = int(next((output / "checkpoints").glob("step-*")).name.removeprefix("step-"))
+    assert step < 400
+    finetune.run(settings)
+    assert [entry["step"] for entry in _log(output)["entries"]] == list(range(8, 401, 8))
+
+
+def test_an_error_of_the_run_itself_is_told_at_once_and_leaves_no_model(tmp_path: Path, data: Path, tiny: str) -> None:
+    with pytest.raises(RuntimeError, match=r"the loss of step \d+ is not finite.*Its pairs \(query/document\): q-"):
+        finetune.run(_settings(tmp_path / "model", data, tiny, learning_rate=1e30, workers=1))
+    assert not (tmp_path / "model" / "model.safetensors").exists()
 
 
 def test_fewer_pairs_than_a_batch_are_refused_before_training(tmp_path: Path, data: Path, tiny: str) -> None:
-    with pytest.raises(ValueError, match=r"\d+ training pairs are fewer than one batch of 1000"):
+    with pytest.raises(ValueError, match=r"\d+ training pairs are fewer than one batch of 1000.*Bring at least 1000 pairs"):
         finetune.run(_settings(tmp_path / "model", data, tiny, batch_size=1000))
     assert not (tmp_path / "model").exists()
 
@@ -130,3 +212,20 @@ def test_fewer_pairs_than_a_batch_are_refused_before_training(tmp_path: Path, da
 def test_a_batch_that_cannot_be_shared_is_refused_before_training(tmp_path: Path, data: Path, tiny: str) -> None:
     with pytest.raises(ValueError, match="--batch-size 15 cannot be shared by 2 workers"):
         _settings(tmp_path / "model", data, tiny, batch_size=15, workers=2)
+
+
+def test_more_layers_than_the_model_has_are_refused_before_training(tmp_path: Path, data: Path, tiny: str) -> None:
+    with pytest.raises(ValueError, match=r"--top-layers 3: the model has 2 layers\. Pass at most 2"):
+        finetune.run(_settings(tmp_path / "model", data, tiny, top_layers=3))
+    assert not (tmp_path / "model").exists()
+
+
+def test_negatives_of_other_data_are_refused(tmp_path: Path, data: Path, tiny: str) -> None:
+    pairs = folders.manifest(data)
+    path = tmp_path / "negatives" / "pairs" / "train-00000.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(pq.read_table(data / "pairs").slice(0, 1), path)
+    artifacts.Manifest("negatives", {"data": "another", "num_negatives": 1}, is_complete=True).write(tmp_path / "negatives")
+    with pytest.raises(ValueError, match=r"negatives: was mined from other data than .*Mine from this data"):
+        finetune.run(_settings(tmp_path / "model", data, tiny, negatives=str(tmp_path / "negatives")))
+    assert folders.manifest(data) == pairs

@@ -1,17 +1,21 @@
 """The whole mission from one YAML file, on a tiny model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import folders
 import pytest
 
-from jobs import pipeline, verify
+from jobs import evaluate, pipeline, verify
 from matryoshka import model
+from matryoshka.artifacts import Manifest
+from matryoshka.pairs import DatasetStore
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
-_STAGES = ("data", "evaluation-base", "model", "embeddings", "index", "results", "evaluation-tuned")
+_STAGES = ("data", "candidates", "evaluation-base", "model", "embeddings", "index", "results", "evaluation-tuned",
+           "also-alike-base", "also-alike-tuned")  # fmt: skip
 
 
 def test_the_report_compares_base_tuned_and_funnel(finished_pipeline: Path) -> None:
@@ -22,7 +26,7 @@ def test_the_report_compares_base_tuned_and_funnel(finished_pipeline: Path) -> N
     assert {row["system"] for row in rows} == set(by_system)
     # Every tuned dim stands beside its untuned self.
     assert by_system == {"base": {64, 32, 16}, "tuned": {64, 32, 16}, "tuned+funnel": {16}}
-    assert {row["metric"] for row in rows} == {"nDCG@10", "Recall@10", "MRR@10"}
+    assert {row["metric"] for row in rows} == {"nDCG@10", "Recall@10", "MRR@10", "P@1"}
 
 
 def test_training_pays_on_pairs_that_can_be_learned(finished_pipeline: Path) -> None:
@@ -46,11 +50,38 @@ def test_manifests_chain_from_the_data_to_the_report(finished_pipeline: Path) ->
     assert json.loads((finished_pipeline / "report.json").read_text())["fingerprints"] == prints
 
 
+def test_the_report_says_what_happened_on_other_data(finished_pipeline: Path) -> None:
+    report = json.loads((finished_pipeline / "report.json").read_text())
+    rows = report["elsewhere"]["alike"]
+    assert [(row["system"], row["dim"], row["metric"]) for row in rows] == [
+        (system, dim, "Spearman") for system in ("base", "tuned") for dim in (64, 32, 16)
+    ]
+    full = {row["system"]: f"{row['value']:.3f}" for row in rows if row["dim"] == 64}
+    said = [sentence for sentence in report["sentences"] if sentence.startswith("On alike, Spearman at 64 dims went from")]
+    assert len(said) == 1
+    assert f"from {full['base']} to {full['tuned']}: " in said[0]
+    assert said[0] in (finished_pipeline / "report.md").read_text()
+
+
+def test_the_model_to_start_from_is_the_best_candidate_on_dev(finished_pipeline: Path, tiny: str) -> None:
+    chosen = json.loads((finished_pipeline / "candidates" / "report.json").read_text())
+    assert chosen["ranking"]["best"] == "tiny"
+    assert folders.manifest(finished_pipeline / "candidates")["identity"]["split"] == "dev"
+    assert folders.manifest(finished_pipeline / "model")["identity"]["base"] == model.describe(tiny).fingerprint
+    # What was embedded to choose is not embedded again.
+    assert not (finished_pipeline / "evaluation-base" / "embeddings").exists()
+    assert any(line.startswith("Base model: tiny is the best of 1") for line in _sentences(finished_pipeline))
+
+
+def _sentences(run: Path) -> list[str]:
+    return list(json.loads((run / "report.json").read_text())["sentences"])
+
+
 def test_verify_accepts_what_the_pipeline_made(finished_pipeline: Path, capsys: pytest.CaptureFixture[str]) -> None:
     verify.run(verify.Settings(folder=str(finished_pipeline)))
     lines = capsys.readouterr().out.splitlines()
-    # The stages, the embeddings inside the first evaluation, and the run itself.
-    assert len(lines) == len(_STAGES) + 2
+    # The stages, the candidate's evaluation and the embeddings in it, and the run itself.
+    assert len(lines) == len(_STAGES) + 3
     assert all(line.startswith("ok") for line in lines)
 
 
@@ -60,3 +91,44 @@ def test_the_same_command_again_writes_no_file(finished_pipeline: Path, pipeline
     after = folders.times(finished_pipeline)
     assert after.keys() == before.keys()
     assert [name for name in after if after[name] != before[name]] == []
+
+
+def test_another_list_of_candidates_ranks_anew_and_keeps_what_was_done(
+    finished_pipeline: Path, pipeline_config: Path, other: str, tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished_pipeline, tmp_path / "run")
+    settings = pipeline.Settings.from_command_line(["--config", str(pipeline_config)], "pipeline")
+    more = settings.model_copy(update={"output": str(run), "candidates": (*settings.candidates, other)})
+    before = folders.times(run / "candidates" / "evaluation-tiny")
+    choice = pipeline.choose(more, "dev", has_gpu=False)
+    evaluate.run(choice)
+    assert folders.times(run / "candidates" / "evaluation-tiny") == before
+    ranked = json.loads((run / "candidates" / "report.json").read_text())["ranking"]
+    assert set(ranked["means"]) == {"tiny", "other"}
+    # A run that would now start from another model is refused by name, or there is nothing more to do.
+    stages = pipeline.plan(more, has_gpu=False, winner="other")
+    with pytest.raises(ValueError, match="evaluation-base: was made with other inputs or settings \\(model: "):
+        evaluate.run(next(stage for name, _, stage in stages if name == "evaluate"))
+
+
+@pytest.mark.parametrize(
+    ("splits", "final", "chosen"),
+    [
+        (("train", "dev", "test"), "test", "dev"),
+        (("train", "test"), "test", "train"),
+        (("train", "dev"), "dev", "train"),
+        (("dev", "test"), "dev", None),
+        (("test",), "test", None),
+    ],
+)
+def test_candidates_are_ranked_on_dev_or_else_on_train_and_never_on_what_is_reported(
+    tmp_path: Path, splits: tuple[str, ...], final: str, chosen: str | None
+) -> None:
+    facts = {"queries": dict.fromkeys(splits, 3) | {"empty": 0}}
+    data = DatasetStore(tmp_path, Manifest("dataset", {}, facts=facts))
+    settings = pipeline.Settings(output="out", candidates=("minilm",), evaluate={"split": final})
+    if chosen:
+        assert pipeline.choosing_split(settings, data, has_gpu=False) == chosen
+    else:
+        with pytest.raises(ValueError, match=r"no split to rank candidates on \(found: "):
+            pipeline.choosing_split(settings, data, has_gpu=False)

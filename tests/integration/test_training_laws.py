@@ -35,9 +35,7 @@ def tangled(num_pairs: int) -> dict[str, list[Any]]:
         positives[number] = positives[1]  # one document that answers many queries
     for number in range(2, num_pairs, 5):
         positives[number] += " " + " ".join(texts.WORDS[number : number + 40])
-    negatives = [
-        None if number % 3 == 0 else [positives[number - 1], positives[0]][: number % 3] for number in range(num_pairs)
-    ]
+    negatives = [None if number % 3 == 0 else [positives[number - 1], positives[0]][: number % 3] for number in range(num_pairs)]
     return {"query": queries, "positive": positives, "negatives": negatives}
 
 
@@ -68,7 +66,9 @@ def together(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> tuple[dict[
     jobs["whole"] = small_runs.make_job(root / "whole", tiny, recipe=LONG, dev=small_runs.dev_set(9, 30))
     jobs["killed"] = jobs["resumed"] = small_runs.again(jobs["whole"], "killed")
     one_query = dataclasses.replace(RECIPE, num_steps=1, evaluations=1)
-    jobs["one query"] = small_runs.make_job(root / "one", tiny, tangled(16), one_query, dev=small_runs.dev_set(1, 3, is_chunked=True))
+    jobs["one query"] = small_runs.make_job(
+        root / "one", tiny, tangled(16), one_query, dev=small_runs.dev_set(1, 3, is_chunked=True)
+    )
     jobs["diverged"] = small_runs.again(jobs["plain"], "diverged", learning_rate=1e30)
     return jobs, ranks.train_two(jobs, {"killed": KILLED_AT})
 

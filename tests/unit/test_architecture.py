@@ -17,8 +17,8 @@ DOORS = {
     "pydantic": ("lib/matryoshka/config.py",),
     "yaml": ("lib/matryoshka/config.py",),
     "huggingface_hub": ("lib/matryoshka/model.py",),
-    "sentence_transformers": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "training")),
-    "transformers": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "packed", "training", "peers")),
+    "sentence_transformers": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "training", "plain_trainer")),
+    "transformers": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "packed", "training", "peers", "plain_trainer")),
     "tokenizers": ("lib/matryoshka/tokens.py",),
     "pyarrow": tuple(f"lib/matryoshka/{room}.py" for room in ("corpus", "vectors", "funnel", "indexing", "verification")),
     **dict.fromkeys(("nncf", "onnxruntime", "openvino"), ("lib/matryoshka/peers.py",)),
@@ -29,8 +29,19 @@ PURE = ("units", "nested", "topk", "clock")
 LAYERS = [
     {"config", "units", "nested", "topk", "clock"},
     {"storage", "corpus", "index", "metrics", "docstrings", "recipe"},
-    {"artifacts", "model", "pairs", "sts", "encode", "tokens", "packed", "vectors", "funnel"},
-    {"training", "embedding", "indexing", "evaluation", "report", "verification", "calibration", "peers"},
+    {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "funnel"},
+    {
+        "mining",
+        "training",
+        "embedding",
+        "indexing",
+        "evaluation",
+        "report",
+        "verification",
+        "calibration",
+        "peers",
+        "plain_trainer",
+    },
 ]
 
 

@@ -146,7 +146,9 @@ def test_without_checkpoints_there_is_none(tmp_path: Path):
 
 def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path: Path):
     write(tmp_path, 4, identity="another run")
-    with pytest.raises(ValueError, match=r"step-00000004: a checkpoint of another model, other data or another recipe.*--replace"):
+    with pytest.raises(
+        ValueError, match=r"step-00000004: a checkpoint of another model, other data or another recipe.*--replace"
+    ):
         checkpoints.latest(tmp_path, RUN)
 
 

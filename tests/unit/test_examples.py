@@ -127,11 +127,15 @@ def tangled(draw: st.DrawFn) -> dict[str, list[Any]]:
     """Pairs of few texts, so that everything that a mask is for happens at once; one text has one label."""
     words = st.sampled_from(WORDS)
     count = draw(st.integers(2, 8))
-    columns: dict[str, list[Any]] = {name: draw(st.lists(words, min_size=count, max_size=count)) for name in ("query", "positive")}
+    columns: dict[str, list[Any]] = {
+        name: draw(st.lists(words, min_size=count, max_size=count)) for name in ("query", "positive")
+    }
     columns["negatives"] = draw(st.lists(st.none() | st.lists(words, max_size=3), min_size=count, max_size=count))
     if draw(st.booleans()):
         # Queries are labelled 0 and 1, and so are documents: by their first letter, as no text may have two.
-        columns["positive"] = [f"{query.strip()[0]} {text}" for query, text in zip(columns["query"], columns["positive"], strict=True)]
+        columns["positive"] = [
+            f"{query.strip()[0]} {text}" for query, text in zip(columns["query"], columns["positive"], strict=True)
+        ]
         columns["label"] = [query.strip()[0].lower() for query in columns["query"]]
     return columns
 
@@ -148,4 +152,6 @@ def test_the_mask_is_right_for_any_tangle_of_duplicates_labels_and_missing_negat
     found = Examples.open([folder / "part"], 2)
     all_rows = data.draw(st.permutations(range(len(columns["query"]))))
     rows = all_rows[: data.draw(st.integers(1, len(all_rows)))]
-    np.testing.assert_array_equal(found.mask(np.array(rows), np.array(all_rows)), small_runs.masked_by_hand(columns, rows, all_rows, 2))
+    np.testing.assert_array_equal(
+        found.mask(np.array(rows), np.array(all_rows)), small_runs.masked_by_hand(columns, rows, all_rows, 2)
+    )

@@ -183,9 +183,7 @@ ATTENTION_DROPOUT = {
 @pytest.mark.parametrize(
     ("family", "precision"), [*((family, "float32") for family in ATTENTION_DROPOUT), ("bert", "bf16"), ("mpnet", "bf16")]
 )
-def test_dropout_of_attention_alone_is_honoured_follows_the_seed_and_ends_with_training(
-    family: str, precision: Any, load: Load
-):
+def test_dropout_of_attention_alone_is_honoured_follows_the_seed_and_ends_with_training(family: str, precision: Any, load: Load):
     others = ("hidden_dropout_prob", "dropout", "embedding_dropout", "mlp_dropout")
     rates = {ATTENTION_DROPOUT[family]: 0.5} | {name: 0.0 for name in others if name != ATTENTION_DROPOUT[family]}
     network = load(family, **rates)

@@ -126,7 +126,9 @@ def test_what_is_masked_has_no_influence_on_the_gradient(tmp_path: Path, tiny: s
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 4])
-def test_caching_may_look_at_some_queries_at_a_time(rows_at_once: int, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch):
+def test_caching_may_look_at_some_queries_at_a_time(
+    rows_at_once: int, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+):
     pairs = open_pairs(tmp_path, tiny, PAIRS)
     found = []
     for scores_at_once in (losses._SCORES_AT_ONCE, 18 * rows_at_once):

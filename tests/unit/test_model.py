@@ -66,6 +66,14 @@ def test_a_tuned_model_has_the_dims_that_it_was_trained_for(minilm_copy: Copy):
 
 WIDTHS = {
     "plain": ({"config": {"hidden_size": 64, "max_position_embeddings": 512}}, (64, 512)),
+    "limited by its tokenizer, as sentence-transformers saves it": (
+        {"config": {"hidden_size": 64, "max_position_embeddings": 512}, "tokenizer_config": {"model_max_length": 256}},
+        (64, 256),
+    ),
+    "limited by its positions, whatever its tokenizer says": (
+        {"config": {"hidden_size": 64, "max_position_embeddings": 512}, "tokenizer_config": {"model_max_length": int(1e30)}},
+        (64, 512),
+    ),
     "pooled": ({"config": {"hidden_size": 64}, "modules": describe_modules(("", "Transformer"), ("1_Pooling", "Pooling")),
                 "1_Pooling__config": {"word_embedding_dimension": 64, "pooling_mode_mean_tokens": True}}, (64, None)),
     "pooled twice": ({"modules": describe_modules(("1_Pooling", "Pooling")), "1_Pooling__config":

@@ -28,7 +28,9 @@ def test_an_epoch_of_labelled_pairs_has_the_batches_that_their_labels_fill():
 
 
 def test_fewer_pairs_than_a_batch_are_refused_with_the_number_that_is_needed():
-    with pytest.raises(ValueError, match=r"63 training pairs are fewer than one batch of 64\. Bring at least 64 pairs, or pass a sma"):
+    with pytest.raises(
+        ValueError, match=r"63 training pairs are fewer than one batch of 64\. Bring at least 64 pairs, or pass a sma"
+    ):
         count_steps(63, 64, 1, None)
 
 

@@ -109,7 +109,7 @@ def test_a_ranking_names_the_best_and_lists_models_in_its_order(tmp_path: Path):
     assert report.read_best(tmp_path) == "wide"
     text = (tmp_path / report.MARKDOWN).read_text()
     assert "wide is the best of 2: mean nDCG@10 over 64 dims 0.500, before small (0.400). Best per dim: wide at 128, 64." in text
-    assert "| wide | 0.500 | 91.0 | 22.7 | 384 |  | 150 |  |\n| small | 0.400 |" in text
+    assert "| wide | 0.500 | 91.0 | 22.7M | 384 |  | 150 |  |\n| small | 0.400 |" in text
 
 
 def test_a_report_that_ranks_nothing_has_no_best(tmp_path: Path):

@@ -1,0 +1,120 @@
+"""What all benchmarks have in common: where the report goes, systems that take turns, and what a report says first."""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from jobs.entry import describe_run
+from jobs.processes import Process
+from jobs.terminal import say
+from matryoshka import storage
+from matryoshka.config import JobSettings
+
+_ENOUGH_ROUNDS = 3
+
+
+def choose_device(wanted: str | None) -> str:
+    """Returns where to compute.
+
+    Raises:
+        ValueError: A GPU is wanted, and there is none.
+    """
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here. Pass --device cpu, or leave it out.")
+    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_output(text: str) -> Path:
+    """Returns where the report goes, if a file can be there and is not something else's.
+
+    Raises:
+        ValueError: It is a folder, no JSON file, or a file that is no report.
+    """
+    output = storage.local_path(text)
+    if output.is_dir():
+        raise ValueError(f"{output}: is a folder. Pass a file: --output {output / 'benchmark.json'}.")
+    if output.suffix != ".json":
+        raise ValueError(f"{output}: the report is JSON. Pass --output {output.with_suffix('.json')}.")
+    known = storage.read_json(output) if output.exists() else {"job": "benchmark"}
+    if not isinstance(known, dict) or known.get("job") != "benchmark":
+        raise ValueError(f"{output}: holds something else than a benchmark's report. Pass another --output.")
+    return output
+
+
+def take_turns(num_rounds: int, turns: Mapping[str, Callable[[], Any]]) -> dict[str, list[Any]]:
+    """Has every system do the work in turn, round after round; returns what each gave in each round."""
+    found: dict[str, list[Any]] = {name: [] for name in turns}
+    for number in range(1, num_rounds + 1):
+        seconds = {}
+        for name, turn in turns.items():
+            start = time.perf_counter()
+            found[name].append(turn())
+            seconds[name] = time.perf_counter() - start
+        taken = ", ".join(f"{name} {own:.1f} s" for name, own in seconds.items())
+        say(f"benchmark: round {number} of {num_rounds}: {taken}")
+    return found
+
+
+def ask_all(processes: Sequence[Process], method: str) -> list[Any]:
+    """Returns the results of a call that all processes make at the same time."""
+    for process in processes:
+        process.ask(method)
+    return [process.answer() for process in processes]
+
+
+def begin_report(settings: JobSettings, device: str, packages: Iterable[str] = ()) -> dict[str, Any]:
+    """Returns what a report says first: what was asked for, when, on which machine, and with which versions.
+
+    Args:
+        settings: Of the benchmark.
+        device: Where it computes.
+        packages: Further ones whose versions matter, where they are installed.
+    """
+    run_record = describe_run("benchmark", settings)
+    versions = dict(run_record["versions"])
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        **run_record,
+        "versions": versions,
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "hardware": _describe_hardware(device),
+    }
+
+
+def num_cores() -> int:
+    """Returns how many processors this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _describe_hardware(device: str) -> dict[str, Any]:
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else "unknown",
+        "cores": num_cores(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "device": device,
+    }
+
+
+def place_of(report: Mapping[str, Any]) -> str:
+    """Returns the machine of a report in words."""
+    hardware = report["hardware"]
+    return str(hardware["gpu"] or f"{hardware['cores']} cores of {hardware['cpu']}")
+
+
+def caution(num_rounds: int) -> list[str]:
+    """Returns a note where the rounds are too few for a median."""
+    few = f"--rounds {num_rounds}: a median of fewer than {_ENOUGH_ROUNDS} says little"
+    return [few] if num_rounds < _ENOUGH_ROUNDS else []

@@ -1,0 +1,171 @@
+"""Models are ranked on the user's own data, similarity is measured, chunks count as documents, losses are said."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import folders
+import pytest
+import texts
+import tiny_model
+
+from jobs import embed, evaluate, index, verify
+from matryoshka import corpus, pairs
+from matryoshka.artifacts import FileRecord, Manifest, Receipt
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((folder / "report.json").read_text("utf-8"))
+    return value
+
+
+def _figures(folder: Path) -> dict[tuple[str, int, str], float]:
+    return {(row["system"], row["dim"], row["metric"]): row["value"] for row in _report(folder)["rows"]}
+
+
+@pytest.fixture(scope="module")
+def beir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return texts.write_beir(tmp_path_factory.mktemp("beir") / "beir")
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of half the width, whose dims are others too."""
+    return tiny_model.save(tmp_path_factory.mktemp("narrow") / "narrow", seed=3, tail=[_halving()])
+
+
+def _halving() -> Any:
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    return Dense(tiny_model.WIDTH, tiny_model.WIDTH // 2)
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory: pytest.TempPathFactory, beir: Path, tiny: str, narrow: Path) -> evaluate.Settings:
+    output = tmp_path_factory.mktemp("ranked") / "out"
+    settings = evaluate.Settings(output=str(output), beir=str(beir), models=(tiny, str(narrow)))
+    evaluate.run(settings)
+    return settings
+
+
+def test_models_are_ranked_each_at_the_dims_that_it_has_with_size_and_speed(ranked: evaluate.Settings, narrow: Path) -> None:
+    made = _report(Path(ranked.output))
+    assert {(row["system"], row["dim"]) for row in made["rows"]} == {("tiny", 64), ("tiny", 32), ("narrow", 32)}
+    assert made["ranking"]["dims"] == [32]
+    means = {system: _figures(Path(ranked.output))[system, 32, "nDCG@10"] for system in ("tiny", "narrow")}
+    assert made["ranking"]["means"] == pytest.approx(means)
+    assert made["ranking"]["best"] == max(means, key=means.__getitem__)
+    profiles = {profile["system"]: profile for profile in made["models"]}
+    assert [profiles[name]["width"] for name in ("tiny", "narrow")] == [64, 32]
+    assert profiles["narrow"]["num_bytes"] == sum(path.stat().st_size for path in narrow.rglob("*.safetensors"))
+    assert profiles["narrow"]["num_parameters"] == profiles["tiny"]["num_parameters"] + 64 * 32 + 32
+    assert all(profile["documents_per_second"] > 0 and profile["queries_per_second"] > 0 for profile in profiles.values())
+    assert made["sentences"][0].startswith(f"{made['ranking']['best']} is the best of 2")
+    verify.run(verify.Settings(folder=ranked.output))
+
+
+def test_a_model_that_is_added_costs_only_itself_and_the_same_command_nothing(
+    ranked: evaluate.Settings, other: str, tmp_path: Path
+) -> None:
+    output = shutil.copytree(ranked.output, tmp_path / "out")
+    before = folders.times(output)
+    evaluate.run(ranked.model_copy(update={"output": str(output)}))
+    assert folders.times(output) == before
+    evaluate.run(ranked.model_copy(update={"output": str(output), "models": (*ranked.models, f"third={other}")}))
+    after = folders.times(output)
+    kept = {name for name in before if name.startswith(("evaluation-", "data/"))}
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert set(_report(output)["ranking"]["means"]) == {"tiny", "narrow", "third"}
+    assert (output / "evaluation-third" / "embeddings" / "manifest.json").is_file()
+
+
+def test_similarity_is_a_report_like_the_others_and_ranks_models_as_well(tiny: str, other: str, tmp_path: Path) -> None:
+    path = texts.write_sts(tmp_path / "sts.csv")
+    settings = evaluate.Settings(output=str(tmp_path / "out"), sts=str(path), models=(tiny, other), dims=(64, 8))
+    evaluate.run(settings)
+    figures = _figures(tmp_path / "out")
+    assert {key[1:] for key in figures} == {(64, "Spearman"), (8, "Spearman")}
+    # Sentences that share more words are more alike, even to random weights.
+    assert all(figures[name, 64, "Spearman"] > 0.5 for name in ("tiny", "other"))
+    before = folders.times(tmp_path / "out")
+    evaluate.run(settings)
+    assert folders.times(tmp_path / "out") == before
+    path.write_text(path.read_text() + "a\tb\tc\td\tnone\tx\ty\n")
+    with pytest.raises(ValueError, match="data: "):
+        evaluate.run(settings)
+
+
+def test_a_comparison_of_models_says_what_was_lost_or_gained_and_each_has_the_figures_that_it_was_ranked_by(
+    ranked: evaluate.Settings, tiny: str, narrow: Path, tmp_path: Path
+) -> None:
+    root = Path(ranked.output)
+    common = {"data": str(root / "data"), "dims": (32,)}
+    first = evaluate.Settings(
+        output=str(tmp_path / "base"), model=tiny, embeddings=str(root / "evaluation-tiny" / "embeddings"), **common
+    )
+    evaluate.run(first)
+    second = evaluate.Settings(
+        output=str(tmp_path / "tuned"), model=str(narrow), embeddings=str(root / "evaluation-narrow" / "embeddings"),
+        compare=first.output, system="tuned", **common,
+    )  # fmt: skip
+    evaluate.run(second)
+    made, figures, ranked_by = _report(tmp_path / "tuned"), _figures(tmp_path / "tuned"), _figures(root)
+    for system, name in (("base", "tiny"), ("tuned", "narrow")):
+        assert figures[system, 32, "nDCG@10"] == ranked_by[name, 32, "nDCG@10"]
+    old, new = (f"{figures[system, 32, 'nDCG@10']:.3f}" for system in ("base", "tuned"))
+    assert made["sentences"][0].startswith(f"nDCG@10 at 32 dims went from {old} to {new}: ")
+    assert [profile["system"] for profile in made["models"]] == ["base", "tuned"]
+    with pytest.raises(ValueError, match="has a system 'base' as well"):
+        evaluate.run(second.model_copy(update={"output": str(tmp_path / "again"), "system": "base"}))
+
+
+def _chunked(data: Path, folder: Path, num_chunks: int) -> Path:
+    """Writes a dataset whose every document is cut into chunks of the same text."""
+    store = pairs.DatasetStore.open(data)
+    source = corpus.inspect(store.corpus, corpus.Columns())
+    ids, words = corpus.read_texts(source)
+    rows = [(f"{name}#{start}-{start + 9}", text) for name, text in zip(ids, words, strict=True) for start in range(num_chunks)]
+    shutil.copytree(data, folder)
+    (path,) = (folder / "corpus").glob("*.parquet")
+    corpus.write_rows(path, {"id": [name for name, _ in rows], "text": [text for _, text in rows]})
+    receipts = [
+        Receipt(receipt.key, len(rows) if receipt.key.startswith("corpus/") else receipt.num_rows,
+                (FileRecord.of(folder, folder / receipt.files[0].path),))
+        for receipt in store.manifest.receipts
+    ]  # fmt: skip
+    facts = {**store.manifest.facts, "is_chunked": True, "documents": len(rows)}
+    Manifest("dataset", {"chunks": num_chunks}, {}, facts, tuple(receipts), is_complete=True).write(folder)
+    return folder
+
+
+def test_chunks_count_as_the_document_that_they_were_cut_from(ranked: evaluate.Settings, tiny: str, tmp_path: Path) -> None:
+    """Twelve equal chunks of each document fill the first ten places; the figures are those of whole documents."""
+    made = {"whole": Path(ranked.output) / "data", "cut": _chunked(Path(ranked.output) / "data", tmp_path / "data", 12)}
+    vectors, built = ({name: str(tmp_path / f"{name}-{what}") for name in made} for what in ("vectors", "index"))
+    common = {"model": tiny, "workers": 1}
+    for name, data in made.items():
+        embed.run(embed.Settings(output=vectors[name], corpus=f"{data}/corpus", precision="float32", unit_rows=100, **common))
+    for name in made:
+        index.run(index.Settings(output=built[name], embeddings=vectors[name], shards=2, plan=("32:720", "64:720")))
+    for name, data in made.items():
+        evaluate.run(
+            evaluate.Settings(
+                output=str(tmp_path / name), data=str(data), embeddings=vectors[name], index=built[name], system="base", **common
+            )
+        )
+    assert _figures(tmp_path / "cut") == _figures(tmp_path / "whole")
+    assert "720 chunks of documents" in _report(tmp_path / "cut")["title"]
+
+
+def test_a_split_without_judgements_is_refused(ranked: evaluate.Settings, tiny: str, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(Path(ranked.output) / "data", tmp_path / "data"))
+    path, settings = data / "qrels" / "test.parquet", evaluate.Settings(output=str(tmp_path / "out"), data=str(data), model=tiny)
+    for found, message in ({"a": 0}, "split 'test' is empty"), ({"stranger": 1}, "no query of split 'test' has judgements"):
+        names = [name for name, count in found.items() if count]
+        corpus.write_rows(path, {"query_id": names, "document_id": names, "grade": [1] * len(names)})
+        with pytest.raises(ValueError, match=message):
+            evaluate.run(settings)
+    assert not (tmp_path / "out").exists()

@@ -141,12 +141,12 @@ class DevEvaluator:
         if self._num_ranks > 1:
             gathered = [None] * self._num_ranks
             torch.distributed.all_gather_object(gathered, own)
-        shares = [np.concatenate(parts) if parts else None for parts in gathered]  # with few texts, a rank has none
-        sizes = [0 if share is None else len(share) for share in shares]
-        vectors = np.empty((sum(sizes), shares[0].shape[1]), dtype=np.float32)
+        width = gathered[0][0].shape[1]
+        # A rank without texts has no part at all.
+        shares = [np.concatenate([np.empty((0, width), np.float32), *parts]) for parts in gathered]
+        vectors = np.empty((sum(map(len, shares)), width), dtype=np.float32)
         for rank, share in enumerate(shares):
-            if share is not None:
-                vectors[rank :: self._num_ranks] = share
+            vectors[rank :: self._num_ranks] = share
         return vectors
 
     def _measure(self, queries: npt.NDArray[np.float32], documents: npt.NDArray[np.float32], dim: int) -> float:

@@ -17,22 +17,27 @@ DOORS = {
     "pydantic": ("lib/matryoshka/config.py",),
     "yaml": ("lib/matryoshka/config.py",),
     "huggingface_hub": ("lib/matryoshka/model.py",),
-    "sentence_transformers": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "training", "plain_trainer")),
+    "sentence_transformers": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "losses", "training", "plain_trainer")),
     "transformers": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "packed", "training", "peers", "plain_trainer")),
+    "datasets": ("lib/matryoshka/plain_trainer.py",),
+    "peft": ("lib/matryoshka/layers.py",),
+    "safetensors": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "checkpoints")),
     "tokenizers": ("lib/matryoshka/tokens.py",),
     "pyarrow": tuple(f"lib/matryoshka/{room}.py" for room in ("corpus", "vectors", "funnel", "indexing", "verification")),
     **dict.fromkeys(("nncf", "onnxruntime", "openvino"), ("lib/matryoshka/peers.py",)),
     "rich": ("jobs/terminal.py",),
     "jobs": ("jobs/",),
 }
-PURE = ("units", "nested", "topk", "clock")
+PURE = ("units", "nested", "topk", "clock", "batches")
 LAYERS = [
-    {"config", "units", "nested", "topk", "clock"},
-    {"storage", "corpus", "index", "metrics", "docstrings", "recipe"},
-    {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "funnel"},
+    {"config", "units", "nested", "topk", "clock", "batches"},
+    {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves"},
+    {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "funnel"}
+    | {"examples", "losses", "layers", "forward", "checkpoints", "dev"},
     {
         "mining",
         "training",
+        "card",
         "embedding",
         "indexing",
         "evaluation",

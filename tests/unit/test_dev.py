@@ -29,7 +29,11 @@ def store(folder: Path, documents: dict[str, str], qrels: dict[str, list[str]], 
         )
     texts.write_parquet(folder / "queries" / "dev.parquet", {"id": list(qrels), "text": [f"ask {name}" for name in qrels]})
     judged = [(query, name) for query, names in qrels.items() for name in names]
-    columns = {"query_id": [query for query, _ in judged], "document_id": [name for _, name in judged], "grade": [1] * len(judged)}
+    columns = {
+        "query_id": [query for query, _ in judged],
+        "document_id": [name for _, name in judged],
+        "grade": [1] * len(judged),
+    }
     texts.write_parquet(folder / "qrels" / "dev.parquet", columns)
     facts = {"queries": {"dev": len(qrels)}, "is_chunked": is_chunked}
     return DatasetStore(folder, Manifest("dataset", {}, {}, facts, (), is_complete=True))

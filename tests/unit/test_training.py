@@ -65,16 +65,16 @@ def test_a_checkpoint_is_written_when_it_is_wanted_and_when_it_is_due(whole: Job
 
 
 def test_a_long_log_is_short_and_the_same_wherever_a_run_was_taken_up(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(training, "_LOG_ENTRIES", 3)
+    monkeypatch.setattr(Recipe, "log_steps", 3)
     recipe = dataclasses.replace(small_runs.RECIPE, num_steps=10, checkpoint_steps=4)
     job = small_runs.make_job(tmp_path / "whole", tiny, recipe=recipe)
     entries = small_runs.train(job).entries
     assert [entry["step"] for entry in entries] == [3, 6, 9, 10]
-    monkeypatch.setattr(training, "_LOG_ENTRIES", 50)
+    monkeypatch.setattr(Recipe, "log_steps", 1)
     every = small_runs.train(small_runs.again(job, "every")).entries
     means = [np.mean([entry["loss"] for entry in every[start : start + 3]]) for start in (0, 3, 6, 9)]
     assert [entry["loss"] for entry in entries] == pytest.approx(means, rel=1e-6)
-    monkeypatch.setattr(training, "_LOG_ENTRIES", 3)
+    monkeypatch.setattr(Recipe, "log_steps", 3)
     killed = small_runs.again(job, "killed")
     with pytest.raises(small_runs.KilledError):
         small_runs.train(killed, dies_at=5)
@@ -117,16 +117,16 @@ def test_the_kept_model_is_the_best_of_all_that_were_looked_at(whole: Job, tiny:
 
 
 def test_a_last_step_that_is_worse_than_an_earlier_one_is_not_kept(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch):
-    # The learning rate jumps after five good steps.
-    monkeypatch.setattr(Recipe, "rate_at", lambda _, step: 1.0 if step < 5 else 1_000.0)
-    recipe = dataclasses.replace(LONG, dropout=0.0, mini_batch_tokens=None)
-    job = small_runs.make_job(tmp_path, tiny, recipe=recipe, dev=DEV)
+    # The learning rate jumps after eight good steps.
+    monkeypatch.setattr(Recipe, "rate_at", lambda _, step: 1.0 if step < 8 else 1_000.0)
+    recipe = dataclasses.replace(LONG, num_steps=12, evaluations=12, dropout=0.0, mini_batch_tokens=None)
+    job = small_runs.make_job(tmp_path, tiny, texts.pairs(30), recipe, dev=DEV)
     small_runs.train(job)
     found = small_runs.log(job)
     scores = {entry["step"]: entry[training.DEV] for entry in found["entries"] if training.DEV in entry}
     kept = found["summary"]["kept_step"]
-    assert 0 < kept < 9
-    assert scores[9] < scores[kept]
+    assert 0 < kept <= 8
+    assert scores[12] < scores[kept]
     assert ndcg(job.target) == pytest.approx(scores[kept], abs=1e-9)
 
 
@@ -157,13 +157,15 @@ def test_without_a_dev_set_the_last_weights_are_kept(tmp_path: Path, tiny: str):
 def test_a_loss_that_is_not_finite_names_its_step_and_pairs_and_writes_nothing(tmp_path: Path, tiny: str):
     recipe = dataclasses.replace(small_runs.RECIPE, learning_rate=1e30, checkpoint_steps=2)
     job = small_runs.make_job(tmp_path, tiny, recipe=recipe)
-    with pytest.raises(TrainingError, match=r"the loss of step 2 is not finite \(nan\)\. Its pairs \(query/document\): q\d+/d\d+, "):
+    with pytest.raises(
+        TrainingError, match=r"the loss of step 2 is not finite \(nan\)\. Its pairs \(query/document\): q\d+/d\d+, "
+    ):
         small_runs.train(job)
     assert not [path for path in job.target.rglob("*") if path.is_file()]
     assert not list(tmp_path.rglob("step-*")), "a checkpoint of such a step would make every later run fail"
 
 
-def test_a_model_that_is_broken_from_the_start_is_named_at_its_first_step(tmp_path: Path, tiny: str, minilm_copy: Any):
+def test_a_model_that_is_broken_from_the_start_is_named_at_its_first_step(tmp_path: Path, minilm_copy: Any):
     base = minilm_copy(config={"num_hidden_layers": 1})
     weights = load_file(base / "model.safetensors")
     (base / "model.safetensors").unlink()

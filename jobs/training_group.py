@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import queue
 import signal
 import threading
 import time
@@ -101,7 +102,7 @@ class Group:
         start = time.perf_counter()
         try:
             with _Listening(mailbox, job.recipe, listener):
-                trainer.fit()
+                _fit(trainer)
         except ray.train.TrainingFailedError as error:
             raise RuntimeError(
                 f"finetune: training failed {self.attempts} times, last so: {_cause(error)}."
@@ -130,6 +131,24 @@ class Group:
                 failure_config=FailureConfig(max_failures=self.attempts - 1),
             ),
         )
+
+
+def _fit(trainer: TorchTrainer) -> None:
+    """Runs a trainer in a thread of its own: in the main one, Ray Train would take Ctrl-C for itself, and exit."""
+    outcome: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:  # noqa: BLE001 - it is raised where it is waited for
+            outcome.put(error)
+        else:
+            outcome.put(None)
+
+    threading.Thread(target=run, daemon=True).start()
+    error = outcome.get()
+    if error:
+        raise error
 
 
 def _adopt(job: Job) -> None:

@@ -30,7 +30,7 @@ def local_ray() -> "Iterator[Session]":
         yield session
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Keeps tiny models on one thread: on a busy machine, threads wait for each other longer than they work."""
     import torch

@@ -7,7 +7,7 @@ from typing import Literal
 from jobs import cluster, training_group
 from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import say
-from matryoshka import artifacts, model, nested, storage
+from matryoshka import artifacts, corpus, model, nested, storage
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.config import Field, FolderPath, check_settings
 from matryoshka.pairs import DatasetStore
@@ -58,8 +58,8 @@ def run(settings: Settings) -> Manifest:
     if previous and previous.is_complete and not artifacts.find_faults(output, previous):
         say(f"finetune: nothing to do, {output} is complete")
         return previous
-    pairs = data.training_pairs()
-    num_steps = count_steps(len(pairs["query"]), settings.batch_size, settings.epochs, settings.max_steps)
+    pairs = corpus.read_rows(data.pair_files())
+    num_steps = count_steps(data.num_pairs, settings.batch_size, settings.epochs, settings.max_steps)
     with cluster.connected() as session:
         session.release()
         capacity = cluster.capacity()

@@ -50,7 +50,7 @@ def plan(settings: Settings, *, has_gpu: bool) -> list[Stage]:
     data, tuned, vectors, built = (str(root / name) for name in ("data", "model", "embeddings", "index"))
     before, after = str(root / "evaluation-base"), str(root / "evaluation-tuned")
     wired: list[tuple[str, Any, dict[str, Any]]] = [
-        ("prepare", prepare, {"output": data}),
+        ("prepare", prepare, {"output": data, "model": settings.model}),
         ("evaluate", evaluate, {"output": before, "data": data, "model": settings.model, "system": "base"}),
         ("finetune", finetune, {"output": tuned, "data": data, "model": settings.model}),
         ("embed", embed, {"output": vectors, "corpus": f"{data}/corpus", "model": tuned}),
@@ -108,7 +108,7 @@ def _refuse_data(folder: str, stages: Sequence[JobSettings]) -> None:
     data = DatasetStore.open(storage.local_path(folder))
     for stage in stages:
         if isinstance(stage, finetune.Settings):
-            count_steps(len(data.training_pairs()["query"]), stage.batch_size, stage.epochs, stage.max_steps)
+            count_steps(data.num_pairs, stage.batch_size, stage.epochs, stage.max_steps)
         if isinstance(stage, evaluate.Settings):
             data.queries(stage.split)
             data.qrels(stage.split)

@@ -4,6 +4,7 @@ Everything that can be wrong with an input is found here, by ``inspect``, before
 """
 
 import collections
+import contextlib
 import functools
 import glob
 import itertools
@@ -13,7 +14,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +30,8 @@ _BATCH_ROWS = 16_384
 _SHOWN = 3
 _MOST_HASHES = 2**25  # at once: 256 MiB
 _LOOKED_AT = 1_000
+_FORMATS = {".parquet": "Parquet", ".csv": "CSV", ".jsonl": "JSONL"}
+_TYPES = {int: pa.int64(), str: pa.large_string(), list[str]: pa.list_(pa.large_string())}
 
 
 Stamps = tuple[tuple[str, int, int], ...]
@@ -71,15 +75,19 @@ def fingerprint(files: Sequence[tuple[str, str]], columns: Columns) -> str:
     return storage.digest_json([[list(file) for file in files], columns.id, columns.text])
 
 
-def find_files(location: str) -> tuple[Path, list[Path]]:
-    """Returns the root and the Parquet files of a folder, a glob pattern, or one file, in a stable order.
+def find_files(location: str, suffixes: Sequence[str] = (".parquet",)) -> tuple[Path, list[Path]]:
+    """Returns the root and the files of a folder with one of the suffixes, a glob pattern, or one file, in a stable order.
 
     Raises:
         ValueError: Nothing is there.
     """
     path = storage.local_path(location)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*.parquet") if file.is_file() and not _is_hidden(file.relative_to(path)))
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix in suffixes and file.is_file() and not _is_hidden(file.relative_to(path))
+        )
         root = path
     elif path.is_file():
         files, root = [path], path.parent
@@ -87,8 +95,13 @@ def find_files(location: str) -> tuple[Path, list[Path]]:
         files = sorted(Path(name) for name in glob.glob(location, recursive=True) if Path(name).is_file())  # noqa: PTH207 - absolute patterns
         root = Path(_fixed_part(location))
     if not files:
-        raise ValueError(f"{location}: no Parquet files here. Pass a folder with *.parquet files, a file, or a glob pattern.")
+        names, patterns = _in_words([_FORMATS[suffix] for suffix in suffixes]), _in_words([f"*{suffix}" for suffix in suffixes])
+        raise ValueError(f"{location}: no {names} files here. Pass a folder with {patterns} files, a file, or a glob pattern.")
     return root.absolute(), [file.absolute() for file in files]
+
+
+def _in_words(words: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _is_hidden(path: Path) -> bool:
@@ -114,23 +127,29 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         raise ValueError(f"{path}: not a readable Parquet file ({reason}). Write it again, or take it out.") from None
 
 
-def read_columns(path: Path, columns: Sequence[str], id_columns: Collection[str] = ()) -> pa.Table:
-    """Returns whole columns of a file as text, checked like any input.
+def text_batches(
+    path: Path,
+    columns: Sequence[str],
+    id_columns: Collection[str],
+    start: int = 0,
+    stop: int | None = None,
+    list_columns: Collection[str] = (),
+) -> Iterator[pa.RecordBatch]:
+    """Yields rows ``start`` to ``stop`` as text; row groups that lie outside are not read.
+
+    Args:
+        path: The file.
+        columns: Which columns, in this order.
+        id_columns: Those of them that may also hold whole numbers.
+        start: First row.
+        stop: Row after the last one; None: the file's end.
+        list_columns: Those of the columns that may also hold lists of texts.
 
     Raises:
         ValueError: The file is not readable, a column is missing or not text, or a value is not UTF-8.
     """
-    return pa.Table.from_batches(
-        list(_text_batches(path, columns, id_columns)), schema=pa.schema([(c, pa.large_string()) for c in columns])
-    )
-
-
-def _text_batches(
-    path: Path, columns: Sequence[str], id_columns: Collection[str], start: int = 0, stop: int | None = None
-) -> Iterator[pa.RecordBatch]:
-    """Yields rows ``start`` to ``stop`` as text; row groups that lie outside are not read. Ids may also be whole numbers."""
     file = open_parquet(path)
-    _check_columns(path, file.schema_arrow, columns, id_columns)
+    check_columns(path, file.schema_arrow, columns, id_columns, list_columns)
     groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
     edges = list(itertools.accumulate(groups, initial=0))
     stop = edges[-1] if stop is None else stop
@@ -148,24 +167,48 @@ def _text_batches(
         raise ValueError(f"{path}: damaged after row {row} ({str(error).splitlines()[0]}). Write it again.") from None
 
 
-def _check_columns(path: Path, schema: pa.Schema, columns: Sequence[str], id_columns: Collection[str]) -> None:
-    flags = {"id": "--id-column", "text": "--text-column"}
+def check_columns(
+    path: Path,
+    schema: pa.Schema,
+    columns: Sequence[str],
+    id_columns: Collection[str],
+    list_columns: Collection[str] = (),
+) -> None:
+    """Checks that columns are there and hold texts; see ``text_batches``.
+
+    Raises:
+        ValueError: One does not, or is there more than once.
+    """
+    check_names(path, schema.names, columns)
     for column in columns:
-        if schema.names.count(column) > 1:
-            raise ValueError(f"{path}: column '{column}' is there more than once. Rename or drop all but one of them.")
-        if column not in schema.names:
-            found = ", ".join(f"'{name}'" for name in schema.names)
-            flag = flags.get(column, "the option that names this column")
-            raise ValueError(f"{path}: no column '{column}' (found: {found}). Pass {flag} with the right name.")
         kind = schema.field(column).type
+        if column in list_columns and hasattr(kind, "value_field"):
+            kind = kind.value_type
         value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         readable = pa.types.is_string(value_kind) or pa.types.is_large_string(value_kind) or pa.types.is_string_view(value_kind)
         if not (readable or (pa.types.is_integer(value_kind) and column in id_columns)):
+            kind = schema.field(column).type
             raise ValueError(f"{path}: column '{column}' is {kind}, not text. Convert it to string, or name another column.")
 
 
+def check_names(path: Path, names: Sequence[str], columns: Iterable[str]) -> None:
+    """Checks that a file with columns of these names has the wanted ones, each once.
+
+    Raises:
+        ValueError: It does not.
+    """
+    flags = {"id": "--id-column", "text": "--text-column"}
+    for column in columns:
+        if names.count(column) > 1:
+            raise ValueError(f"{path}: column '{column}' is there more than once. Rename or drop all but one of them.")
+        if column not in names:
+            found = ", ".join(f"'{name}'" for name in names)
+            flag = flags.get(column, "the option that names this column")
+            raise ValueError(f"{path}: no column '{column}' (found: {found}). Pass {flag} with the right name.")
+
+
 def _as_text(path: Path, column: str, values: pa.Array, first_row: int) -> pa.Array:
-    text = pc.cast(values, pa.large_string())
+    text = pc.cast(values, _TYPES[list[str]] if hasattr(values.type, "value_field") else _TYPES[str])
     try:
         text.validate(full=True)
     except pa.ArrowInvalid:
@@ -255,7 +298,7 @@ def recall(known: Mapping[str, Any]) -> Corpus:
 def _inspect_file(path: Path, columns: Columns) -> tuple[int, int]:
     """Returns how many rows a file has, and how many of them have no text."""
     num_empty = row = 0
-    for batch in _text_batches(path, [columns.id, columns.text], [columns.id]):
+    for batch in text_batches(path, [columns.id, columns.text], [columns.id]):
         batch_ids = batch.column(0)
         missing = pc.fill_null(pc.equal(batch_ids, ""), True)
         if pc.any(missing).as_py():
@@ -291,7 +334,7 @@ def _refuse_duplicates(paths: Sequence[Path], columns: Columns, num_rows: int, p
 
 def _hash_ids(path: Path, columns: Columns, share: int, num_shares: int) -> npt.NDArray[np.int64]:
     """Returns the hashes of a file's ids that fall into one share of all hashes."""
-    batches = _text_batches(path, [columns.id], [columns.id])
+    batches = text_batches(path, [columns.id], [columns.id])
     parts = [np.empty(0, np.int64)]
     for batch in batches:
         hashes = np.fromiter(map(hash, batch.column(0).to_pylist()), np.int64, batch.num_rows)
@@ -304,7 +347,7 @@ def _refuse_repeated(paths: Sequence[Path], columns: Columns, hashes: Collection
     counts: collections.Counter[str] = collections.Counter()
     places: dict[str, list[str]] = {}
     for path in paths:
-        for batch in _text_batches(path, [columns.id], [columns.id]):
+        for batch in text_batches(path, [columns.id], [columns.id]):
             found = [name for name in batch.column(0).to_pylist() if hash(name) in hashes]
             counts.update(found)
             for name in found:
@@ -327,7 +370,7 @@ def read_unit(path: Path, columns: Columns, unit: Unit) -> tuple[list[str], list
     status = path.stat()
     if _digest_once(path, status.st_size, status.st_mtime_ns) != unit.digest:
         raise ValueError(f"{path}: changed since this run began. Run the same command again.")
-    batches = _text_batches(path, [columns.id, columns.text], [columns.id], unit.start, unit.stop)
+    batches = text_batches(path, [columns.id, columns.text], [columns.id], unit.start, unit.stop)
     parts = [batch.filter(has_text(batch.column(1))) for batch in batches]
     table = pa.Table.from_batches(parts) if parts else pa.table({columns.id: [], columns.text: []})
     return table.column(0).to_pylist(), table.column(1).to_pylist()
@@ -363,7 +406,7 @@ def find_texts(corpus: Corpus, ids: Iterable[str]) -> dict[str, str]:
     for file in corpus.files:
         if len(found) == len(wanted):
             break
-        for batch in _text_batches(corpus.path_of(file.name), [corpus.columns.id, corpus.columns.text], [corpus.columns.id]):
+        for batch in text_batches(corpus.path_of(file.name), [corpus.columns.id, corpus.columns.text], [corpus.columns.id]):
             hits = batch.filter(pc.is_in(batch.column(0), wanted))
             found.update(zip(hits.column(0).to_pylist(), hits.column(1).to_pylist(), strict=True))
     return found
@@ -374,8 +417,57 @@ def write_rows(path: Path, rows: Mapping[str, Sequence[Any]]) -> None:
     pq.write_table(pa.table(dict(rows)), path, compression="zstd")
 
 
-def read_json_lines(path: Path, keys: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Yields the objects of a JSON Lines file as text values; a key that only some lines have is empty in the others.
+def read_rows(paths: Sequence[Path]) -> dict[str, list[Any]]:
+    """Returns the columns of files that this project wrote: all of them in memory."""
+    columns: dict[str, list[Any]] = pa.concat_tables(open_parquet(path).read() for path in paths).to_pydict()
+    return columns
+
+
+def schema(columns: Mapping[str, Any]) -> pa.Schema:
+    """Returns the schema of named columns of ``int``, ``str`` or ``list[str]``."""
+    return pa.schema([(name, _TYPES[kind]) for name, kind in columns.items()])
+
+
+class RowWriter:
+    """Writes rows to a Parquet file, some thousand at a time; the file is there, whole, when the block ends.
+
+    Args:
+        path: The file.
+        columns: As for ``schema``.
+    """
+
+    def __init__(self, path: Path, columns: Mapping[str, Any]) -> None:
+        self._path, self._schema = path, schema(columns)
+        self._stack = contextlib.ExitStack()
+        self._rows: list[tuple[Any, ...]] = []
+        self.num_rows = 0
+
+    def __enter__(self) -> Self:
+        temporary = self._stack.enter_context(storage.publish(self._path))
+        self._writer = self._stack.enter_context(pq.ParquetWriter(temporary, self._schema, compression="zstd"))
+        return self
+
+    def add(self, row: tuple[Any, ...]) -> None:
+        """Adds a row."""
+        self._rows.append(row)
+        self.num_rows += 1
+        if len(self._rows) == _BATCH_ROWS:
+            self._write()
+
+    def _write(self) -> None:
+        columns = zip(*self._rows, strict=True)
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, self._schema, strict=True)]
+        self._writer.write_table(pa.table(arrays, schema=self._schema))
+        self._rows = []
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._rows and error is None:
+            self._write()
+        self._stack.__exit__(kind, error, trace)
+
+
+def read_json_lines(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yields line and text values of the objects of a JSON Lines file; a key that only some have is empty in the others.
 
     Args:
         path: The file.
@@ -384,11 +476,21 @@ def read_json_lines(path: Path, keys: Sequence[str]) -> Iterator[dict[str, str]]
     Raises:
         ValueError: The file is missing, not UTF-8, or a line is not an object with the first key.
     """
+    for number, line in text_lines(path):
+        yield number, _json_row(path, number, line, keys)
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields number and text of the lines of a file that are not blank; the first is number 1.
+
+    Raises:
+        ValueError: The file is missing, or not UTF-8.
+    """
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield _json_row(path, number, line, keys)
+                    yield number, line
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}). A BEIR folder needs this file.") from None
     except UnicodeDecodeError as error:
@@ -416,29 +518,18 @@ def _json_text(value: Any, *, may_be_number: bool) -> str:
     return text
 
 
-def read_qrels(path: Path) -> list[tuple[str, str, int]]:
-    """Returns (query id, document id, grade) of a BEIR qrels file; a header line is skipped.
+def read_qrels(path: Path) -> Iterator[tuple[int, str, str, int]]:
+    """Yields line, query id, document id and grade of a BEIR qrels file; a header line is skipped.
 
     Raises:
         ValueError: The file is missing, or a line does not have three tab-separated fields with a whole number last.
     """
-    judgements = []
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except OSError as error:
-        splits = sorted(file.stem for file in path.parent.glob("*.tsv"))
-        raise ValueError(f"{path}: cannot be read ({error.strerror}; found: {splits}). Pass --split.") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}). Convert the file to UTF-8.") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in text_lines(path):
         fields = line.split("\t")
         if number == 1 and not fields[-1].strip().lstrip("-").isdecimal():
             continue
         try:
             query, document, grade = fields
-            judgements.append((query, document, int(grade)))
+            yield number, query, document, int(grade)
         except ValueError:
             raise ValueError(f"{path}: line {number} is not 'query-id<TAB>document-id<TAB>grade'. Mend it.") from None
-    return judgements

@@ -6,7 +6,7 @@ larger cluster finds the same units.
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -126,10 +126,6 @@ def choose_split(key: str, fractions: Mapping[str, float], salt: str) -> str:
     return list(fractions)[-1]
 
 
-def sample_keys(keys: Sequence[str], limit: int | None, salt: str) -> list[str]:
-    """Returns at most ``limit`` of the keys, chosen by hash, in their given order: a larger limit only adds."""
-    if limit is None or len(keys) <= limit:
-        return list(keys)
-    ranked = sorted(keys, key=lambda key: hashlib.sha256((salt + key).encode()).digest())
-    chosen = set(ranked[:limit])
-    return [key for key in keys if key in chosen]
+def sample_rank(key: str, salt: str) -> bytes:
+    """Returns the place of a key in an order that its hash decides: the first so many keys are a sample."""
+    return hashlib.sha256((salt + key).encode()).digest()

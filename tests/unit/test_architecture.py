@@ -19,8 +19,13 @@ DOORS = {
     "huggingface_hub": ("lib/matryoshka/model.py",),
     "sentence_transformers": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "training")),
     "transformers": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "packed", "training", "peers")),
-    "tokenizers": ("lib/matryoshka/tokens.py",),
-    "pyarrow": tuple(f"lib/matryoshka/{room}.py" for room in ("corpus", "vectors", "funnel", "indexing", "verification")),
+    "tokenizers": tuple(f"lib/matryoshka/{room}.py" for room in ("tokens", "chunks")),
+    "semantic_text_splitter": ("lib/matryoshka/chunks.py",),
+    "datasketch": ("lib/matryoshka/leaks.py",),
+    "pyarrow": tuple(
+        f"lib/matryoshka/{room}.py"
+        for room in ("corpus", "sources", "partitions", "vectors", "funnel", "indexing", "verification")
+    ),
     **dict.fromkeys(("nncf", "onnxruntime", "openvino"), ("lib/matryoshka/peers.py",)),
     "rich": ("jobs/terminal.py",),
     "jobs": ("jobs/",),
@@ -28,9 +33,22 @@ DOORS = {
 PURE = ("units", "nested", "topk", "clock")
 LAYERS = [
     {"config", "units", "nested", "topk", "clock"},
-    {"storage", "corpus", "index", "metrics", "docstrings", "recipe"},
-    {"artifacts", "model", "pairs", "encode", "tokens", "packed", "vectors", "funnel"},
-    {"training", "embedding", "indexing", "evaluation", "report", "verification", "calibration", "peers"},
+    {"storage", "splits", "corpus", "sources", "partitions", "index", "metrics", "docstrings", "recipe", "leaks", "chunks"},
+    {
+        "artifacts",
+        "assembly",
+        "cleaning",
+        "labelled",
+        "beir",
+        "model",
+        "pairs",
+        "encode",
+        "tokens",
+        "packed",
+        "vectors",
+        "funnel",
+    },
+    {"preparation", "training", "embedding", "indexing", "evaluation", "report", "verification", "calibration", "peers"},
 ]
 
 

@@ -3,7 +3,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matryoshka.units import InputFile, assign_shards, choose_split, plan_units, sample_keys
+from matryoshka.units import InputFile, assign_shards, choose_split, plan_units
 
 corpora = st.lists(st.integers(0, 300), max_size=5).map(
     lambda counts: [InputFile(f"{number}.parquet", f"{number:064x}"[::-1], count) for number, count in enumerate(counts)]
@@ -112,22 +112,3 @@ def test_splits_have_about_their_share_of_the_keys():
     counts = Counter(choose_split(f"key-{number}", FRACTIONS, "salt") for number in range(4000))
     # Three standard deviations of a binomial share of 4000 keys are at most 0.022.
     assert all(abs(counts[split] / 4000 - share) < 0.022 for split, share in FRACTIONS.items())
-
-
-@given(keys, st.integers(0, 30), st.integers(0, 30))
-def test_a_larger_limit_only_adds(names: list[str], limit: int, more: int):
-    few, many = sample_keys(names, limit, "salt"), sample_keys(names, limit + more, "salt")
-    assert few == [name for name in many if name in set(few)]
-    assert len(few) == min(limit, len(names))
-
-
-@given(keys, st.integers(0, 30))
-def test_a_sample_keeps_the_order_and_does_not_depend_on_it(names: list[str], limit: int):
-    sample = sample_keys(names, limit, "salt")
-    assert sample == [name for name in names if name in set(sample)]
-    assert set(sample_keys(names[::-1], limit, "salt")) == set(sample)
-
-
-@given(keys)
-def test_no_limit_takes_all(names: list[str]):
-    assert sample_keys(names, None, "salt") == names

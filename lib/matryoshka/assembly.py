@@ -17,10 +17,10 @@ from matryoshka.artifacts import FileRecord, Receipt
 from matryoshka.chunks import Chunk, ChunkPlan
 from matryoshka.leaks import References
 from matryoshka.partitions import Dealer
-from matryoshka.splits import DEV, STRENGTH, TEST, TRAIN
+from matryoshka.splits import DEV, STRENGTH, TEST, TRAIN, strongest
 
 SPLITS = tuple(STRENGTH)
-LEAKED = "near-duplicate of dev or test"
+NEAR, SHARED = "near-duplicate of dev or test", "document that answers dev or test too"
 ALL_QUERIES = -1
 
 _SHELF_ROWS = 4_096
@@ -196,7 +196,7 @@ def save_references(layout: Layout, number: int) -> None:
     splits: dict[int, str] = {}
     for link in partitions.read(layout.folder(_LINKS), Link, number):
         if link.split != TRAIN:
-            splits[link.home] = min(link.split, splits.get(link.home, link.split), key=STRENGTH.__getitem__)
+            splits[link.home] = strongest((link.split, splits.get(link.home, link.split)))
     shelved = _shelved(layout, number) if splits else ()
     leaks.save(path, ((splits[document.place], document.text) for document in shelved if document.place in splits))
 
@@ -222,25 +222,24 @@ def _shelved(layout: Layout, number: int) -> Iterator[Document]:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What became of one part of the corpus: two files (below ``Layout.out``), and how many pairs were leaks, by split."""
+    """What became of one part of the corpus: two files (below ``Layout.out``), and the number of leaks by kind and split."""
 
     corpus: Receipt
     pairs: Receipt
     num_documents: int
-    leaked: Counter[str]
+    leaked: Counter[tuple[str, str]]
 
 
 def assemble_part(layout: Layout, number: int) -> Part:
     """Writes one part of the corpus, and the training pairs whose documents are in it."""
     links: dict[int, list[Link]] = defaultdict(list)
     for link in partitions.read(layout.folder(_LINKS), Link, number):
-        if link.split == TRAIN:
-            links[link.home].append(link)
+        links[link.home].append(link)
     used = {row.home for row in partitions.read(layout.folder(_USED), Used, number)}
     keys = f"{pairs.CORPUS}/{number:05d}", f"{pairs.PAIRS}/{number:05d}"
     corpus_columns = pairs.CHUNK_COLUMNS if layout.chunk_plan else pairs.CORPUS_COLUMNS
     paths = [layout.out / f"{key}.parquet" for key in keys]
-    num_documents, leaked = 0, Counter[str]()
+    num_documents, leaked = 0, Counter[tuple[str, str]]()
     with (
         corpus.RowWriter(paths[0], corpus_columns) as corpus_file,
         corpus.RowWriter(paths[1], pairs.pair_columns(layout.extras)) as pairs_file,
@@ -252,8 +251,7 @@ def assemble_part(layout: Layout, number: int) -> Part:
             found = chunks.cut(document.text, layout.chunk_plan) if layout.chunk_plan else []
             for row in _corpus_rows(document, found):
                 corpus_file.add(row)
-            own = links.get(document.place, [])
-            for link, leak in zip(own, _find_leaks(layout, document, own), strict=True):
+            for link, leak in _find_leaks(layout, document, links[document.place]):
                 if leak:
                     leaked[leak] += 1
                 else:
@@ -268,13 +266,19 @@ def _corpus_rows(document: Document, found: Sequence[Chunk]) -> list[tuple[Any, 
     return [(chunk.id_in(document.id), chunk.text, document.id, chunk.start, chunk.end) for chunk in found]
 
 
-def _find_leaks(layout: Layout, document: Document, links: Sequence[Link]) -> list[str | None]:
-    """Returns for every pair of a document the split that it comes close to, or None."""
-    if not links or layout.near_duplicates is None:
-        return [None] * len(links)
+def _find_leaks(layout: Layout, document: Document, links: Sequence[Link]) -> Iterator[tuple[Link, tuple[str, str] | None]]:
+    """Yields every training pair of a document with why it is a leak, and into which split, or None."""
+    own = [link for link in links if link.split == TRAIN]
+    if not own or layout.near_duplicates is None:
+        yield from ((link, None) for link in own)
+        return
     references = _references(layout)
-    own = references.find(document.text)
-    return [own or references.find(link.query) for link in links]
+    splits = {link.split for link in links} - {TRAIN}
+    shared = (SHARED, strongest(splits)) if splits else None
+    near = None if shared else references.find(document.text)
+    for link in own:
+        leak = near or (None if shared else references.find(link.query))
+        yield link, (NEAR, leak) if leak else shared
 
 
 def _pair_row(link: Link, document: Document, found: Sequence[Chunk], extras: Sequence[str]) -> tuple[Any, ...]:

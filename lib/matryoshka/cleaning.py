@@ -34,14 +34,14 @@ class Raw(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A query and a text (named by its hash) that answers it, or, with grade 0, does not."""
+    """A query and a text (named by its hash): number 0 of its row is the one that answers it, the others do not."""
 
     document_key: str
     place: int
     id: str
     split: str
     query: str
-    grade: int
+    number: int
     negative: str
 
 
@@ -55,7 +55,7 @@ class Claim(NamedTuple):
     home: int
     split: str
     document_split: str
-    grade: int
+    number: int
     negative: str
 
 
@@ -159,10 +159,10 @@ def take(layout: Layout, rules: Rules, task: str, rows: Iterable[Raw]) -> Tally:
             key = text_id("d", fold(row.positive))
             shelves.add(Document(row.place, row.id or key, row.positive))
             split = row.split or rules.splits.of(row.group or key)
-            dealer.add(partition_of(key, layout.num_partitions), Candidate(key, row.place, row.id, split, row.query, 1, ""))
-            for negative in filter(None, map(str.strip, row.negatives)):
+            dealer.add(partition_of(key, layout.num_partitions), Candidate(key, row.place, row.id, split, row.query, 0, ""))
+            for number, negative in enumerate(filter(None, map(str.strip, row.negatives)), start=1):
                 other = text_id("d", fold(negative))
-                candidate = Candidate(other, row.place, "", split, row.query, 0, negative)
+                candidate = Candidate(other, row.place, "", split, row.query, number, negative)
                 dealer.add(partition_of(other, layout.num_partitions), candidate)
         shelves.close()
     return Tally(shelves.sizes, dropped)
@@ -182,7 +182,7 @@ def settle_documents(layout: Layout, rules: Rules, number: int) -> Tally:
     """
     dropped: Counter[str] = Counter()
     rows = sorted(
-        partitions.read(layout.folder(_CANDIDATES), Candidate, number), key=attrgetter("document_key", "place", "grade")
+        partitions.read(layout.folder(_CANDIDATES), Candidate, number), key=attrgetter("document_key", "place", "number")
     )
     task = f"{number:06d}"
     with (
@@ -191,17 +191,17 @@ def settle_documents(layout: Layout, rules: Rules, number: int) -> Tally:
     ):
         for key, group in groupby(rows, key=attrgetter("document_key")):
             candidates = list(group)
-            positives = [row for row in candidates if row.grade]
+            positives = [row for row in candidates if not row.number]
             first = positives[0] if positives else candidates[0]
             split = splits.strongest(row.split for row in positives or candidates)
             best = min(positives, key=_by_strength) if rules.one_to_one else None
             for row in candidates:
-                if best and row.grade and row is not best:
+                if best and not row.number and row is not best:
                     dropped["duplicate document"] += 1
                     continue
                 query_id = text_id("q", fold_query(row.query))
                 claim = Claim(
-                    query_id, row.place, row.query, first.id or key, first.place, row.split, split, row.grade, row.negative
+                    query_id, row.place, row.query, first.id or key, first.place, row.split, split, row.number, row.negative
                 )
                 claims.add(partition_of(query_id, layout.num_partitions), claim)
             for name in dict.fromkeys(row.id for row in positives if row.id):
@@ -218,17 +218,15 @@ def settle_queries(layout: Layout, rules: Rules, number: int) -> Tally:
     """Decides which pairs of the queries of a partition are kept, and finds what contradicts itself."""
     dropped, faults = Counter[str](), list(_ambiguous_ids(layout, number))
     sample = Sample(rules.limits, rules.splits.salt)
-    rows = sorted(
-        partitions.read(layout.folder(_CLAIMS), Claim, number), key=attrgetter("query_id", "place", "grade", "document_id")
-    )
+    rows = sorted(partitions.read(layout.folder(_CLAIMS), Claim, number), key=attrgetter("query_id", "place", "number"))
     with Dealer(layout.folder(f"{_KEPT}/{number:06d}"), "kept", Claim, 1) as kept:
         for query_id, group in groupby(rows, key=attrgetter("query_id")):
             claims = list(group)
             faults += _contradictions(claims)
-            judged = list(_judge([row for row in claims if row.grade], rules, dropped))
+            judged = list(_judge([row for row in claims if not row.number], rules, dropped))
             if judged:
                 sample.add(judged[0].split, query_id)
-            for row in judged + [row for row in claims if judged and not row.grade]:
+            for row in judged + [row for row in claims if judged and row.number]:
                 kept.add(0, row)
     return Tally((), dropped, sample.cut(), faults)
 
@@ -250,9 +248,9 @@ def _judge(positives: Sequence[Claim], rules: Rules, dropped: Counter[str]) -> I
 
 
 def _contradictions(claims: Sequence[Claim]) -> Iterator[tuple[int, int, str]]:
-    positive = {row.document_id: row.place for row in reversed(claims) if row.grade}
+    positive = {row.document_id: row.place for row in reversed(claims) if not row.number}
     for row in claims:
-        if not row.grade and row.document_id in positive:
+        if row.number and row.document_id in positive:
             places = sorted((positive[row.document_id], row.place))
             yield places[0], places[1], f"the same text answers '{row.query:.60}' and does not"
 
@@ -274,12 +272,12 @@ def deal_pairs(layout: Layout, rules: Rules, cutoffs: Cutoffs, number: int) -> T
     with SplitDealer(layout, f"{number:06d}") as dealer:
         for query_id, group in groupby(rows, key=attrgetter("query_id")):
             claims = list(group)
-            positives = [row for row in claims if row.grade]
+            positives = [row for row in claims if not row.number]
             split = positives[0].split
             if not splits.is_let_in(query_id, split, cutoffs, rules.splits.salt):
                 dropped["over the limit"] += len(positives)
                 continue
-            negatives = {row.document_id: row.negative for row in claims if not row.grade}
+            negatives = {row.document_id: row.negative for row in claims if row.number}
             dealer.add_query(split, Query(query_id, positives[0].query))
             for row in positives:
                 dealer.add_judgement(split, Judgement(query_id, row.document_id, 1))

@@ -202,7 +202,7 @@ def check_names(path: Path, names: Sequence[str], columns: Iterable[str]) -> Non
         if names.count(column) > 1:
             raise ValueError(f"{path}: column '{column}' is there more than once. Rename or drop all but one of them.")
         if column not in names:
-            found = ", ".join(f"'{name}'" for name in names)
+            found = ", ".join(f"'{name}'" for name in names) or "none"
             flag = flags.get(column, "the option that names this column")
             raise ValueError(f"{path}: no column '{column}' (found: {found}). Pass {flag} with the right name.")
 

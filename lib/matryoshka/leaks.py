@@ -20,7 +20,7 @@ from matryoshka.splits import STRENGTH
 
 _SHINGLE_WORDS = 3
 _NUM_HASHES = 128
-_MISSES_WEIGH = (0.1, 0.9)  # candidates are compared exactly, so a false one costs time only
+_MOST_MISSES = 1e-4
 _WORD = re.compile(r"\w+")
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
 
@@ -48,6 +48,19 @@ def similarity(left: Shingles, right: Shingles) -> float:
     return both / max(len(left) + len(right) - both, 1)
 
 
+def plan_bands(threshold: float) -> tuple[int, int]:
+    """Returns (bands, hashes per band) for which texts at the threshold share a band, all but one in ten thousand.
+
+    Texts that share a band are then compared exactly, so one that is not close enough costs time only.
+
+    >>> plan_bands(0.9)
+    (18, 7)
+    """
+    fitting = (rows for rows in range(_NUM_HASHES, 1, -1) if (1 - threshold**rows) ** (_NUM_HASHES // rows) < _MOST_MISSES)
+    rows = next(fitting, 1)
+    return _NUM_HASHES // rows, rows
+
+
 class References:
     """Texts of dev and test that a training pair may not come close to.
 
@@ -57,7 +70,7 @@ class References:
 
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
-        self._index = MinHashLSH(threshold, _NUM_HASHES, _MISSES_WEIGH)
+        self._index = MinHashLSH(num_perm=_NUM_HASHES, params=plan_bands(threshold))
         self._splits: list[str] = []
         self._shingles: list[Shingles] = []
 

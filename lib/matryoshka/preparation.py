@@ -18,7 +18,7 @@ from matryoshka.cleaning import PairColumns, Raw, Rules, Tally
 from matryoshka.docstrings import SourceFile
 from matryoshka.labelled import LabelColumns
 from matryoshka.sources import Slice
-from matryoshka.splits import DEV, STRENGTH, TEST, TRAIN, Sample
+from matryoshka.splits import STRENGTH, TRAIN, Sample
 
 _PARTITION_BYTES = 2**25
 _SMALL_BYTES = 2**20  # not worth more than a task
@@ -251,21 +251,21 @@ def _assemble(layout: Layout, source: Source, dropped: Counter[str], run: RunTas
     num_queries = {_stem(file): file.num_rows for file in files if file.key.startswith(f"{pairs.QUERIES}/")}
     _refuse_nothing(num_queries, source, dropped)
     parts = range(len(layout.parts))
-    near: dict[str, int] = {}
+    near: Counter[str] = Counter()
     if layout.near_duplicates is not None and TRAIN in source.splits:
         list(run(assembly.save_references, [(layout, number) for number in (assembly.ALL_QUERIES, *parts)]))
         (near["dev near test"],) = run(assembly.count_dev_in_test, [(layout,)])
     built: list[Part] = list(run(assembly.assemble_part, [(layout, number) for number in parts]))
-    leaked = sum((part.leaked for part in built), Counter[str]())
-    near |= {f"train near {split}": leaked[split] for split in (DEV, TEST) if layout.near_duplicates is not None}
-    if sum(leaked.values()):
-        dropped[assembly.LEAKED] = sum(leaked.values())
+    for part in built:
+        for (kind, split), count in part.leaked.items():
+            dropped[kind] += count
+            near[f"train near {split}"] += count
     facts = {
         "documents": sum(part.num_documents for part in built),
         "queries": num_queries,
         "pairs": sum(part.pairs.num_rows for part in built),
         "dropped": {reason: dropped[reason] for reason in sorted(+dropped)},
-        "near_duplicates": near,
+        "near_duplicates": {name: near[name] for name in sorted(near)},
         "is_chunked": layout.chunk_plan is not None,
         **({"chunks": sum(part.corpus.num_rows for part in built)} if layout.chunk_plan else {}),
     }

@@ -121,7 +121,7 @@ def _values(values: list[Any], column: Column) -> list[Any]:
 
 
 def _texts(value: Any) -> list[str]:
-    return [text for text in (value if isinstance(value, list) else [value]) if text]
+    return [text for text in (value if isinstance(value, list) else [value]) if text is not None and text != ""]
 
 
 def _read_parquet(path: Path, columns: Sequence[Column], start: int, stop: int | None) -> Batches:
@@ -191,8 +191,8 @@ def _read_json(path: Path, columns: Sequence[Column]) -> Iterator[tuple[int, lis
 def _json_value(path: Path, number: int, column: Column, value: Any) -> Any:
     if column.kind == "id" and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    texts = _texts(value) if column.kind == "texts" else [value or ""]
-    if not all(isinstance(text, str) and _is_text(text) for text in texts) or (value and not isinstance(value, str | list)):
+    texts = _texts(value) if column.kind == "texts" else ["" if value is None else value]
+    if not all(isinstance(text, str) and _is_text(text) for text in texts):
         wanted = "a text or a list of texts" if column.kind == "texts" else "text"
         found = f"{type(value).__name__} {value!r:.40}"
         raise ValueError(f"{path}: line {number}: '{column.name}' is not {wanted} (found: {found}). Mend it, or take it out.")
@@ -200,4 +200,4 @@ def _json_value(path: Path, number: int, column: Column, value: Any) -> Any:
 
 
 def _is_text(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else True
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)

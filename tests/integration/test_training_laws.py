@@ -12,7 +12,6 @@ import ranks
 import small_runs
 import texts
 
-from matryoshka.dev import DevSet
 from matryoshka.training import Job
 
 pytestmark = pytest.mark.usefixtures("one_thread")

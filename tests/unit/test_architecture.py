@@ -17,31 +17,28 @@ DOORS = {
     "pydantic": ("lib/matryoshka/config.py",),
     "yaml": ("lib/matryoshka/config.py",),
     "huggingface_hub": ("lib/matryoshka/model.py",),
-    "sentence_transformers": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "training", "plain_trainer")),
+    "sentence_transformers": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "training", "plain_trainer", "losses")),
     "transformers": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "packed", "training", "peers", "plain_trainer")),
-    "tokenizers": ("lib/matryoshka/tokens.py",),
-    "pyarrow": tuple(f"lib/matryoshka/{room}.py" for room in ("corpus", "vectors", "funnel", "indexing", "verification")),
+    "tokenizers": tuple(f"lib/matryoshka/{room}.py" for room in ("tokens", "chunks")),
+    "semantic_text_splitter": ("lib/matryoshka/chunks.py",),
+    "datasketch": ("lib/matryoshka/leaks.py",),
+    "pyarrow": tuple(
+        f"lib/matryoshka/{room}.py"
+        for room in ("corpus", "sources", "partitions", "vectors", "funnel", "indexing", "verification")
+    ),
     **dict.fromkeys(("nncf", "onnxruntime", "openvino"), ("lib/matryoshka/peers.py",)),
     "rich": ("jobs/terminal.py",),
     "jobs": ("jobs/",),
 }
-PURE = ("units", "nested", "topk", "clock")
+PURE = ("units", "nested", "topk", "clock", "batches")
 LAYERS = [
-    {"config", "units", "nested", "topk", "clock"},
-    {"storage", "corpus", "index", "metrics", "docstrings", "recipe"},
-    {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "funnel"},
-    {
-        "mining",
-        "training",
-        "embedding",
-        "indexing",
-        "evaluation",
-        "report",
-        "verification",
-        "calibration",
-        "peers",
-        "plain_trainer",
-    },
+    {"config", "units", "nested", "topk", "clock", "batches"},
+    {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves"}
+    | {"splits", "sources", "partitions", "leaks", "chunks"},
+    {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "funnel"}
+    | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"},
+    {"preparation", "mining", "training", "card", "embedding", "indexing", "evaluation", "report", "verification"}
+    | {"calibration", "peers", "plain_trainer"},
 ]
 
 

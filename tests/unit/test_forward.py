@@ -1,7 +1,6 @@
 """The padded model is the oracle: the same vectors, and the same gradients for every parameter."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np

@@ -102,8 +102,10 @@ def dev_set(num_queries: int, num_documents: int, *, is_chunked: bool = False) -
         halves = ((name, text, len(text) // 2) for name, text in documents.items())
         cuts = ((name, text, edges) for name, text, half in halves for edges in ((0, half), (half, len(text))))
         documents = {units.chunk_id(name, *edges): text[slice(*edges)] for name, text, edges in cuts}
-    queries = {f"q{number}": made["query"][number] for number in range(num_queries)}
-    qrels = {f"q{number}": {f"d{number}": 1, f"d{(number + 1) % num_documents}": 1} for number in range(num_queries)}
+    # The last ones, so that a model for which all texts are the same finds nothing: where scores are equal, ids decide.
+    numbers = range(num_documents - num_queries, num_documents)
+    queries = {f"q{number}": made["query"][number] for number in numbers}
+    qrels = {f"q{number}": {f"d{number}": 1, f"d{num_documents // 2}": 1} for number in numbers}
     return DevSet(queries, documents, qrels, is_chunked)
 
 
@@ -119,7 +121,7 @@ def figures_by_hand(base: str | Path, dev: DevSet, dims: Sequence[int]) -> dict[
             for name, score in zip(dev.documents, scores.tolist(), strict=True):
                 owner = units.document_of(name) if dev.is_chunked else name
                 best[owner] = max(score, best.get(owner, -2))
-            rankings.append(sorted(best, key=lambda name: -best[name])[: metrics.DEPTH])
+            rankings.append(sorted(best, key=lambda name: (-best[name], name))[: metrics.DEPTH])
         found[f"dev_nDCG@10_{dim}"] = metrics.measure(dev.qrels, list(dev.queries), rankings)["nDCG@10"]
     return {**found, "dev_nDCG@10": float(np.mean(list(found.values())))}
 

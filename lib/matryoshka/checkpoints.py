@@ -61,7 +61,7 @@ def digest_of(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(memoryview(weights[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).cast("B"))
+        digest.update(weights[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

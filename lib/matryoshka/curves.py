@@ -34,7 +34,7 @@ class Curves:
         if self._output:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._output / FOLDER), flush_secs=10)  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(self._output / FOLDER), flush_secs=10)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

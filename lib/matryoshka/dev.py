@@ -113,7 +113,7 @@ class DevEvaluator:
         roles: dict[Role, Sequence[str]] = {"query": list(dev.queries.values()), "document": list(dev.documents.values())}
         self._tokens = {role: self._tokenise(tokeniser, texts, role) for role, texts in roles.items()}
         owners = [_owner(name, is_chunked=dev.is_chunked) for name in dev.documents]
-        self._names = np.array(list(dict.fromkeys(owners)), dtype=object)
+        self._names = np.array(sorted(set(owners)), dtype=object)
         place = {name: number for number, name in enumerate(self._names)}
         self._owners = np.array([place[name] for name in owners])
 
@@ -141,22 +141,21 @@ class DevEvaluator:
         if self._num_ranks > 1:
             gathered = [None] * self._num_ranks
             torch.distributed.all_gather_object(gathered, own)
-        shares = [np.concatenate(parts) if parts else None for parts in gathered]  # with few texts, a rank has none
-        sizes = [0 if share is None else len(share) for share in shares]
-        vectors = np.empty((sum(sizes), shares[0].shape[1]), dtype=np.float32)
+        width = gathered[0][0].shape[1]
+        # A rank without texts has no part at all.
+        shares = [np.concatenate([np.empty((0, width), np.float32), *parts]) for parts in gathered]
+        vectors = np.empty((sum(map(len, shares)), width), dtype=np.float32)
         for rank, share in enumerate(shares):
-            if share is not None:
-                vectors[rank :: self._num_ranks] = share
+            vectors[rank :: self._num_ranks] = share
         return vectors
 
     def _measure(self, queries: npt.NDArray[np.float32], documents: npt.NDArray[np.float32], dim: int) -> float:
         scores = shrink(queries, dim) @ shrink(documents, dim).T  # [Q, N]
-        if self._dev.is_chunked:
-            best = np.full((len(scores), len(self._names)), -np.inf, dtype=np.float32)
-            np.maximum.at(best.T, self._owners, scores.T)
-            scores = best
-        count = min(metrics.DEPTH, scores.shape[1])
-        top = np.argpartition(-scores, count - 1, axis=1)[:, :count]
-        order = np.argsort(-np.take_along_axis(scores, top, axis=1), axis=1, kind="stable")
-        rankings = self._names[np.take_along_axis(top, order, axis=1)].tolist()
+        best = np.full((len(scores), len(self._names)), -np.inf, dtype=np.float32)
+        np.maximum.at(best.T, self._owners, scores.T)
+        count = min(metrics.DEPTH, best.shape[1])
+        rankings = []
+        for row, least in zip(best, np.partition(best, -count, axis=1)[:, -count], strict=True):
+            places = np.flatnonzero(row >= least)  # in the order of ids, which decides where scores are equal
+            rankings.append(self._names[places[np.argsort(-row[places], kind="stable")[:count]]].tolist())
         return metrics.measure(self._dev.qrels, list(self._dev.queries), rankings)[HEADLINE]

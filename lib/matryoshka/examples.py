@@ -54,7 +54,9 @@ def tokenise_part(path: Path, target: Path, tokeniser: Tokeniser, num_negatives:
     for rows in _read_rows(path, num_negatives):
         for name, texts in rows.items():
             if name == "label":
-                columns.setdefault("labels", []).append(np.array([key_of(text) for text in texts], dtype=np.int64))
+                if None in texts:
+                    raise ValueError(f"{path}: a pair has no label (null). Give every pair one, or leave the column out.")
+                columns.setdefault("labels", []).append(np.array([key_of(text or "") for text in texts], dtype=np.int64))
                 continue
             role: Role = "query" if name == "query" else "document"
             tokens = tokeniser([text or "" for text in texts], role)
@@ -172,7 +174,8 @@ class Examples:
     @property
     def lengths(self) -> IntArray:
         """Tokens of each pair, its negatives included; [N]."""
-        return np.sum([column.lengths for column in self.columns.values()], axis=0, dtype=np.int64)
+        total: IntArray = np.sum([column.lengths for column in self.columns.values()], axis=0, dtype=np.int64)
+        return total
 
     def mask(self, rows: IntArray, all_rows: IntArray) -> npt.NDArray[np.bool_]:
         """Returns which documents of a batch must not count as negatives of which queries.

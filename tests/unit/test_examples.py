@@ -99,6 +99,13 @@ def test_negatives_that_nobody_has_mined_are_asked_for(tmp_path: Path, tokeniser
         examples.tokenise_part(file, tmp_path / "part", tokeniser, 1)
 
 
+def test_a_pair_without_a_label_among_labelled_ones_is_refused(tmp_path: Path, tokeniser: Tokeniser):
+    columns = {"query": ["bada", "bife"], "positive": ["geva", "noti"], "label": ["one", None]}
+    file = small_runs.write_pairs(tmp_path / "pairs.parquet", columns)
+    with pytest.raises(ValueError, match=r"pairs\.parquet: a pair has no label \(null\)\. Give every pair one"):
+        examples.tokenise_part(file, tmp_path / "part", tokeniser, 0)
+
+
 def test_pairs_are_named_by_their_ids_across_files(tmp_path: Path, tiny: str):
     files, _ = small_runs.tokenise(tmp_path, Path(tiny), texts.pairs(7), num_parts=3)
     # Files of 2, 2 and 3 rows; ids begin anew in each.

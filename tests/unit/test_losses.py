@@ -100,7 +100,7 @@ def test_the_loss_and_its_gradients_are_what_the_definition_gives_with_every_mas
     assert float((found - exact).norm() / exact.norm()) < 1e-5
 
 
-def test_the_masks_change_the_loss(tmp_path: Path, tiny: str):
+def test_the_masks_change_the_loss(tiny: str):
     network = model.load(Path(tiny), "cpu", dropout=0.0).train()
     labelled, plain = (loss_by_hand(network, columns).item() for columns in ({**PAIRS, "label": LABELS}, PAIRS))
     alone = loss_by_hand(network, {**PAIRS, "negatives": [None] * 6}).item()

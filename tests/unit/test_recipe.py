@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import pytest
 from hypothesis import given
@@ -39,7 +40,7 @@ def test_the_dev_split_is_looked_at_before_the_first_step_after_the_last_and_eve
     steps = sorted(dataclasses.replace(RECIPE, num_steps=num_steps, evaluations=evaluations).evaluation_steps)
     assert (steps[0], steps[-1]) == (0, num_steps)
     assert len(steps) == min(evaluations, num_steps) + 1
-    gaps = {later - step for step, later in zip(steps[:-1], steps[1:], strict=True)}
+    gaps = {later - step for step, later in itertools.pairwise(steps)}
     assert max(gaps) - min(gaps) <= 1
 
 

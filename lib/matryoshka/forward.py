@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from matryoshka.encode import Precision
-from matryoshka.packed import Attention, CannotPackError, PackedModel
+from matryoshka.packed import CannotPackError, PackedModel
 from matryoshka.stream import Stream, end_of_step
 
 # Tokens of a forward pass. CPU: larger ones fall out of the caches [measured, AMX].

@@ -280,9 +280,11 @@ class _Rank(_Trained):
         import torch.distributed
 
         super().__init__(name, work)
-        torch.set_num_threads(max(measurement.num_cores() // num_ranks, 1))
+        num_threads = max(measurement.num_cores() // num_ranks, 1)
+        torch.set_num_threads(num_threads)
         if num_ranks > 1:
             own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_PORT": 0}
+            own["OMP_NUM_THREADS"] = num_threads  # else accelerate chooses, with a warning
             os.environ |= {"MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in own.items()}}
             meeting = f"file://{work.folder / name}/group"
             torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_ranks)

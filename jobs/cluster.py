@@ -101,12 +101,18 @@ class Session:
         self.release()
         remote, limit = ray.remote(function), 2 * capacity().num_cpus
         window: deque[Any] = deque()
-        for own in arguments:
-            window.append(remote.remote(*own))
-            if len(window) > limit:
+        try:
+            for own in arguments:
+                window.append(remote.remote(*own))
+                if len(window) > limit:
+                    yield _get(window.popleft())
+            while window:
                 yield _get(window.popleft())
-        while window:
-            yield _get(window.popleft())
+        finally:  # after an error, nothing goes on writing behind its caller's back
+            for reference in window:
+                ray.cancel(reference)
+            if window:
+                ray.wait(list(window), num_returns=len(window))
 
     @contextlib.contextmanager
     def shards(self, folders: Sequence[Path], num_workers: int | None) -> "Iterator[CallShards]":

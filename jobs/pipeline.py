@@ -82,7 +82,7 @@ def plan(settings: Settings, *, has_gpu: bool, winner: str | None = None) -> lis
     negatives: dict[str, Any] = {"negatives": str(root / _NEGATIVES)} if settings.mine is not None else {}
     _refuse_unknown_names(settings)
     wired: list[tuple[str, Any, dict[str, Any]]] = [
-        ("prepare", prepare, {"output": data}),
+        ("prepare", prepare, {"output": data, "model": base}),
         ("evaluate", evaluate, {"output": before, "data": data, "model": base, "system": "base", **known}),
         *(_also(settings, name, "base", base) for name in settings.also),
         *(("mine", mine, {"output": own, "data": data, "model": base, "embeddings": there}) for own in negatives.values()),

@@ -1,120 +1,216 @@
 """Turns text into the dataset that every later stage reads: documents, queries and judgements by split, training pairs."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from jobs import cluster
 from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import say
-from matryoshka import artifacts, corpus, docstrings, pairs, storage
+from matryoshka import artifacts, chunks, corpus, docstrings, model, preparation, sources, splits, storage
 from matryoshka.artifacts import Manifest
+from matryoshka.chunks import ChunkPlan
+from matryoshka.cleaning import PairColumns, Rules
 from matryoshka.config import Field, FolderPath, InputPath, check_settings
-from matryoshka.docstrings import SourceFile
-from matryoshka.pairs import Dataset, Pair
+from matryoshka.labelled import LabelColumns
+from matryoshka.preparation import Finishing, Prepared, Source
+from matryoshka.splits import SplitBy, SplitRule
 
-_SOURCES_PER_TASK = 400
+_FILES = "Parquet, CSV or JSONL files: a folder, file or glob pattern."
+_WORK = f"{storage.TEMPORARY}prepare"
 
 
 class Settings(StageSettings):
     """Turns text into the dataset that every later stage reads.
 
-    Give one source: --pairs (Parquet with a query and a positive column), --beir (a BEIR folder), or --python-docs
-    (the documentation of the Python packages that are installed here).
+    Give one source: --pairs (a query and a positive column), --titled (a title and a body column), --labelled (a text and a
+    label column), --beir (a BEIR folder), or --python-docs (the documentation of the Python packages that are installed here).
     """
 
-    pairs: InputPath | None = Field(None, description="Parquet files with training pairs: a folder, file or glob pattern.")
+    pairs: InputPath | None = Field(None, description=f"Queries and the documents that answer them; {_FILES}")
     query_column: str = Field("query", description="Column of --pairs with the query.")
     positive_column: str = Field("positive", description="Column of --pairs with the document that answers it.")
-    id_column: str | None = Field(None, description="Column of --pairs with the document's id; none: made from its text.")
-    group_column: str | None = Field(
-        None, description="Column of --pairs whose equal values stay in one split; none: the document."
+    negatives_column: str | None = Field(
+        None, description="Column of --pairs with texts that do not answer the query (a list, or one text); none: no such column."
     )
+    titled: InputPath | None = Field(None, description=f"Titles, which become queries, and their bodies; {_FILES}")
+    title_column: str = Field("title", description="Column of --titled with the title.")
+    body_column: str = Field("body", description="Column of --titled with the body.")
+    labelled: InputPath | None = Field(None, description=f"Texts with labels, each the other's answer under one label; {_FILES}")
+    text_column: str = Field("text", description="Column of --labelled with the text.")
+    label_column: str = Field("label", description="Column of --labelled with the label.")
+    pairs_per_text: int = Field(1, ge=1, description="With how many others of its label a text of --labelled makes a pair.")
     beir: FolderPath | None = Field(None, description="BEIR folder: corpus.jsonl, queries.jsonl, qrels/<split>.tsv.")
     python_docs: bool = Field(False, description="Use docstrings of the installed packages and the standard library.")
-    test_fraction: float = Field(0.2, ge=0, lt=1, description="Share of the groups that make the test split.")
-    dev_fraction: float = Field(0.1, ge=0, lt=1, description="Share of the groups that make the dev split.")
+    id_column: str | None = Field(
+        None, description="Column of --pairs or --titled with the document's id; none: made from its text."
+    )
+    split_column: str | None = Field(
+        None, description="Column that says train, dev or test (or validation); it goes before --split-by. Not for --beir."
+    )
+    split_by: Literal["auto", "files", "hash"] = Field(
+        "auto",
+        description="files: names such as train.csv, train-00001.parquet, validation.csv; hash: of the group or document, so that"
+        " new data never moves an old row; auto: files where their names give two splits or more, else hash."
+        " A BEIR folder has its own splits.",
+    )
+    group_column: str | None = Field(
+        None, description="Column whose equal values stay in one split when splitting by hash; none: the document."
+    )
+    test_fraction: float = Field(0.2, ge=0, lt=1, description="Share of the groups that make the test split, by hash.")
+    dev_fraction: float = Field(0.1, ge=0, lt=1, description="Share of the groups that make the dev split, by hash.")
     max_train: int | None = Field(None, ge=1, description="Most queries in the train split, chosen by hash.")
     max_dev: int | None = Field(None, ge=1, description="Most queries in the dev split, chosen by hash.")
     max_test: int | None = Field(None, ge=1, description="Most queries in the test split, chosen by hash.")
     split_salt: str = Field("matryoshka", description="Another text gives another, equally fixed, split and sample.")
     fail_on_empty: bool = Field(False, description="Make an error of rows without text instead of leaving them out.")
+    min_query_characters: int = Field(1, ge=1, description="Leave out pairs with a shorter query. Not for --beir.")
+    min_characters: int = Field(1, ge=1, description="Leave out pairs with a shorter document, or shorter texts. Not for --beir.")
+    near_duplicates: float = Field(
+        0.9,
+        ge=0,
+        le=1,
+        description="A training pair with a text this close to dev or test (Jaccard similarity of three-word runs) is a leak, and"
+        " left out of the pairs; 0: do not look.",
+    )
+    chunk_tokens: int | None = Field(
+        None, ge=8, description="Cut documents into windows of whole sentences with at most so many tokens; none: do not cut."
+    )
+    chunk_overlap: int = Field(0, ge=0, description="Most tokens that a window repeats of the one before it.")
+    model: str = Field("minilm", description="Model whose tokenizer counts --chunk-tokens.")
 
     @check_settings
     def _one_source(self) -> "Settings":
-        if sum(map(bool, (self.pairs, self.beir, self.python_docs))) != 1:
-            raise ValueError("give exactly one source: --pairs, --beir or --python-docs.")
+        if sum(map(bool, (self.pairs, self.titled, self.labelled, self.beir, self.python_docs))) != 1:
+            raise ValueError("give exactly one source: --pairs, --titled, --labelled, --beir or --python-docs.")
         if self.test_fraction + self.dev_fraction >= 1:
             raise ValueError("--test-fraction and --dev-fraction leave nothing to train on. Lower one of them.")
+        if self.chunk_tokens and self.chunk_overlap >= self.chunk_tokens:
+            raise ValueError(
+                f"--chunk-overlap {self.chunk_overlap} leaves no room in a chunk of {self.chunk_tokens} tokens. Lower it."
+            )
+        if self.chunk_tokens and self.labelled:
+            raise ValueError("--chunk-tokens is for documents, not for --labelled texts. Leave it out.")
         return self
+
+    @property
+    def location(self) -> str | None:
+        """Where the files of the input are."""
+        return self.pairs or self.titled or self.labelled
 
 
 def run(settings: Settings) -> Manifest:
     """Makes the dataset, unless the output already holds it."""
     output = storage.local_path(settings.output)
-    storage.keep_apart(output, *(storage.local_path(text) for text in (settings.pairs, settings.beir) if text))
-    sources = docstrings.find_sources() if settings.python_docs else []
-    identity = {"source": _fingerprint(settings, sources), **settings.model_dump(exclude={"output", "replace", *_SOURCES})}
+    storage.keep_apart(output, *(storage.local_path(text) for text in (settings.location, settings.beir) if text))
+    chunk_plan = _plan_chunks(settings)
+    paths = _find_input(settings)
+    rules = _rules(settings, paths)
+    identity = _identity(settings, paths, chunk_plan)
     previous = artifacts.claim(output, "dataset", identity, settings.replace)
     if previous and previous.is_complete and not artifacts.find_faults(output, previous):
         say(f"prepare: nothing to do, {output} is complete")
         return previous
-    dataset = _collect(settings, sources)
-    if not dataset.documents:
-        raise ValueError(f"prepare: no pair with text is left (left out: {dict(dataset.dropped)}). Check the columns.")
-    if settings.fail_on_empty and (
-        num_empty := sum(count for reason, count in dataset.dropped.items() if reason.startswith("empty"))
-    ):
-        raise ValueError(f"prepare: {num_empty} rows have no text. Fill them, or drop --fail-on-empty.")
-    manifest = Manifest("dataset", identity, facts={**dataset.counts, "run": describe_run("prepare", settings)})
-    artifacts.begin(output, manifest, None)
-    finished = Manifest("dataset", identity, {}, manifest.facts, tuple(pairs.write(output, dataset)), is_complete=True)
-    finished.write(output)
-    queries = ", ".join(f"{count} {split}" for split, count in dataset.counts["queries"].items())
-    dropped = ", ".join(f"{count} {reason}" for reason, count in dataset.dropped.items()) or "none"
-    say(f"prepare: {len(dataset.documents)} documents, queries: {queries}; left out: {dropped}")
+    source = _source(settings, paths, rules)
+    finishing = Finishing(chunk_plan, settings.near_duplicates or None, settings.fail_on_empty)
+    stamps = corpus.stamp(Path("/"), [path.absolute() for path in paths])
+    with storage.workspace(output / _WORK) as work:
+        with cluster.connected() as session:
+            prepared = preparation.prepare(source, rules, finishing, work, session.run_tasks)
+        if corpus.stamp(Path("/"), [path.absolute() for path in paths]) != stamps:
+            raise ValueError(f"{source.files[0]}: the input changed while it was read. Run the same command again.")
+        manifest = Manifest("dataset", identity, facts={**prepared.facts, "run": describe_run("prepare", settings)})
+        finished = _publish(output, work, manifest, prepared)
+    say(f"prepare: {_summary(finished.facts)}")
     return finished
 
 
-_SOURCES = ("pairs", "beir", "python_docs")
+def _plan_chunks(settings: Settings) -> ChunkPlan | None:
+    if settings.chunk_tokens is None:
+        return None
+    info = model.describe(settings.model)
+    return chunks.plan_chunks(info.folder, info.max_tokens, settings.chunk_tokens, settings.chunk_overlap)
 
 
-def _fingerprint(settings: Settings, sources: list[SourceFile]) -> str:
+def _find_input(settings: Settings) -> list[Path]:
+    """Returns the files of the input, in the order in which they are read."""
     if settings.python_docs:
-        return storage.digest_json([[source.module, storage.digest_file(Path(source.path))] for source in sources])
+        return [Path(source.path) for source in docstrings.find_sources()]
     if settings.beir:
         folder = storage.local_path(settings.beir)
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder. Pass a BEIR folder with corpus.jsonl, queries.jsonl and qrels/.")
-        files = sorted(path for path in folder.rglob("*") if path.suffix in {".jsonl", ".tsv"})
-        root = folder
-    else:
-        root, files = corpus.find_files(settings.pairs or "")
-    return storage.digest_json([[str(path.relative_to(root)), storage.digest_file(path)] for path in files])
+        return sorted(path for path in folder.rglob("*") if path.suffix in {".jsonl", ".tsv"})
+    return corpus.find_files(settings.location or "", sources.SUFFIXES)[1]
 
 
-def _collect(settings: Settings, sources: list[SourceFile]) -> Dataset:
-    limits = {"train": settings.max_train, "dev": settings.max_dev, "test": settings.max_test}
-    if settings.beir:
-        return pairs.read_beir(storage.local_path(settings.beir), limits, settings.split_salt)
+def _identity(settings: Settings, paths: Sequence[Path], chunk_plan: ChunkPlan | None) -> dict[str, Any]:
+    root = Path() if settings.python_docs else storage.local_path(settings.beir or settings.location or "").absolute()
+    digests = [[str(path.absolute()).removeprefix(str(root)), storage.digest_file(path)] for path in paths]
+    own = settings.model_dump(exclude={"output", "replace", "pairs", "titled", "labelled", "beir", "python_docs", "model"})
+    tokenizer = storage.digest_file(Path(chunk_plan.tokenizer)) if chunk_plan else None
+    return {"source": storage.digest_json(digests), "tokenizer": tokenizer, **own}
+
+
+def _rules(settings: Settings, paths: Sequence[Path]) -> Rules:
     train = 1 - settings.test_fraction - settings.dev_fraction
     fractions = {"test": settings.test_fraction, "dev": settings.dev_fraction, "train": train}
+    return Rules(
+        SplitRule(_split_by(settings, list(map(str, paths))), fractions, settings.split_salt),
+        {"train": settings.max_train, "dev": settings.max_dev, "test": settings.max_test},
+        settings.min_query_characters,
+        settings.min_characters,
+        settings.python_docs,
+        settings.pairs_per_text,
+    )
+
+
+def _split_by(settings: Settings, names: Sequence[str]) -> SplitBy:
+    """Returns what gives rows their split; BEIR folders and docstrings do not ask."""
+    if settings.split_column:
+        return "column"
+    by_name = settings.split_by == "files" or (settings.split_by == "auto" and splits.name_splits(names))
+    if not settings.location or not by_name:
+        return "hash"
+    splits.check_names(names)
+    return "files"
+
+
+def _source(settings: Settings, paths: Sequence[Path], rules: Rules) -> Source:
     if settings.python_docs:
-        return pairs.from_pairs(_read_docstrings(sources), fractions, limits, settings.split_salt, one_to_one=True)
-    columns = (settings.query_column, settings.positive_column, settings.id_column, settings.group_column)
-    found = pairs.read_pair_files(settings.pairs or "", *columns)
-    return pairs.from_pairs(found, fractions, limits, settings.split_salt)
+        return preparation.from_docstrings(docstrings.find_sources())
+    if settings.beir:
+        return preparation.from_beir(storage.local_path(settings.beir))
+    shared = settings.group_column, settings.split_column
+    if settings.labelled:
+        return preparation.from_labelled(paths, LabelColumns(settings.text_column, settings.label_column, *shared), rules)
+    names = (settings.query_column, settings.positive_column, settings.negatives_column)
+    if settings.titled:
+        names = (settings.title_column, settings.body_column, None)
+    return preparation.from_pairs(paths, PairColumns(*names, settings.id_column, *shared), rules)
 
 
-def _read_docstrings(sources: list[SourceFile]) -> Iterator[Pair]:
-    parts = [(sources[start : start + _SOURCES_PER_TASK],) for start in range(0, len(sources), _SOURCES_PER_TASK)]
-    with cluster.connected() as session:
-        for found in session.run_tasks(_extract, parts):
-            yield from found
+def _publish(output: Path, work: Path, manifest: Manifest, prepared: Prepared) -> Manifest:
+    """Moves the finished files to where they belong, and commits the manifest."""
+    artifacts.begin(output, manifest, None, work)
+    for path, receipt in prepared.moves.items():
+        storage.move(path, output / receipt.files[0].path)
+    finished = dataclasses.replace(manifest, receipts=tuple(prepared.moves.values()), is_complete=True)
+    finished.write(output)
+    return finished
 
 
-def _extract(sources: list[SourceFile]) -> list[Pair]:
-    found = [pair for source in sources for pair in docstrings.extract_pairs(source)]
-    return [Pair(pair.query, pair.document, pair.package, pair.id) for pair in found]
+def _summary(facts: Mapping[str, Any]) -> str:
+    cut = f" in {facts['chunks']} chunks" if facts["is_chunked"] else ""
+    return (
+        f"{facts['documents']} documents{cut}, queries: {_counts(facts['queries'])}; {facts['pairs']} training pairs;"
+        f" left out: {_counts(facts['dropped'])}; near-duplicates: {_counts(facts['near_duplicates'])}"
+    )
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "none"
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def _fit(trainer: TorchTrainer) -> None:
     def run() -> None:
         try:
             trainer.fit()
-        except Exception as error:  # noqa: BLE001 - it is raised where it is waited for
+        except Exception as error:
             outcome.put(error)
         else:
             outcome.put(None)

@@ -245,15 +245,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:12]}..."
 
 
-def begin(folder: Path, manifest: Manifest, previous: Manifest | None) -> None:
+def begin(folder: Path, manifest: Manifest, previous: Manifest | None, work: Path | None = None) -> None:
     """Takes an output folder into use: marks it as unfinished, and clears what no earlier run of this identity left.
 
-    Artifacts in folders below this one are left alone: they have manifests of their own. Receipts of the earlier run stay in
-    the manifest and in the journal, so that nothing finished is lost if this run is killed as well.
+    Artifacts in folders below this one are left alone: they have manifests of their own, and so is ``work``, where this run
+    has begun. Receipts of the earlier run stay in the manifest and in the journal, so that nothing finished is lost if this
+    run is killed as well.
     """
     if previous is None:
         for entry in folder.iterdir() if folder.is_dir() else ():
-            if not is_artifact(entry) and entry.name != MANIFEST:
+            if not is_artifact(entry) and entry.name != MANIFEST and entry != work:
                 storage.remove(entry)
         storage.remove(folder / MANIFEST)  # last: until then the folder is known to be ours
     else:

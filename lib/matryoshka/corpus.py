@@ -4,6 +4,7 @@ Everything that can be wrong with an input is found here, by ``inspect``, before
 """
 
 import collections
+import contextlib
 import functools
 import glob
 import itertools
@@ -13,7 +14,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +30,8 @@ _BATCH_ROWS = 16_384
 _SHOWN = 3
 _MOST_HASHES = 2**25  # at once: 256 MiB
 _LOOKED_AT = 1_000
+_FORMATS = {".parquet": "Parquet", ".csv": "CSV", ".jsonl": "JSONL"}
+_TYPES = {int: pa.int64(), str: pa.large_string(), list[str]: pa.list_(pa.large_string())}
 
 
 Stamps = tuple[tuple[str, int, int], ...]
@@ -72,15 +76,19 @@ def fingerprint(files: Sequence[tuple[str, str]], columns: Columns) -> str:
     return storage.digest_json([[list(file) for file in files], columns.id, columns.text])
 
 
-def find_files(location: str) -> tuple[Path, list[Path]]:
-    """Returns the root and the Parquet files of a folder, a glob pattern, or one file, in a stable order.
+def find_files(location: str, suffixes: Sequence[str] = (".parquet",)) -> tuple[Path, list[Path]]:
+    """Returns the root and the files of a folder with one of the suffixes, a glob pattern, or one file, in a stable order.
 
     Raises:
         ValueError: Nothing is there.
     """
     path = storage.local_path(location)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*.parquet") if file.is_file() and not _is_hidden(file.relative_to(path)))
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix in suffixes and file.is_file() and not _is_hidden(file.relative_to(path))
+        )
         root = path
     elif path.is_file():
         files, root = [path], path.parent
@@ -88,8 +96,13 @@ def find_files(location: str) -> tuple[Path, list[Path]]:
         files = sorted(Path(name) for name in glob.glob(location, recursive=True) if Path(name).is_file())  # noqa: PTH207 - absolute patterns
         root = Path(_fixed_part(location))
     if not files:
-        raise ValueError(f"{location}: no Parquet files here. Pass a folder with *.parquet files, a file, or a glob pattern.")
+        names, patterns = _in_words([_FORMATS[suffix] for suffix in suffixes]), _in_words([f"*{suffix}" for suffix in suffixes])
+        raise ValueError(f"{location}: no {names} files here. Pass a folder with {patterns} files, a file, or a glob pattern.")
     return root.absolute(), [file.absolute() for file in files]
+
+
+def _in_words(words: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _is_hidden(path: Path) -> bool:
@@ -124,23 +137,29 @@ def has_column(path: Path, column: str) -> bool:
     return column in open_parquet(path).schema_arrow.names
 
 
-def read_columns(path: Path, columns: Sequence[str], id_columns: Collection[str] = ()) -> pa.Table:
-    """Returns whole columns of a file as text, checked like any input.
+def text_batches(
+    path: Path,
+    columns: Sequence[str],
+    id_columns: Collection[str],
+    start: int = 0,
+    stop: int | None = None,
+    list_columns: Collection[str] = (),
+) -> Iterator[pa.RecordBatch]:
+    """Yields rows ``start`` to ``stop`` as text; row groups that lie outside are not read.
+
+    Args:
+        path: The file.
+        columns: Which columns, in this order.
+        id_columns: Those of them that may also hold whole numbers.
+        start: First row.
+        stop: Row after the last one; None: the file's end.
+        list_columns: Those of the columns that may also hold lists of texts.
 
     Raises:
         ValueError: The file is not readable, a column is missing or not text, or a value is not UTF-8.
     """
-    return pa.Table.from_batches(
-        list(text_batches(path, columns, id_columns)), schema=pa.schema([(c, pa.large_string()) for c in columns])
-    )
-
-
-def text_batches(
-    path: Path, columns: Sequence[str], id_columns: Collection[str], start: int = 0, stop: int | None = None
-) -> Iterator[pa.RecordBatch]:
-    """Yields rows ``start`` to ``stop`` as text; row groups that lie outside are not read. Ids may also be whole numbers."""
     file = open_parquet(path)
-    _check_columns(path, file.schema_arrow, columns, id_columns)
+    check_columns(path, file.schema_arrow, columns, id_columns, list_columns)
     groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
     edges = list(itertools.accumulate(groups, initial=0))
     stop = edges[-1] if stop is None else stop
@@ -158,24 +177,48 @@ def text_batches(
         raise ValueError(f"{path}: damaged after row {row} ({str(error).splitlines()[0]}). Write it again.") from None
 
 
-def _check_columns(path: Path, schema: pa.Schema, columns: Sequence[str], id_columns: Collection[str]) -> None:
-    flags = {"id": "--id-column", "text": "--text-column"}
+def check_columns(
+    path: Path,
+    schema: pa.Schema,
+    columns: Sequence[str],
+    id_columns: Collection[str],
+    list_columns: Collection[str] = (),
+) -> None:
+    """Checks that columns are there and hold texts; see ``text_batches``.
+
+    Raises:
+        ValueError: One does not, or is there more than once.
+    """
+    check_names(path, schema.names, columns)
     for column in columns:
-        if schema.names.count(column) > 1:
-            raise ValueError(f"{path}: column '{column}' is there more than once. Rename or drop all but one of them.")
-        if column not in schema.names:
-            found = ", ".join(f"'{name}'" for name in schema.names)
-            flag = flags.get(column, "the option that names this column")
-            raise ValueError(f"{path}: no column '{column}' (found: {found}). Pass {flag} with the right name.")
         kind = schema.field(column).type
+        if column in list_columns and hasattr(kind, "value_field"):
+            kind = kind.value_type
         value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         readable = pa.types.is_string(value_kind) or pa.types.is_large_string(value_kind) or pa.types.is_string_view(value_kind)
         if not (readable or (pa.types.is_integer(value_kind) and column in id_columns)):
+            kind = schema.field(column).type
             raise ValueError(f"{path}: column '{column}' is {kind}, not text. Convert it to string, or name another column.")
 
 
+def check_names(path: Path, names: Sequence[str], columns: Iterable[str]) -> None:
+    """Checks that a file with columns of these names has the wanted ones, each once.
+
+    Raises:
+        ValueError: It does not.
+    """
+    flags = {"id": "--id-column", "text": "--text-column"}
+    for column in columns:
+        if names.count(column) > 1:
+            raise ValueError(f"{path}: column '{column}' is there more than once. Rename or drop all but one of them.")
+        if column not in names:
+            found = ", ".join(f"'{name}'" for name in names) or "none"
+            flag = flags.get(column, "the option that names this column")
+            raise ValueError(f"{path}: no column '{column}' (found: {found}). Pass {flag} with the right name.")
+
+
 def _as_text(path: Path, column: str, values: pa.Array, first_row: int) -> pa.Array:
-    text = pc.cast(values, pa.large_string())
+    text = pc.cast(values, _TYPES[list[str]] if hasattr(values.type, "value_field") else _TYPES[str])
     try:
         text.validate(full=True)
     except pa.ArrowInvalid:
@@ -432,8 +475,51 @@ def extend_rows(
             writer.write_batch(pa.record_batch(arrays, schema=schema))
 
 
-def read_json_lines(path: Path, keys: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Yields the objects of a JSON Lines file as text values; a key that only some lines have is empty in the others.
+def schema(columns: Mapping[str, Any]) -> pa.Schema:
+    """Returns the schema of named columns of ``int``, ``str`` or ``list[str]``."""
+    return pa.schema([(name, _TYPES[kind]) for name, kind in columns.items()])
+
+
+class RowWriter:
+    """Writes rows to a Parquet file, some thousand at a time; the file is there, whole, when the block ends.
+
+    Args:
+        path: The file.
+        columns: As for ``schema``.
+    """
+
+    def __init__(self, path: Path, columns: Mapping[str, Any]) -> None:
+        self._path, self._schema = path, schema(columns)
+        self._stack = contextlib.ExitStack()
+        self._rows: list[tuple[Any, ...]] = []
+        self.num_rows = 0
+
+    def __enter__(self) -> Self:
+        temporary = self._stack.enter_context(storage.publish(self._path))
+        self._writer = self._stack.enter_context(pq.ParquetWriter(temporary, self._schema, compression="zstd"))
+        return self
+
+    def add(self, row: tuple[Any, ...]) -> None:
+        """Adds a row."""
+        self._rows.append(row)
+        self.num_rows += 1
+        if len(self._rows) == _BATCH_ROWS:
+            self._write()
+
+    def _write(self) -> None:
+        columns = zip(*self._rows, strict=True)
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, self._schema, strict=True)]
+        self._writer.write_table(pa.table(arrays, schema=self._schema))
+        self._rows = []
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._rows and error is None:
+            self._write()
+        self._stack.__exit__(kind, error, trace)
+
+
+def read_json_lines(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yields line and text values of the objects of a JSON Lines file; a key that only some have is empty in the others.
 
     Args:
         path: The file.
@@ -442,11 +528,21 @@ def read_json_lines(path: Path, keys: Sequence[str]) -> Iterator[dict[str, str]]
     Raises:
         ValueError: The file is missing, not UTF-8, or a line is not an object with the first key.
     """
+    for number, line in text_lines(path):
+        yield number, _json_row(path, number, line, keys)
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields number and text of the lines of a file that are not blank; the first is number 1.
+
+    Raises:
+        ValueError: The file is missing, or not UTF-8.
+    """
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield _json_row(path, number, line, keys)
+                    yield number, line
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}). A BEIR folder needs this file.") from None
     except UnicodeDecodeError as error:
@@ -474,29 +570,18 @@ def _json_text(value: Any, *, may_be_number: bool) -> str:
     return text
 
 
-def read_qrels(path: Path) -> list[tuple[str, str, int]]:
-    """Returns (query id, document id, grade) of a BEIR qrels file; a header line is skipped.
+def read_qrels(path: Path) -> Iterator[tuple[int, str, str, int]]:
+    """Yields line, query id, document id and grade of a BEIR qrels file; a header line is skipped.
 
     Raises:
         ValueError: The file is missing, or a line does not have three tab-separated fields with a whole number last.
     """
-    judgements = []
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except OSError as error:
-        splits = sorted(file.stem for file in path.parent.glob("*.tsv"))
-        raise ValueError(f"{path}: cannot be read ({error.strerror}; found: {splits}). Pass --split.") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}). Convert the file to UTF-8.") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in text_lines(path):
         fields = line.split("\t")
         if number == 1 and not fields[-1].strip().lstrip("-").isdecimal():
             continue
         try:
             query, document, grade = fields
-            judgements.append((query, document, int(grade)))
+            yield number, query, document, int(grade)
         except ValueError:
             raise ValueError(f"{path}: line {number} is not 'query-id<TAB>document-id<TAB>grade'. Mend it.") from None
-    return judgements

@@ -105,6 +105,27 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def move(path: Path, target: Path) -> None:
+    """Moves a file that ``publish`` made to another place on its disk."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path.replace(target)
+    _sync(target.parent)
+
+
+@contextlib.contextmanager
+def workspace(path: Path) -> Iterator[Path]:
+    """Yields an empty folder that is gone when the block ends, and so is the folder that holds it, if nothing else came there."""
+    is_first = not path.parent.exists()
+    remove(path)
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        remove(path)
+        if is_first and not any(path.parent.iterdir()):
+            path.parent.rmdir()
+
+
 def publish_bytes(path: Path, data: bytes) -> None:
     """Writes a whole file atomically."""
     with publish(path) as temporary:

@@ -126,12 +126,14 @@ def choose_split(key: str, fractions: Mapping[str, float], salt: str) -> str:
     return list(fractions)[-1]
 
 
-def sample_keys(keys: Sequence[str], limit: int | None, salt: str) -> list[str]:
+def sample_rank(key: str, salt: str) -> bytes:
+    """Returns the place of a key in an order that its hash decides: the first so many keys are a sample."""
+    return hashlib.sha256((salt + key).encode()).digest()
+
+
+def sample_keys(keys: Sequence[str], limit: int, salt: str) -> list[str]:
     """Returns at most ``limit`` of the keys, chosen by hash, in their given order: a larger limit only adds."""
-    if limit is None or len(keys) <= limit:
-        return list(keys)
-    ranked = sorted(keys, key=lambda key: hashlib.sha256((salt + key).encode()).digest())
-    chosen = set(ranked[:limit])
+    chosen = set(sorted(keys, key=lambda key: sample_rank(key, salt))[:limit])
     return [key for key in keys if key in chosen]
 
 

@@ -100,8 +100,9 @@ def _check_dataset(folder: Path, manifest: Manifest) -> Iterator[str]:
         if receipt.key.startswith(f"{pairs.CORPUS}/"):
             every_id += [chunk.cast(pa.large_string()) for chunk in table.column("id").chunks]
     yield from _check_ids(folder, every_id)
-    if sum(map(len, every_id)) != manifest.facts["documents"]:
-        yield f"{folder}: {sum(map(len, every_id))} documents, the manifest says {manifest.facts['documents']}"
+    kind = "chunks" if store.is_chunked else "documents"
+    if sum(map(len, every_id)) != manifest.facts[kind]:
+        yield f"{folder}: {sum(map(len, every_id))} {kind}, the manifest says {manifest.facts[kind]}"
     for split in manifest.facts["queries"]:
         if manifest.facts["queries"][split]:
             strangers = set(store.qrels(split)) - set(store.queries(split)[0])

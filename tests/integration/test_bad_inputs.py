@@ -134,12 +134,16 @@ _BAD_PAIRS: dict[str, tuple[dict[str, Any], str]] = {
         r"pairs\.parquet: no column 'query' \(found: 'question', 'positive'\)",
     ),
     "numbers for a document": ({"query": ["a"], "positive": [0.5]}, r"pairs\.parquet: column 'positive' is double, not text"),
-    "no rows": ({"query": pa.array([], pa.string()), "positive": pa.array([], pa.string())}, r"pairs\.parquet: no pairs"),
+    "no rows": (
+        {"query": pa.array([], pa.string()), "positive": pa.array([], pa.string())},
+        r"no pair with text is left \(left out: nothing\)",
+    ),
     "no text in any row": ({"query": ["", None], "positive": ["x", None]}, "no pair"),
     "not UTF-8": ({"query": ["a", "b"], "positive": _not_utf8()}, r"pairs\.parquet: column 'positive', row 1: not UTF-8"),
 }
 
 
+@pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("case", _BAD_PAIRS)
 def test_prepare_refuses_pairs_with(tmp_path: Path, case: str) -> None:
     columns, message = _BAD_PAIRS[case]
@@ -150,10 +154,11 @@ def test_prepare_refuses_pairs_with(tmp_path: Path, case: str) -> None:
 
 
 def test_prepare_refuses_a_file_of_pairs_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"pairs\.parquet: no Parquet files here"):
+    with pytest.raises(ValueError, match=r"pairs\.parquet: no Parquet, CSV or JSONL files here"):
         prepare.run(_prepare(tmp_path))
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_prepare_counts_pairs_that_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = texts.pairs(30)
     made["query"][3], made["positive"][5], made["positive"][7] = "", " ", made["positive"][8]
@@ -162,9 +167,10 @@ def test_prepare_counts_pairs_that_it_leaves_out(tmp_path: Path, capsys: pytest.
     assert "27 documents" in (out := capsys.readouterr().out)
     assert "left out: 2 empty" in out
     # Two questions about one document both stay.
-    assert sum(map(int, re.findall(r"(\d+) (?:test|dev|train)", out))) == 28
+    assert sum(map(int, re.findall(r"(\d+) (?:test|dev|train)\b", out))) == 28
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_prepare_refuses_pairs_without_text_where_asked_to(tmp_path: Path) -> None:
     texts.write_parquet(tmp_path / "pairs.parquet", {"query": ["a", ""], "positive": ["x", "y"]})
     with pytest.raises(ValueError, match="1 rows have no text"):
@@ -182,7 +188,7 @@ _BAD_BEIR: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a broken line": (_spoil(Path("corpus.jsonl"), b'{"_id": "d0", "text": "x"}\n{"_id": '), r"corpus\.jsonl: line 2"),
     "an id twice": (
         _spoil(Path("corpus.jsonl"), b'{"_id": "d0", "text": "x"}\n' * 2),
-        r"corpus\.jsonl: id 'd0' stands more than once",
+        r"corpus\.jsonl: line 1 and line 2: id 'd0' stands more than once",
     ),
     "a corpus that is not UTF-8": (
         _spoil(Path("corpus.jsonl"), b'{"_id": "d0", "text": "caf\xe9"}'),
@@ -194,6 +200,7 @@ _BAD_BEIR: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("case", _BAD_BEIR)
 def test_prepare_refuses_a_beir_folder_with(tmp_path: Path, case: str) -> None:
     spoil, message = _BAD_BEIR[case]
@@ -205,7 +212,7 @@ def test_prepare_refuses_a_beir_folder_with(tmp_path: Path, case: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dataset(tmp_path_factory: pytest.TempPathFactory, local_ray: "cluster.Session") -> Path:  # noqa: ARG001
     root = tmp_path_factory.mktemp("dataset")
     texts.write_parquet(root / "pairs.parquet", texts.pairs(60))
     prepare.run(_prepare(root))

@@ -137,6 +137,10 @@ def _workers() -> list[psutil.Process]:
     return found
 
 
+def _kill_a_rank() -> None:
+    _workers()[-1].kill()
+
+
 def _once(holds: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
     """Acts as soon as a condition holds, beside the test."""
 
@@ -157,7 +161,7 @@ def test_a_run_that_loses_a_rank_ends_with_the_weights_of_one_that_does_not(
     tmp_path: Path, two_ranks: Path, data: Path, tiny: str
 ) -> None:
     output = tmp_path / "model"
-    killer = _once(lambda: _has_checkpoint(output), lambda: _workers()[-1].kill())
+    killer = _once(lambda: _has_checkpoint(output), _kill_a_rank)
     finetune.run(_settings(output, data, tiny, workers=2, checkpoint_steps=7))
     killer.join()
     disturbed, undisturbed = (load_file(folder / "model.safetensors") for folder in (output, two_ranks))

@@ -22,8 +22,13 @@ DOORS = {
     "datasets": ("lib/matryoshka/plain_trainer.py",),
     "peft": ("lib/matryoshka/layers.py",),
     "safetensors": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "checkpoints")),
-    "tokenizers": ("lib/matryoshka/tokens.py",),
-    "pyarrow": tuple(f"lib/matryoshka/{room}.py" for room in ("corpus", "vectors", "funnel", "indexing", "verification")),
+    "tokenizers": tuple(f"lib/matryoshka/{room}.py" for room in ("tokens", "chunks")),
+    "semantic_text_splitter": ("lib/matryoshka/chunks.py",),
+    "datasketch": ("lib/matryoshka/leaks.py",),
+    "pyarrow": tuple(
+        f"lib/matryoshka/{room}.py"
+        for room in ("corpus", "sources", "partitions", "vectors", "funnel", "indexing", "verification")
+    ),
     **dict.fromkeys(("nncf", "onnxruntime", "openvino"), ("lib/matryoshka/peers.py",)),
     "rich": ("jobs/terminal.py",),
     "jobs": ("jobs/",),
@@ -31,22 +36,12 @@ DOORS = {
 PURE = ("units", "nested", "topk", "clock", "batches")
 LAYERS = [
     {"config", "units", "nested", "topk", "clock", "batches"},
-    {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves"},
+    {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves"}
+    | {"splits", "sources", "partitions", "leaks", "chunks"},
     {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "funnel"}
-    | {"examples", "losses", "layers", "forward", "checkpoints", "dev"},
-    {
-        "mining",
-        "training",
-        "card",
-        "embedding",
-        "indexing",
-        "evaluation",
-        "report",
-        "verification",
-        "calibration",
-        "peers",
-        "plain_trainer",
-    },
+    | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"},
+    {"preparation", "mining", "training", "card", "embedding", "indexing", "evaluation", "report", "verification"}
+    | {"calibration", "peers", "plain_trainer"},
 ]
 
 

@@ -181,4 +181,5 @@ def test_texts_are_found_by_id_as_far_as_they_are_there(tmp_path: Path):
 
 def test_columns_are_read_as_text_with_nulls_kept(tmp_path: Path):
     path = write(tmp_path / "c.parquet", [3, 4], ["x", None])
-    assert corpus.read_columns(path, ["text", "id"], ["id"]).to_pydict() == {"text": ["x", None], "id": ["3", "4"]}
+    (batch,) = corpus.text_batches(path, ["text", "id"], ["id"])
+    assert batch.to_pydict() == {"text": ["x", None], "id": ["3", "4"]}

@@ -129,11 +129,6 @@ def test_a_sample_keeps_the_order_and_does_not_depend_on_it(names: list[str], li
     assert set(sample_keys(names[::-1], limit, "salt")) == set(sample)
 
 
-@given(keys)
-def test_no_limit_takes_all(names: list[str]):
-    assert sample_keys(names, None, "salt") == names
-
-
 @given(st.text(), st.integers(0, 10**9), st.integers(0, 10**9))
 def test_a_chunk_leads_back_to_its_document_whatever_its_id_holds(document: str, start: int, end: int):
     assert document_of(chunk_id(document, start, end)) == document

@@ -3,13 +3,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets_by_hand as datasets
 import numpy as np
 import pytest
 
-from matryoshka import artifacts, corpus, pairs, verification
+from matryoshka import artifacts, corpus, verification
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.indexing import IndexStore
-from matryoshka.pairs import Dataset
 from matryoshka.vectors import EmbeddingStore
 
 Make = Callable[..., np.ndarray]
@@ -22,10 +22,8 @@ def good_parts(random_vectors: Make) -> dict[str, tuple[list[str], np.ndarray]]:
 
 
 def write_dataset(folder: Path, qrels: dict[str, dict[str, int]]) -> Path:
-    dataset = Dataset({"d": "text"}, {"test": {"q": "query"}, "dev": {}}, {"test": qrels, "dev": {}})
-    receipts = tuple(pairs.write(folder, dataset))
-    Manifest("dataset", {}, facts=dataset.counts, receipts=receipts, is_complete=True).write(folder)
-    return folder
+    store = datasets.write(folder, {"d": "text"}, {"test": {"q": "query"}, "dev": {}}, {"test": qrels, "dev": {}})
+    return store.folder
 
 
 def test_sound_artifacts_have_no_faults_and_all_are_found(

@@ -1,0 +1,309 @@
+"""From rows that are decided on to the files of a dataset: parts of the corpus, training pairs, queries and judgements.
+
+However its data came, a dataset is made of the same rows: documents on shelves, in the order of the input; links, which
+tie a query to a document; and for every split its queries and judgements.
+"""
+
+import bisect
+import functools
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matryoshka import chunks, corpus, leaks, pairs, partitions
+from matryoshka.artifacts import FileRecord, Receipt
+from matryoshka.chunks import Chunk, ChunkPlan
+from matryoshka.leaks import References
+from matryoshka.partitions import Dealer
+from matryoshka.splits import DEV, STRENGTH, TEST, TRAIN, strongest
+
+SPLITS = tuple(STRENGTH)
+NEAR, SHARED = "near-duplicate of dev or test", "document that answers dev or test too"
+ALL_QUERIES = -1
+
+_SHELF_ROWS = 4_096
+_PART_ROWS = 8_192
+_DOCUMENTS, _USED, _LINKS, _QUERIES, _QRELS, _REFERENCES = "documents", "used", "links", "queries", "qrels", "references"
+
+
+class Document(NamedTuple):
+    """A text that may become a document."""
+
+    place: int
+    id: str
+    text: str
+
+
+class Used(NamedTuple):
+    """The place of a text that does become a document."""
+
+    home: int
+
+
+class Link(NamedTuple):
+    """A query and the document that answers it, whose text is at ``home``."""
+
+    home: int
+    query_id: str
+    query: str
+    document_id: str
+    split: str
+    label: str
+    negatives: list[str]
+    negative_ids: list[str]
+
+
+class Query(NamedTuple):
+    """A query."""
+
+    id: str
+    text: str
+
+
+class Judgement(NamedTuple):
+    """How well a document answers a query."""
+
+    query_id: str
+    document_id: str
+    grade: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where rows are on their way, and what becomes of them.
+
+    Attributes:
+        work: Folder for rows that are on their way; the dataset's files are made in ``out`` below it.
+        num_partitions: Into how many partitions rows are dealt out by their keys.
+        keeps_all: Whether every text becomes a document, used or not.
+        extras: Further columns of the training pairs: ``label``, ``negatives``, ``negative_ids``.
+        chunk_plan: How documents are cut, if they are.
+        near_duplicates: Similarity from which on a training pair is a leak; None: nothing is.
+        parts: The shelves of each part of the corpus.
+    """
+
+    work: Path
+    num_partitions: int
+    keeps_all: bool = False
+    extras: tuple[str, ...] = ()
+    chunk_plan: ChunkPlan | None = None
+    near_duplicates: float | None = None
+    parts: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def out(self) -> Path:
+        """Where the dataset's files are made."""
+        return self.work / "out"
+
+    def folder(self, kind: str) -> Path:
+        """Returns where rows of a kind are on their way."""
+        return self.work / kind
+
+    def part_of(self, home: int) -> int:
+        """Returns the part of the corpus that a place belongs to."""
+        return bisect.bisect_right(self.parts, home, key=lambda shelves: shelves[0]) - 1
+
+
+class Shelves:
+    """Puts texts on shelves, in the order of their places; ``sizes`` tells first place and rows of each shelf."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._folder = layout.folder(_DOCUMENTS)
+        self._rows: list[Document] = []
+        self.sizes: list[tuple[int, int]] = []
+
+    def add(self, document: Document) -> None:
+        """Adds a text."""
+        self._rows.append(document)
+        if len(self._rows) == _SHELF_ROWS:
+            self.close()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if self._rows:
+            first = self._rows[0].place
+            partitions.write_batches(self._folder / f"{first:020d}.arrow", Document, [self._rows])
+            self.sizes.append((first, len(self._rows)))
+        self._rows = []
+
+
+def pack_parts(sizes: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
+    """Returns which shelves make a part of the corpus, each with at most 8,192 rows if it has several.
+
+    >>> pack_parts([(0, 4_096), (1, 4_096), (2, 1)])
+    ((0, 1), (2,))
+    """
+    parts: list[list[int]] = []
+    room = 0
+    for first, num_rows in sorted(sizes):
+        if not parts or num_rows > room:
+            parts.append([])
+            room = _PART_ROWS
+        parts[-1].append(first)
+        room -= num_rows
+    return tuple(map(tuple, parts))
+
+
+class SplitDealer:
+    """Deals out, for one task, what the dataset's files are made of: queries and judgements by split, links by part."""
+
+    def __init__(self, layout: Layout, task: str) -> None:
+        num_parts = len(layout.parts)
+        self._layout = layout
+        self._queries = Dealer(layout.folder(_QUERIES), task, Query, len(SPLITS))
+        self._qrels = Dealer(layout.folder(_QRELS), task, Judgement, len(SPLITS))
+        self._links = Dealer(layout.folder(_LINKS), task, Link, num_parts)
+        self._used = Dealer(layout.folder(_USED), task, Used, num_parts)
+        self._dealers: tuple[Dealer[Any], ...] = (self._queries, self._qrels, self._links, self._used)
+
+    def add_query(self, split: str, query: Query) -> None:
+        """Adds a query."""
+        self._queries.add(STRENGTH[split], query)
+
+    def add_judgement(self, split: str, judgement: Judgement) -> None:
+        """Adds a judgement."""
+        self._qrels.add(STRENGTH[split], judgement)
+
+    def add_link(self, link: Link) -> None:
+        """Adds a link."""
+        self._links.add(self._layout.part_of(link.home), link)
+
+    def use(self, home: int) -> None:
+        """Makes a document of the text at a place."""
+        self._used.add(self._layout.part_of(home), Used(home))
+
+    def __enter__(self) -> "SplitDealer":
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        for dealer in self._dealers:
+            dealer.__exit__(*failure)
+
+
+def save_references(layout: Layout, number: int) -> None:
+    """Saves what training pairs may not come close to: documents that answer dev and test, of one part; or all their queries."""
+    path = layout.folder(_REFERENCES) / f"{number + 1:05d}.npz"
+    if number == ALL_QUERIES:
+        found = [
+            (split, query.text)
+            for split in (TEST, DEV)
+            for query in partitions.read(layout.folder(_QUERIES), Query, STRENGTH[split])
+        ]
+        leaks.save(path, found)
+        return
+    splits: dict[int, str] = {}
+    for link in partitions.read(layout.folder(_LINKS), Link, number):
+        if link.split != TRAIN:
+            splits[link.home] = strongest((link.split, splits.get(link.home, link.split)))
+    shelved = _shelved(layout, number) if splits else ()
+    leaks.save(path, ((splits[document.place], document.text) for document in shelved if document.place in splits))
+
+
+def count_dev_in_test(layout: Layout) -> int:
+    """Returns how many texts of dev (queries, and documents that answer them) are near-duplicates of one of test."""
+    return _references(layout).count_near(DEV, TEST)
+
+
+def _references(layout: Layout) -> References:
+    return _load_references(layout.folder(_REFERENCES), layout.near_duplicates or 1.0)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_references(folder: Path, threshold: float) -> References:
+    return References.load(folder, threshold)
+
+
+def _shelved(layout: Layout, number: int) -> Iterator[Document]:
+    for first in layout.parts[number]:
+        yield from partitions.read_batch(layout.folder(_DOCUMENTS) / f"{first:020d}.arrow", Document)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What became of one part of the corpus: two files (below ``Layout.out``), and the number of leaks by kind and split."""
+
+    corpus: Receipt
+    pairs: Receipt
+    num_documents: int
+    leaked: Counter[tuple[str, str]]
+
+
+def assemble_part(layout: Layout, number: int) -> Part:
+    """Writes one part of the corpus, and the training pairs whose documents are in it."""
+    links: dict[int, list[Link]] = defaultdict(list)
+    for link in partitions.read(layout.folder(_LINKS), Link, number):
+        links[link.home].append(link)
+    used = {row.home for row in partitions.read(layout.folder(_USED), Used, number)}
+    keys = f"{pairs.CORPUS}/{number:05d}", f"{pairs.PAIRS}/{number:05d}"
+    corpus_columns = pairs.CHUNK_COLUMNS if layout.chunk_plan else pairs.CORPUS_COLUMNS
+    paths = [layout.out / f"{key}.parquet" for key in keys]
+    num_documents, leaked = 0, Counter[tuple[str, str]]()
+    with (
+        corpus.RowWriter(paths[0], corpus_columns) as corpus_file,
+        corpus.RowWriter(paths[1], pairs.pair_columns(layout.extras)) as pairs_file,
+    ):
+        for document in _shelved(layout, number):
+            if not layout.keeps_all and document.place not in used:
+                continue
+            num_documents += 1
+            found = chunks.cut(document.text, layout.chunk_plan) if layout.chunk_plan else []
+            for row in _corpus_rows(document, found):
+                corpus_file.add(row)
+            for link, leak in _find_leaks(layout, document, links[document.place]):
+                if leak:
+                    leaked[leak] += 1
+                else:
+                    pairs_file.add(_pair_row(link, document, found, layout.extras))
+    corpus_receipt = _receipt(layout, keys[0], corpus_file.num_rows)
+    return Part(corpus_receipt, _receipt(layout, keys[1], pairs_file.num_rows), num_documents, leaked)
+
+
+def _corpus_rows(document: Document, found: Sequence[Chunk]) -> list[tuple[Any, ...]]:
+    if not found:
+        return [(document.id, document.text)]
+    return [(chunk.id_in(document.id), chunk.text, document.id, chunk.start, chunk.end) for chunk in found]
+
+
+def _find_leaks(layout: Layout, document: Document, links: Sequence[Link]) -> Iterator[tuple[Link, tuple[str, str] | None]]:
+    """Yields every training pair of a document with why it is a leak, and into which split, or None."""
+    own = [link for link in links if link.split == TRAIN]
+    if not own or layout.near_duplicates is None:
+        yield from ((link, None) for link in own)
+        return
+    references = _references(layout)
+    splits = {link.split for link in links} - {TRAIN}
+    shared = (SHARED, strongest(splits)) if splits else None
+    near = None if shared else references.find(document.text)
+    for link in own:
+        leak = near or (None if shared else references.find(link.query))
+        yield link, (NEAR, leak) if leak else shared
+
+
+def _pair_row(link: Link, document: Document, found: Sequence[Chunk], extras: Sequence[str]) -> tuple[Any, ...]:
+    document_id, text = document.id, document.text
+    if found:
+        chunk = chunks.best_chunk(found, link.query)
+        document_id, text = chunk.id_in(document.id), chunk.text
+    return (link.query_id, document_id, link.query, text, *(getattr(link, name) for name in extras))
+
+
+def _receipt(layout: Layout, key: str, num_rows: int) -> Receipt:
+    return Receipt(key, num_rows, (FileRecord.of(layout.out, layout.out / f"{key}.parquet"),))
+
+
+def assemble_split(layout: Layout, split: str) -> tuple[Receipt, Receipt]:
+    """Writes the queries and the judgements of one split."""
+    return (
+        _join(layout, _QUERIES, Query, pairs.QUERIES, split, pairs.QUERY_COLUMNS),
+        _join(layout, _QRELS, Judgement, pairs.QRELS, split, pairs.QRELS_COLUMNS),
+    )
+
+
+def _join(layout: Layout, folder: str, kind: type[Any], name: str, split: str, columns: dict[str, Any]) -> Receipt:
+    key = f"{name}/{split}"
+    with corpus.RowWriter(layout.out / f"{key}.parquet", columns) as file:
+        for row in partitions.read(layout.folder(folder), kind, STRENGTH[split]):
+            file.add(row)
+    return _receipt(layout, key, file.num_rows)

@@ -1,0 +1,97 @@
+"""Rows on their way from one task to another: dealt out to partitions on disk, so that no process holds all of them.
+
+A task writes one file for all partitions, with a record batch for each; who reads a partition reads that batch of every
+file. A key's partition is a range of hashes: sorted partitions, one after the other, are sorted, whatever their number.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar, get_type_hints
+
+import pyarrow as pa
+
+from matryoshka import corpus, storage
+
+_ROWS_AT_ONCE = 65_536
+_KEY_BITS = 64
+
+R = TypeVar("R", bound=tuple[Any, ...])
+
+
+def text_id(prefix: str, text: str) -> str:
+    """Returns an id that depends on the text alone.
+
+    >>> text_id("q", "what is a prefix?")
+    'q-cb6a109818fe6be5'
+    """
+    return f"{prefix}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def partition_of(key: str, num_partitions: int) -> int:
+    """Returns the partition of a key that ``text_id`` made."""
+    return int(key[-16:], 16) * num_partitions >> _KEY_BITS
+
+
+class Dealer(Generic[R]):
+    """Deals the rows of one task out to partitions; they are on disk when its block ends.
+
+    Args:
+        folder: Of these rows, from all tasks.
+        task: Name of the task, another for each; a task that is done again replaces what it wrote.
+        kind: A ``NamedTuple`` of whole numbers, texts and lists of texts.
+        num_partitions: How many there are.
+    """
+
+    def __init__(self, folder: Path, task: str, kind: type[R], num_partitions: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._task, self._kind = folder, task, kind
+        self._rows: list[list[R]] = [[] for _ in range(num_partitions)]
+        self._num_rows = self._num_files = 0
+
+    def add(self, partition: int, row: R) -> None:
+        """Adds a row to a partition."""
+        self._rows[partition].append(row)
+        self._num_rows += 1
+        if self._num_rows == _ROWS_AT_ONCE:
+            self._flush()
+
+    def _flush(self) -> None:
+        write_batches(self._folder / f"{self._task}-{self._num_files:05d}.arrow", self._kind, self._rows)
+        self._num_files += 1
+        self._rows = [[] for _ in self._rows]
+        self._num_rows = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None and self._num_rows:
+            self._flush()
+
+
+def write_batches(path: Path, kind: type[R], batches: Iterable[Sequence[R]]) -> None:
+    """Writes a temporary file of several runs of rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    schema = corpus.schema(get_type_hints(kind))
+    temporary = path.parent / f"{storage.TEMPORARY}{path.name}"
+    with pa.ipc.new_file(temporary, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        for rows in batches:
+            columns = zip(*rows, strict=True) if rows else [()] * len(schema)
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+    temporary.replace(path)
+
+
+def read_batch(path: Path, kind: type[R], number: int = 0) -> Iterator[R]:
+    """Yields the rows of one run in a temporary file."""
+    with pa.memory_map(str(path)) as file:
+        batch = pa.ipc.open_file(file).get_batch(number)
+        yield from map(kind._make, zip(*(column.to_pylist() for column in batch.columns), strict=True))  # type: ignore[attr-defined]
+
+
+def read(folder: Path, kind: type[R], partition: int) -> Iterator[R]:
+    """Yields the rows of one partition, task by task, in the order in which each added them."""
+    for path in sorted(folder.glob("*.arrow")):
+        yield from read_batch(path, kind, partition)

@@ -18,6 +18,18 @@ from matryoshka.preparation import Finishing, Prepared, Source
 from matryoshka.splits import SplitBy, SplitRule
 
 _FILES = "Parquet, CSV or JSONL files: a folder, file or glob pattern."
+_SOURCES = ("pairs", "titled", "labelled", "beir", "python_docs")
+_ROWS = ("pairs", "titled", "labelled")
+_ONLY_FOR = {
+    "negatives_column": ("pairs",),
+    "id_column": ("pairs", "titled"),
+    "pairs_per_text": ("labelled",),
+    "split_column": _ROWS,
+    "group_column": _ROWS,
+    "min_query_characters": ("pairs", "titled", "python_docs"),
+    "min_characters": (*_ROWS, "python_docs"),
+    "chunk_tokens": ("pairs", "titled", "beir", "python_docs"),
+}
 _WORK = f"{storage.TEMPORARY}prepare"
 
 
@@ -47,7 +59,7 @@ class Settings(StageSettings):
         None, description="Column of --pairs or --titled with the document's id; none: made from its text."
     )
     split_column: str | None = Field(
-        None, description="Column that says train, dev or test (or validation); it goes before --split-by. Not for --beir."
+        None, description="Column that says train, dev or test (or validation); it goes before --split-by."
     )
     split_by: Literal["auto", "files", "hash"] = Field(
         "auto",
@@ -65,8 +77,8 @@ class Settings(StageSettings):
     max_test: int | None = Field(None, ge=1, description="Most queries in the test split, chosen by hash.")
     split_salt: str = Field("matryoshka", description="Another text gives another, equally fixed, split and sample.")
     fail_on_empty: bool = Field(False, description="Make an error of rows without text instead of leaving them out.")
-    min_query_characters: int = Field(1, ge=1, description="Leave out pairs with a shorter query. Not for --beir.")
-    min_characters: int = Field(1, ge=1, description="Leave out pairs with a shorter document, or shorter texts. Not for --beir.")
+    min_query_characters: int = Field(1, ge=1, description="Leave out pairs with a shorter query.")
+    min_characters: int = Field(1, ge=1, description="Leave out pairs with a shorter document, or shorter texts.")
     near_duplicates: float = Field(
         0.9,
         ge=0,
@@ -82,7 +94,7 @@ class Settings(StageSettings):
 
     @check_settings
     def _one_source(self) -> "Settings":
-        if sum(map(bool, (self.pairs, self.titled, self.labelled, self.beir, self.python_docs))) != 1:
+        if sum(bool(getattr(self, name)) for name in _SOURCES) != 1:
             raise ValueError("give exactly one source: --pairs, --titled, --labelled, --beir or --python-docs.")
         if self.test_fraction + self.dev_fraction >= 1:
             raise ValueError("--test-fraction and --dev-fraction leave nothing to train on. Lower one of them.")
@@ -90,8 +102,17 @@ class Settings(StageSettings):
             raise ValueError(
                 f"--chunk-overlap {self.chunk_overlap} leaves no room in a chunk of {self.chunk_tokens} tokens. Lower it."
             )
-        if self.chunk_tokens and self.labelled:
-            raise ValueError("--chunk-tokens is for documents, not for --labelled texts. Leave it out.")
+        if self.chunk_overlap and not self.chunk_tokens:
+            raise ValueError("--chunk-overlap is for --chunk-tokens. Pass both, or neither.")
+        return self
+
+    @check_settings
+    def _options_of_the_source(self) -> "Settings":
+        source = next(name for name in _SOURCES if getattr(self, name))
+        for name, sources_of in _ONLY_FOR.items():
+            if getattr(self, name) != type(self).model_fields[name].default and source not in sources_of:
+                flags = [f"--{word.replace('_', '-')}" for word in (name, *sources_of)]
+                raise ValueError(f"{flags[0]} is for {' and '.join(flags[1:])}. Leave it out.")
         return self
 
     @property
@@ -148,7 +169,7 @@ def _find_input(settings: Settings) -> list[Path]:
 def _identity(settings: Settings, paths: Sequence[Path], chunk_plan: ChunkPlan | None) -> dict[str, Any]:
     root = Path() if settings.python_docs else storage.local_path(settings.beir or settings.location or "").absolute()
     digests = [[str(path.absolute()).removeprefix(str(root)), storage.digest_file(path)] for path in paths]
-    own = settings.model_dump(exclude={"output", "replace", "pairs", "titled", "labelled", "beir", "python_docs", "model"})
+    own = settings.model_dump(exclude={"output", "replace", "model", *_SOURCES})
     tokenizer = storage.digest_file(Path(chunk_plan.tokenizer)) if chunk_plan else None
     return {"source": storage.digest_json(digests), "tokenizer": tokenizer, **own}
 

@@ -296,14 +296,14 @@ def _receipt(layout: Layout, key: str, num_rows: int) -> Receipt:
 def assemble_split(layout: Layout, split: str) -> tuple[Receipt, Receipt]:
     """Writes the queries and the judgements of one split."""
     return (
-        _join(layout, _QUERIES, Query, pairs.QUERIES, split, pairs.QUERY_COLUMNS),
-        _join(layout, _QRELS, Judgement, pairs.QRELS, split, pairs.QRELS_COLUMNS),
+        _join(layout, _QUERIES, pairs.QUERIES, split, pairs.QUERY_COLUMNS),
+        _join(layout, _QRELS, pairs.QRELS, split, pairs.QRELS_COLUMNS),
     )
 
 
-def _join(layout: Layout, folder: str, kind: type[Any], name: str, split: str, columns: dict[str, Any]) -> Receipt:
+def _join(layout: Layout, folder: str, name: str, split: str, columns: dict[str, Any]) -> Receipt:
     key = f"{name}/{split}"
     with corpus.RowWriter(layout.out / f"{key}.parquet", columns) as file:
-        for row in partitions.read(layout.folder(folder), kind, STRENGTH[split]):
-            file.add(row)
+        for batch in partitions.read_whole(layout.folder(folder), STRENGTH[split]):
+            file.add_batch(batch)
     return _receipt(layout, key, file.num_rows)

@@ -506,6 +506,11 @@ class RowWriter:
         if len(self._rows) == _BATCH_ROWS:
             self._write()
 
+    def add_batch(self, batch: pa.RecordBatch) -> None:
+        """Adds rows that are a batch of these columns already."""
+        self._writer.write_batch(batch.cast(self._schema))
+        self.num_rows += batch.num_rows
+
     def _write(self) -> None:
         columns = zip(*self._rows, strict=True)
         arrays = [pa.array(column, field.type) for column, field in zip(columns, self._schema, strict=True)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import OutOfMemoryError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -165,8 +166,11 @@ def _adopt(job: Job) -> None:
 
 def _cause(error: Exception) -> str:
     failures = getattr(error, "worker_failures", None) or {0: error}
-    lines = [line.strip() for line in str(next(iter(failures.values()))).splitlines() if line.strip()]
-    return lines[-1].rstrip(".") if lines else type(error).__name__
+    first = next(iter(failures.values()))
+    lines = [line.strip() for line in str(first).splitlines() if line.strip()]
+    if isinstance(first, OutOfMemoryError):  # Ray says what happened first, and then, at length, how to set it
+        return f"a machine ran out of memory: {lines[0].rstrip('.') if lines else ''}"
+    return lines[-1].rstrip(".") if lines else type(first).__name__
 
 
 class _Listening:

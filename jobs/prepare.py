@@ -30,7 +30,6 @@ _ONLY_FOR = {
     "min_characters": (*_ROWS, "python_docs"),
     "chunk_tokens": ("pairs", "titled", "beir", "python_docs"),
 }
-_WORK = f"{storage.TEMPORARY}prepare"
 
 
 class Settings(StageSettings):
@@ -136,7 +135,7 @@ def run(settings: Settings) -> Manifest:
     source = _source(settings, paths, rules)
     finishing = Finishing(chunk_plan, settings.near_duplicates or None, settings.fail_on_empty)
     stamps = corpus.stamp(Path("/"), [path.absolute() for path in paths])
-    with storage.workspace(output / _WORK) as work:
+    with storage.workspace(output, "prepare") as work:
         with cluster.connected() as session:
             prepared = preparation.prepare(source, rules, finishing, work, session.run_tasks)
         if corpus.stamp(Path("/"), [path.absolute() for path in paths]) != stamps:

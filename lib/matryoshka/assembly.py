@@ -210,7 +210,7 @@ def _references(layout: Layout) -> References:
     return _load_references(layout.folder(_REFERENCES), layout.near_duplicates or 1.0)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)  # a run's folder has a path of its own
 def _load_references(folder: Path, threshold: float) -> References:
     return References.load(folder, threshold)
 

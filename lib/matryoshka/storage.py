@@ -113,17 +113,22 @@ def move(path: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def workspace(path: Path) -> Iterator[Path]:
-    """Yields an empty folder that is gone when the block ends, and so is the folder that holds it, if nothing else came there."""
-    is_first = not path.parent.exists()
-    remove(path)
+def workspace(folder: Path, name: str) -> Iterator[Path]:
+    """Yields an empty folder below another, with a path that no other run has; both are gone at the end if nothing else came.
+
+    What runs that were killed left under the same name is removed.
+    """
+    is_first = not folder.exists()
+    for leftover in folder.glob(f"{TEMPORARY}*-{name}"):
+        remove(leftover)
+    path = folder / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{name}"
     path.mkdir(parents=True)
     try:
         yield path
     finally:
         remove(path)
-        if is_first and not any(path.parent.iterdir()):
-            path.parent.rmdir()
+        if is_first and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def publish_bytes(path: Path, data: bytes) -> None:

@@ -99,3 +99,11 @@ def test_a_run_that_was_killed_while_it_cleared_the_output_can_be_repeated(
             artifacts.begin(tmp_path, other, None)
     artifacts.begin(tmp_path, other, artifacts.claim(tmp_path, "embeddings", other.identity, replace=True))
     assert artifacts.read(tmp_path).identity["model"] == "n"
+
+
+def test_the_place_where_a_run_has_begun_is_not_cleared(tmp_path: Path):
+    finish(tmp_path, "old")
+    (tmp_path / ".partial-work").mkdir()
+    (tmp_path / ".partial-work" / "rows").touch()
+    artifacts.begin(tmp_path, MANIFEST, None, tmp_path / ".partial-work")
+    assert list(tree(tmp_path)) == [".partial-work/rows", "manifest.json"]

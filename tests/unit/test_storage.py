@@ -186,3 +186,34 @@ def test_digest_of_a_file_is_its_sha256(tmp_path: Path):
     (tmp_path / "abc").write_bytes(b"abc")
     # FIPS 180-2, appendix B.1
     assert storage.digest_file(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_workspace_is_gone_after_an_error_and_so_is_a_folder_that_only_held_it(tmp_path: Path):
+    folder = tmp_path / "out"
+
+    def fail() -> None:
+        with storage.workspace(folder, "work") as work:
+            (work / "rows").touch()
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail()
+    assert not folder.exists()
+
+
+def test_what_was_moved_out_of_a_workspace_stays(tmp_path: Path):
+    with storage.workspace(tmp_path / "out", "work") as work:
+        (work / "a.txt").write_text("x")
+        storage.move(work / "a.txt", tmp_path / "out" / "deep" / "b.txt")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["deep"]
+    assert (tmp_path / "out" / "deep" / "b.txt").read_text() == "x"
+
+
+def test_a_workspace_replaces_what_a_killed_run_left_and_has_a_path_of_its_own(tmp_path: Path):
+    with storage.workspace(tmp_path, "work") as first:
+        with storage.workspace(tmp_path, "other") as other:
+            assert other != first
+        with storage.workspace(tmp_path, "work") as second:
+            assert second != first
+            assert not first.exists()
+    assert list(tmp_path.iterdir()) == []

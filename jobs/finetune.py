@@ -1,7 +1,7 @@
 """Fine-tunes a model with distributed data parallel and a Matryoshka loss, so that short prefixes are good to search with."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,11 +143,7 @@ def _check(settings: Settings, output: Path) -> _Inputs:
     num_negatives = settings.num_negatives
     if num_negatives is None:
         num_negatives = negatives.num_negatives if negatives else int(corpus.has_column(pair_files[0], "negatives"))
-    labels = examples.read_labels(pair_files)
-    num_steps = count_steps(data.num_pairs, settings.batch_size, settings.epochs, settings.max_steps)
-    if labels is not None:
-        per_epoch = BatchPlan(len(labels), settings.batch_size, settings.seed, labels).steps_per_epoch
-        num_steps = count_steps(data.num_pairs, settings.batch_size, settings.epochs, settings.max_steps, per_epoch)
+    num_steps = plan_steps(settings, data.num_pairs, pair_files)
     recipe = Recipe(
         dims=dims, num_steps=num_steps, num_negatives=num_negatives,
         **{name: getattr(settings, name) for name in _SHARED},
@@ -156,6 +152,20 @@ def _check(settings: Settings, output: Path) -> _Inputs:
     mined = negatives.manifest.fingerprint if negatives else None
     identity = {"data": data.manifest.fingerprint, "base": info.fingerprint, "negatives": mined, "dims": dims, **chosen}
     return _Inputs(data, info, pair_files, recipe, identity)
+
+
+def plan_steps(settings: Settings, num_pairs: int, pair_files: Sequence[Path]) -> int:
+    """Returns how many steps a run takes.
+
+    Raises:
+        ValueError: The pairs do not fill one batch, or have fewer labels than a batch has pairs.
+    """
+    num_steps = count_steps(num_pairs, settings.batch_size, settings.epochs, settings.max_steps)
+    labels = examples.read_labels(pair_files)
+    if labels is None:
+        return num_steps
+    per_epoch = BatchPlan(len(labels), settings.batch_size, settings.seed, labels).steps_per_epoch
+    return count_steps(num_pairs, settings.batch_size, settings.epochs, settings.max_steps, per_epoch)
 
 
 _SHARED = (

@@ -15,7 +15,6 @@ from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.config import Field, JobSettings, check_settings
 from matryoshka.model import ModelInfo
 from matryoshka.pairs import DatasetStore
-from matryoshka.recipe import count_steps
 from matryoshka.report import Report
 
 
@@ -200,7 +199,7 @@ def _refuse_data(folder: str, stages: Sequence[JobSettings]) -> None:
     data = DatasetStore.open(storage.local_path(folder))
     for stage in stages:
         if isinstance(stage, finetune.Settings):
-            count_steps(data.num_pairs, stage.batch_size, stage.epochs, stage.max_steps)
+            finetune.plan_steps(stage, data.num_pairs, data.pair_files())
         if isinstance(stage, mine.Settings):
             mine.check_window(stage, data)
         if isinstance(stage, evaluate.Settings) and stage.data == folder:

@@ -221,7 +221,7 @@ class _Stopwatch:
     marks: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
-    def begin(self, step: int) -> None:
+    def take_step(self, step: int) -> None:
         """Is told of every step that begins."""
         if step in (self.steps.start, self.steps.stop):
             _wait_for(self.device)
@@ -232,13 +232,16 @@ class _Stopwatch:
         """Of the steps between the marks."""
         return self.marks[1] - self.marks[0]
 
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Takes no interest in what is to come."""
+
     def log(self, entry: Mapping[str, float]) -> None:
         """Takes an entry of the log."""
         self.losses.append(entry["loss"])
 
     def wants_checkpoint(self, step: int) -> bool:
         """Returns that it wants none."""
-        self.begin(step)
+        self.take_step(step)
         return False
 
     def checkpointed(self, step: int) -> None:
@@ -299,7 +302,17 @@ class _Rank(_Trained):
 
         work, target = self._work, self._work.target_of(self._name)
         recipe = work.recipe_of(self._name)
-        return Job(work.info.folder, (work.parts,), (work.pair_file,), recipe, work.precision, "benchmark", target.parent, target)
+        return Job(
+            work.info.folder,
+            (work.parts,),
+            (work.pair_file,),
+            recipe,
+            work.precision,
+            "benchmark",
+            target.parent,
+            target,
+            work.device,
+        )
 
 
 class _Script(_Trained):
@@ -310,7 +323,7 @@ class _Script(_Trained):
 
         work = self._work
         script = Script(work.info.folder, work.recipe_of(self._name), work.precision, in_order=self._name == _PLAIN)
-        script.train(work.pairs, work.target_of(self._name), stopwatch.begin, stopwatch.losses.append)
+        script.train(work.pairs, work.target_of(self._name), stopwatch.take_step, stopwatch.losses.append)
 
 
 def _wait_for(device: str) -> None:

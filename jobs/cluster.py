@@ -179,11 +179,13 @@ class Capacity:
         num_cpus: On all nodes.
         num_gpus: On all nodes.
         cpus_per_gpu: CPUs that a worker with a GPU takes, its own and those that tokenise for it, so that every node has them.
+        cpus_per_node: Of the smallest node that has any: what one worker can have wherever it is.
     """
 
     num_cpus: int
     num_gpus: int
     cpus_per_gpu: int = 1
+    cpus_per_node: int = 1
 
     @property
     def device(self) -> str:
@@ -199,13 +201,11 @@ class Capacity:
 def capacity() -> Capacity:
     """Returns what the connected cluster has to give."""
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    shares = [
-        int(node["Resources"].get("CPU", 1) // node["Resources"]["GPU"])
-        for node in ray.nodes()  # type: ignore[no-untyped-call]
-        if node["Alive"] and node["Resources"].get("GPU")
-    ]
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    shares = [int(node.get("CPU", 1) // node["GPU"]) for node in nodes if node.get("GPU")]
+    cpus_per_node = min((int(node["CPU"]) for node in nodes if node.get("CPU")), default=1)
     cpus_per_gpu = max(min([*shares, _MOST_CPUS_PER_GPU]), 1) if shares else 1
-    return Capacity(max(int(resources.get("CPU", 1)), 1), int(resources.get("GPU", 0)), cpus_per_gpu)
+    return Capacity(max(int(resources.get("CPU", 1)), 1), int(resources.get("GPU", 0)), cpus_per_gpu, cpus_per_node)
 
 
 def check_workers(num_workers: int | None) -> int | None:

@@ -9,7 +9,7 @@ from jobs import cluster, training_group
 from jobs.cluster import Session
 from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import say
-from matryoshka import artifacts, card, corpus, curves, dev, examples, model, nested, storage, training
+from matryoshka import artifacts, card, corpus, curves, dev, examples, layers, model, nested, storage, training
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.batches import BatchPlan
 from matryoshka.checkpoints import FOLDER as CHECKPOINTS
@@ -23,7 +23,7 @@ from matryoshka.training import Job
 
 _PARTS = f"{storage.TEMPORARY}pairs"
 _APART = {"output", "replace", "data", "model", "dims", "negatives"}
-_WITHOUT_EFFECT = {"workers", "attempts", "checkpoint_steps", "tensorboard"}
+_WITHOUT_EFFECT = {"workers", "mini_batch_tokens", "attempts", "checkpoint_steps", "tensorboard"}
 
 
 class Settings(StageSettings):
@@ -94,13 +94,16 @@ def run(settings: Settings) -> Manifest:
     output = storage.local_path(settings.output)
     inputs = _check(settings, output)
     previous = artifacts.claim(output, "model", inputs.identity, settings.replace)
-    if previous and previous.is_complete and not artifacts.find_faults(output, previous):
-        say(f"finetune: nothing to do, {output} is complete")
-        return previous
     if previous and previous.is_complete:
-        previous = None  # something was altered: begin anew
-    if settings.tensorboard:
-        curves.check()
+        faults = artifacts.find_faults(output, previous)
+        if not faults:
+            say(f"finetune: nothing to do, {output} is complete")
+            return previous
+        if not settings.replace:
+            raise ValueError(f"{faults[0]}. Restore it, or pass --replace to train anew.")
+        previous = None
+    num_steps = plan_steps(settings, inputs.data.num_pairs, inputs.pair_files)
+    inputs = dataclasses.replace(inputs, recipe=dataclasses.replace(inputs.recipe, num_steps=num_steps))
     dev_set = _choose_dev(settings, inputs.data)
     with cluster.connected() as session:
         session.release()
@@ -110,14 +113,15 @@ def run(settings: Settings) -> Manifest:
             raise ValueError(
                 f"--batch-size {settings.batch_size} cannot be shared by {workers} GPUs. Pass a multiple of {workers}."
             )
-        precision = session.choose_precision(settings.precision)
+        begun_in = previous.facts.get("precision") if previous else None
+        precision = begun_in or session.choose_precision(settings.precision)
         facts = {"base": str(inputs.info.folder), "precision": precision, "run": describe_run("finetune", settings)}
         manifest = Manifest("model", inputs.identity, facts={**facts, "num_steps": inputs.recipe.num_steps})
         artifacts.begin(output, manifest, previous)
         parts = _tokenise(session, inputs, output.resolve())
         job = Job(
             inputs.info.folder, parts, inputs.pair_files, inputs.recipe, precision, storage.digest_json(dict(inputs.identity)),
-            output.resolve(), output.resolve() / f"{storage.TEMPORARY}model", dev_set,
+            output.resolve(), output.resolve() / f"{storage.TEMPORARY}model", capacity.device, dev_set,
         )  # fmt: skip
         _announce(inputs.recipe, workers, precision)
         with curves.Curves(output if settings.tensorboard else None) as drawn:
@@ -138,20 +142,50 @@ def _check(settings: Settings, output: Path) -> _Inputs:
     if negatives and negatives.data != data.manifest.fingerprint:
         raise ValueError(f"--negatives {negatives.folder}: was mined from other data than {data.folder}. Mine from this data.")
     dims = nested.check_dims(settings.dims or nested.default_dims(info.width), info.width, settings.model)
-    model.check_layers(info.folder, settings.top_layers)
+    check_recipe(settings, info)
     pair_files = tuple(path.resolve() for path in (negatives or data).pair_files())
-    num_negatives = settings.num_negatives
-    if num_negatives is None:
-        num_negatives = negatives.num_negatives if negatives else int(corpus.has_column(pair_files[0], "negatives"))
-    num_steps = plan_steps(settings, data.num_pairs, pair_files)
+    num_negatives = _count_negatives(settings, negatives, pair_files[0])
     recipe = Recipe(
-        dims=dims, num_steps=num_steps, num_negatives=num_negatives,
+        dims=dims, num_steps=0, num_negatives=num_negatives,
         **{name: getattr(settings, name) for name in _SHARED},
     )  # fmt: skip
     chosen = {**settings.model_dump(exclude=_APART | _WITHOUT_EFFECT), "num_negatives": num_negatives}
     mined = negatives.manifest.fingerprint if negatives else None
     identity = {"data": data.manifest.fingerprint, "base": info.fingerprint, "negatives": mined, "dims": dims, **chosen}
     return _Inputs(data, info, pair_files, recipe, identity)
+
+
+def _count_negatives(settings: Settings, negatives: NegativesStore | None, pair_file: Path) -> int:
+    """Returns how many negatives of each pair take part.
+
+    Raises:
+        ValueError: More are asked for than there are.
+    """
+    has_some = corpus.has_column(pair_file, "negatives")
+    there = negatives.num_negatives if negatives else int(has_some)
+    wanted = settings.num_negatives
+    if wanted and not has_some:
+        raise ValueError(
+            f"--num-negatives {wanted}: {pair_file} has none. Mine them (python -m jobs.mine), and pass --negatives."
+        )
+    if wanted and negatives and wanted > there:
+        raise ValueError(f"--num-negatives {wanted}: {there} per pair were mined. Pass at most {there}, or mine more.")
+    return there if wanted is None else wanted
+
+
+def check_recipe(settings: Settings, info: ModelInfo) -> None:
+    """Checks what can be checked of a recipe without its data.
+
+    Raises:
+        ValueError: It asks for more layers than the model has, for nothing to train, or for a package that is not there.
+    """
+    model.check_layers(info.folder, settings.top_layers)
+    if settings.lora_rank:
+        layers.check_low_rank()
+    if settings.lora_rank and settings.top_layers == 0:
+        raise ValueError("--top-layers 0 leaves --lora-rank no layer to add to. Pass at least 1, or leave one of them out.")
+    if settings.tensorboard:
+        curves.check()
 
 
 def plan_steps(settings: Settings, num_pairs: int, pair_files: Sequence[Path]) -> int:
@@ -210,25 +244,24 @@ def _finish(output: Path, manifest: Manifest, inputs: _Inputs, seconds: float, w
     record = storage.read_json(output / training.LOG)
     summary = {**record["summary"], "train_seconds": round(seconds, 1)}
     card.write(output / card.NAME, inputs.info, inputs.data.manifest, inputs.recipe, record["entries"], summary)
-    storage.remove(output / CHECKPOINTS)
     facts = {**manifest.facts, **summary, "workers": workers}
     manifest = dataclasses.replace(manifest, receipts=_receipts(output), facts=facts, is_complete=True)
+    storage.remove(output / CHECKPOINTS)  # not before: hashing a large model takes a while
     manifest.write(output)
-    trained = ", ".join(f"{group} {count:,}" for group, count in summary["trainable"].items())
-    say(f"finetune: trained numbers: {trained}; {summary['tokens_per_step']:,} tokens a step")
     for notice in summary["notices"]:
         say(f"finetune: {notice}")
     say(f"finetune: {card.conclude(record['entries'], summary)}")
-    rate = inputs.recipe.num_steps * inputs.recipe.batch_size / seconds
+    num_steps = (inputs.recipe.num_steps if summary["stopped_at"] is None else summary["stopped_at"]) - summary["first_step"]
+    rate = num_steps * inputs.recipe.batch_size / seconds
     say(f"finetune: model in {output}; {seconds:.0f} s, {rate:.1f} pairs/s")
     return manifest
 
 
 def _receipts(output: Path) -> tuple[Receipt, ...]:
-    """Returns a receipt for every file of the model; TensorBoard's, which hold times, are not of it."""
-    files = sorted(path for path in output.rglob("*") if path.is_file() and path.name != artifacts.MANIFEST)
-    records = [FileRecord.of(output, path) for path in files if curves.FOLDER not in path.relative_to(output).parts]
-    return tuple(Receipt(record.path, 0, (record,)) for record in records)
+    """Returns a receipt for every file of the model; its card, which people write to, and TensorBoard's files are not of it."""
+    apart = {artifacts.MANIFEST, card.NAME, curves.FOLDER, CHECKPOINTS}
+    files = sorted(path for path in output.rglob("*") if path.is_file() and path.relative_to(output).parts[0] not in apart)
+    return tuple(Receipt(record.path, 0, (record,)) for record in (FileRecord.of(output, path) for path in files))
 
 
 if __name__ == "__main__":

@@ -186,6 +186,8 @@ def _refuse_early(settings: Settings) -> None:
 def _refuse_stage(place: str, stage: JobSettings, info: ModelInfo) -> None:
     if isinstance(stage, finetune.Settings | evaluate.Settings) and stage.dims:
         nested.check_dims(stage.dims, info.width, place)
+    if isinstance(stage, finetune.Settings):
+        finetune.check_recipe(stage, info)
     if isinstance(stage, index.Settings):
         index.check_plan(stage, nested.default_dims(info.width), info.width)
 

@@ -1,6 +1,7 @@
 """The ranks of a training run as a Ray Train group: begun again after a loss, heard on the way, warned before an end."""
 
 import contextlib
+import logging
 import os
 import queue
 import signal
@@ -15,6 +16,7 @@ import ray.train
 from ray.exceptions import OutOfMemoryError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.cluster import Capacity
 from jobs.terminal import Counter, say
@@ -24,7 +26,9 @@ from matryoshka.training import Job
 
 _POLL_SECONDS = 1.0
 _FAREWELL_SECONDS = 60.0
-_STEPS_PER_PREEMPTION_CHECK = 10  # every rank must ask as often, and all wait for each other
+_STEPS_PER_PREEMPTION_CHECK = 5  # every rank must ask as often, and all wait for each other
+
+logger = logging.getLogger("jobs")
 
 Listener = Callable[[Mapping[str, float]], None]
 
@@ -33,16 +37,16 @@ class _Mailbox:
     """Carries the log from rank 0 to the driver, and the wish for a checkpoint the other way."""
 
     def __init__(self) -> None:
-        self._entries: list[dict[str, float]] = []
+        self._entries: list[dict[str, Any]] = []
         self._is_ending = False
         self._checkpoint = -1
         self._error = ""
 
-    def put(self, entry: dict[str, float]) -> None:
-        """Adds an entry of the log."""
+    def put(self, entry: dict[str, Any]) -> None:
+        """Adds an entry of the log, or facts."""
         self._entries.append(entry)
 
-    def take(self) -> list[dict[str, float]]:
+    def take(self) -> list[dict[str, Any]]:
         """Returns what came since the last call."""
         entries, self._entries = self._entries, []
         return entries
@@ -98,28 +102,27 @@ class Group:
             RuntimeError: The loss is not finite, ranks were lost too often, or no model came out.
             KeyboardInterrupt: The process was told to end; a checkpoint is there to go on from.
         """
-        mailbox: Any = ray.remote(_Mailbox).options(num_cpus=0).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lost only with the driver
+        mailbox: Any = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
         trainer = self._trainer(job, mailbox)
         start = time.perf_counter()
         try:
             with _Listening(mailbox, job.recipe, listener):
                 _fit(trainer)
         except ray.train.TrainingFailedError as error:
+            _raise_own(mailbox)
             raise RuntimeError(
                 f"finetune: training failed {self.attempts} times, last so: {_cause(error)}."
                 " Checkpoints are kept. Mend the cause and run the same command again."
             ) from error
-        told: str = ray.get(mailbox.error.remote())
-        kind, _, text = told.partition(":")
-        if text:
-            raise ValueError(text) if kind == "ValueError" else RuntimeError(text)
+        _raise_own(mailbox)
         seconds = time.perf_counter() - start
         _adopt(job)
         return seconds
 
     def _trainer(self, job: Job, mailbox: Any) -> TorchTrainer:
         use_gpu = self.capacity.device == "cuda"
-        cpus = 1 if use_gpu else max(self.capacity.num_cpus // self.num_ranks, 1)
+        cpus = 1 if use_gpu else max(min(self.capacity.num_cpus // self.num_ranks, self.capacity.cpus_per_node), 1)
         return TorchTrainer(
             _train_loop,
             train_loop_config={"job": ray.put(job), "num_threads": cpus, "mailbox": mailbox},
@@ -132,6 +135,14 @@ class Group:
                 failure_config=FailureConfig(max_failures=self.attempts - 1),
             ),
         )
+
+
+def _raise_own(mailbox: Any) -> None:
+    """Raises what the run said of itself, if it did."""
+    told: str = ray.get(mailbox.error.remote())
+    kind, _, text = told.partition(":")
+    if text:
+        raise ValueError(text) if kind == "ValueError" else RuntimeError(text)
 
 
 def _fit(trainer: TorchTrainer) -> None:
@@ -180,21 +191,35 @@ class _Listening:
         self._mailbox, self._recipe, self._listener = mailbox, recipe, listener
         self._step = 0
         self._counter = Counter("finetune", recipe.num_steps, "pairs")
-        self._ended, self._told_to_end = threading.Event(), threading.Event()
+        self._ended, self._told_to_end, self._is_deaf = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> None:
         self._stack.enter_context(self._counter)
-        self._stack.enter_context(_on_terminate(self._told_to_end.set))
+        self._stack.enter_context(_on_terminate(self._tell_to_end))
         self._thread.start()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._ended.set()
         self._thread.join()
         self._stack.close()
+        if self._told_to_end.is_set() and kind is None:
+            raise KeyboardInterrupt  # it was told as the last step ended
 
     def _listen(self) -> None:
+        try:
+            self._listen_on()
+        except Exception:  # training goes on without its listener
+            logger.warning("finetune: the log is no longer shown, but training goes on", exc_info=True)
+            self._is_deaf.set()
+
+    def _tell_to_end(self) -> None:
+        if self._is_deaf.is_set():
+            raise KeyboardInterrupt
+        self._told_to_end.set()
+
+    def _listen_on(self) -> None:
         is_last = is_leaving = False
         while not is_last:
             is_last = self._ended.wait(_POLL_SECONDS)
@@ -204,7 +229,13 @@ class _Listening:
                 is_leaving = True
                 self._leave()
 
-    def _hear(self, entry: Mapping[str, float]) -> None:
+    def _hear(self, entry: Mapping[str, Any]) -> None:
+        if "trainable" in entry:
+            self._step = int(entry["first_step"])
+            trained = ", ".join(f"{group} {count:,}" for group, count in entry["trainable"].items())
+            begun = f"; going on after step {self._step}" if self._step else ""
+            say(f"finetune: {entry['tokens_per_step']:,} tokens a step; trained numbers: {trained}{begun}")
+            return
         self._listener(entry)
         if "loss" in entry and entry["step"] > self._step:  # after a loss, steps are made again
             steps, self._step = int(entry["step"]) - self._step, int(entry["step"])
@@ -241,6 +272,10 @@ class _Observer:
         self._mailbox, self._is_first = mailbox, is_first
         self._question = mailbox.is_ending.remote()
         self._is_answered = self._is_preempted = False
+
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Tells the driver."""
+        self._mailbox.put.remote(dict(facts))
 
     def log(self, entry: Mapping[str, float]) -> None:
         """Sends an entry to the driver."""
@@ -285,5 +320,6 @@ def _train_loop(config: dict[str, Any]) -> None:
     try:
         training.train_rank(ray.get(config["job"]), observer)
     except (ValueError, training.TrainingError) as error:
-        ray.get(mailbox.fail.remote("ValueError" if isinstance(error, ValueError) else "RuntimeError", str(error)))
+        if not isinstance(error.__cause__, OSError):  # a disk that was away for a moment
+            ray.get(mailbox.fail.remote("ValueError" if isinstance(error, ValueError) else "RuntimeError", str(error)))
         raise

@@ -31,6 +31,10 @@ class Observer:
     wanted: frozenset[int] = frozenset()
     entries: list[dict[str, float]] = field(default_factory=list)
     checkpoints: list[int] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        self.facts = dict(facts)
 
     def log(self, entry: Mapping[str, float]) -> None:
         self.entries.append(dict(entry))
@@ -145,8 +149,9 @@ def open_pairs(job: Job) -> Examples:
 
 
 def log(job: Job) -> dict[str, Any]:
-    """Returns the log that a run left beside its model."""
+    """Returns the log that a run left beside its model, but for where its last process began."""
     found: dict[str, Any] = json.loads((job.target / training.LOG).read_text())
+    found["summary"].pop("first_step")
     return found
 
 

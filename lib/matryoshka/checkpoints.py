@@ -132,14 +132,15 @@ def best(folder: Path, step: int, identity: str) -> Checkpoint | None:
 
 
 def latest(folder: Path, identity: str) -> Checkpoint | None:
-    """Returns the last whole checkpoint of a run, or None where there is none.
+    """Returns the last whole checkpoint of a run whose best weights are whole as well, or None where there is none.
 
     Raises:
         ValueError: It is of another run.
     """
     for path in sorted(folder.glob(f"{_STEP}*"), reverse=True):
         found = read(path, identity)
-        if found:
+        best_step = found.notes.get("best_step") if found else None
+        if found and (best_step is None or best(folder, best_step, identity)):
             return found
     return None
 

@@ -411,15 +411,27 @@ def read_texts(source: Corpus) -> tuple[list[str], list[str]]:
 
 def find_texts(corpus: Corpus, ids: Iterable[str]) -> dict[str, str]:
     """Returns the texts of the documents with these ids; ids that are no longer in the corpus are left out."""
+    return find_texts_in([corpus.path_of(file.name) for file in corpus.files], ids, corpus.columns)
+
+
+def find_texts_in(paths: Iterable[Path], ids: Iterable[str], columns: Columns) -> dict[str, str]:
+    """Returns the texts of the documents of some files that have these ids."""
     wanted = pa.array(sorted(set(ids)), pa.large_string())
     found: dict[str, str] = {}
-    for file in corpus.files:
+    for path in paths:
         if len(found) == len(wanted):
             break
-        for batch in text_batches(corpus.path_of(file.name), [corpus.columns.id, corpus.columns.text], [corpus.columns.id]):
+        for batch in text_batches(path, [columns.id, columns.text], [columns.id]):
             hits = batch.filter(pc.is_in(batch.column(0), wanted))
             found.update(zip(hits.column(0).to_pylist(), hits.column(1).to_pylist(), strict=True))
     return found
+
+
+def read_ids(paths: Iterable[Path]) -> Iterator[str]:
+    """Yields the ids of the documents of a dataset's files; no text is read."""
+    for path in paths:
+        for batch in text_batches(path, ["id"], ["id"]):
+            yield from batch.column(0).to_pylist()
 
 
 def write_rows(path: Path, rows: Mapping[str, Sequence[Any]]) -> None:

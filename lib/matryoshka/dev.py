@@ -13,9 +13,10 @@ import torch.distributed
 from torch import Tensor
 
 from matryoshka import corpus, metrics, units
+from matryoshka.corpus import Columns
 from matryoshka.nested import shrink
 from matryoshka.pairs import DatasetStore
-from matryoshka.tokens import Role, Tokeniser
+from matryoshka.tokens import Role, Tokeniser, Tokens
 
 HEADLINE = "nDCG@10"
 
@@ -62,22 +63,20 @@ def choose(data: DatasetStore, split: str, num_queries: int, num_documents: int)
 
 
 def _read_pool(data: DatasetStore, answers: set[str], num_others: int) -> dict[str, str]:
-    """Returns the documents that are answers, and the others of least hash."""
-    found: dict[str, str] = {}
-    others: list[tuple[int, str, str]] = []  # a heap: the largest hash first
+    """Returns the documents that are answers, and the others of least hash: ids are read first, then the texts of the chosen."""
+    found: list[str] = []
+    others: list[tuple[int, str]] = []  # a heap: the largest hash first
     _, paths = corpus.find_files(data.corpus)
-    for path in paths:
-        for batch in corpus.text_batches(path, ["id", "text"], ["id"]):
-            for name, text in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
-                if _owner(name, is_chunked=data.is_chunked) in answers:
-                    found[name] = text
-                elif num_others:
-                    entry = (-_hash(name), name, text)
-                    if len(others) < num_others:
-                        heapq.heappush(others, entry)
-                    else:
-                        heapq.heappushpop(others, entry)
-    return {**found, **{name: text for _, name, text in sorted(others, reverse=True)}}
+    for name in corpus.read_ids(paths):
+        if _owner(name, is_chunked=data.is_chunked) in answers:
+            found.append(name)
+        elif len(others) < num_others:
+            heapq.heappush(others, (-_hash(name), name))
+        elif num_others:
+            heapq.heappushpop(others, (-_hash(name), name))
+    chosen = [*found, *(name for _, name in sorted(others, reverse=True))]
+    texts = corpus.find_texts_in(paths, chosen, Columns())
+    return {name: texts[name] for name in chosen}
 
 
 def _owner(name: str, *, is_chunked: bool) -> str:
@@ -94,7 +93,7 @@ class DevEvaluator:
     Args:
         dev: The same on every rank.
         tokeniser: Of the model, at its full window.
-        embed: Returns the vectors of token ids that lie end to end, given their lengths; without gradients.
+        embed: Returns the vectors of some tokenised texts of a role, without gradients.
         dims: The resolutions.
         texts_at_once: How many texts ``embed`` gets in one go.
     """
@@ -103,7 +102,7 @@ class DevEvaluator:
         self,
         dev: DevSet,
         tokeniser: Tokeniser,
-        embed: Callable[[npt.NDArray[np.int32], npt.NDArray[np.int64]], Tensor],
+        embed: Callable[[Tokens, Role], Tensor],
         dims: Sequence[int],
         texts_at_once: int = 512,
     ) -> None:
@@ -136,7 +135,7 @@ class DevEvaluator:
 
         Shapes: [N, D].
         """
-        own = [self._embed(tokens.ids, tokens.lengths).float().cpu().numpy() for tokens in self._tokens[role]]
+        own = [self._embed(tokens, role).float().cpu().numpy() for tokens in self._tokens[role]]
         gathered: list[Any] = [own]
         if self._num_ranks > 1:
             gathered = [None] * self._num_ranks

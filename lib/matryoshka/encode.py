@@ -18,7 +18,7 @@ from torch import Tensor
 
 from matryoshka import model
 from matryoshka.packed import Attention, CannotPackError, PackedModel
-from matryoshka.stream import Stream, end_of_step
+from matryoshka.stream import Fetch, Stream, end_of_step
 from matryoshka.tokens import Long, Role, Tokeniser, TokeniserPool, Tokens
 
 Precision = Literal["float32", "bf16"]
@@ -99,7 +99,7 @@ class Encoder:
         # One thread computes for all: the allocator and the kernel caches hold their memory by thread.
         self._computing = ThreadPoolExecutor(1)
         self._flops_per_token, self._flops_per_square = _count_flops(self._model)
-        self._extras = {role: self._prompt_extras(role) for role in get_args(Role)}
+        self._extras = {role: model.prompt_extras(self._model, self._prompts.get(role)) for role in get_args(Role)}
         self._packed, self.is_compiled, self.notice = self._choose_path(precision, is_compiled)
 
     def tokenise(self, texts: list[str], role: Role) -> Tokens:
@@ -213,20 +213,7 @@ class Encoder:
 
     def _on_host(self, vectors: Tensor) -> npt.NDArray[np.float16]:
         """Returns vectors once they are computed; other threads may queue their own steps meanwhile."""
-        if self._device == "cpu":
-            return np.asarray(vectors.numpy())
-        host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
-        host.copy_(vectors, non_blocking=True)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
-        done.synchronize()
-        return np.asarray(host.numpy())
-
-    def _prompt_extras(self, role: Role) -> dict[str, int]:
-        """Returns what the pooling needs where it leaves the prompt's tokens out (as Instructor models do)."""
-        prompt = self._prompts.get(role)
-        length = self._model.preprocess([""], prompt=prompt).get("prompt_length") if prompt else None
-        return {} if length is None else {"prompt_length": int(length)}
+        return np.asarray(Fetch(vectors).get().numpy())
 
     def _choose_path(self, precision: Precision, is_compiled: bool) -> tuple[PackedModel | None, bool, str]:
         """Casts the model, and returns it packed if a few documents then have the vectors that they have when padded.

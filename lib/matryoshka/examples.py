@@ -191,13 +191,9 @@ class Examples:
         """
         documents = np.concatenate([self.columns[name].keys[all_rows] for name in self.columns if name != "query"])
         mask = np.zeros((len(rows), len(documents)), dtype=bool)
-        order = np.argsort(documents, kind="stable")
-        sizes = self.known_edges[self.groups[rows] + 1] - self.known_edges[self.groups[rows]]
-        wanted = np.concatenate([self.known[slice(*self.known_edges[group : group + 2])] for group in self.groups[rows]])
-        owners = np.repeat(np.arange(len(rows)), sizes)
-        first, last = (np.searchsorted(documents[order], wanted, side=side) for side in ("left", "right"))
-        for owner, start, stop in zip(owners.tolist(), first.tolist(), last.tolist(), strict=True):
-            mask[owner, order[start:stop]] = True
+        for number, group in enumerate(self.groups[rows].tolist()):
+            own = self.known[slice(*self.known_edges[group : group + 2])]  # ascending
+            mask[number] = own[np.searchsorted(own, documents).clip(max=len(own) - 1)] == documents
         if self.labels is not None:
             mask |= self._labels_of(documents)[None, :] == self.labels[rows][:, None]
         mask |= documents == _NOTHING
@@ -214,11 +210,18 @@ class Examples:
 
 
 def read_labels(paths: Sequence[Path]) -> IntArray | None:
-    """Returns a number for the label of each pair of some files, or None where they have no labels; [N]."""
+    """Returns a number for the label of each pair of some files, or None where they have no labels; [N].
+
+    Raises:
+        ValueError: Some pairs have none.
+    """
     if not corpus.has_column(paths[0], "label"):
         return None
     tables = [corpus.open_parquet(path).read(columns=["label"]) for path in paths]
-    keys = [key_of(label) for table in tables for label in table.column(0).to_pylist()]
+    labels = [label for table in tables for label in table.column(0).to_pylist()]
+    if None in labels:
+        raise ValueError(f"{paths[0].parent}: a pair has no label. Fill the column, and prepare the data again.")
+    keys = [key_of(label) for label in labels]
     return np.unique(np.array(keys, dtype=np.int64), return_inverse=True)[1]
 
 

@@ -11,17 +11,25 @@ from torch.nn.functional import normalize
 
 from matryoshka.encode import Precision
 from matryoshka.packed import CannotPackError, PackedModel
-from matryoshka.stream import Stream, end_of_step
+from matryoshka.stream import Stream, end_of_step, put
 
 # Tokens of a forward pass. CPU: larger ones fall out of the caches [measured, AMX].
 TOKENS_PER_STEP = {"cpu": 4_096, "cuda": 65_536}
 
 _CHECK_LENGTHS = (40, 17, 16, 5)
+_EXTRAS = ("prompt_length",)
 _TOLERANCE = 1e-4  # of unit vectors in float32
 
 
-def features_of(ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> dict[str, Any]:
+def features_of(
+    ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64], extras: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """Returns texts as sentence-transformers hands flattened ones to its modules, and their lengths on the host.
+
+    Args:
+        ids: Tokens of all texts.
+        lengths: Of these texts.
+        extras: See ``model.prompt_extras``.
 
     Shapes: ids [T], lengths [N] -> input_ids [1, T], cu_seq_lens_q [N + 1].
     """
@@ -30,7 +38,12 @@ def features_of(ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> d
         "input_ids": torch.from_numpy(ids)[None].long(),
         "cu_seq_lens_q": torch.from_numpy(edges).to(torch.int32),
         "lengths": lengths,
+        **(extras or {}),
     }
+
+
+def _extras_of(features: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: features[name] for name in _EXTRAS if name in features}
 
 
 class TrainingForward:
@@ -69,7 +82,6 @@ class TrainingForward:
         ids = np.random.default_rng(0).integers(count // 2, count, lengths.sum(), dtype=np.int32)
         features = features_of(ids, lengths)
         features["input_ids"] = features["input_ids"].to(self._device)
-        is_varlen = self._device.type == "cuda" and precision == "bf16" and not _attention_dropout(self._network)
         packed = PackedModel(self._network, "grouped")
         with torch.no_grad():
             found, wanted = self._run(packed, features), self._run_padded(features)["sentence_embedding"]
@@ -77,7 +89,16 @@ class TrainingForward:
         apart = float((normalize(found) - normalize(wanted)).abs().max())
         if not apart < _TOLERANCE:
             raise CannotPackError(f"packed vectors differ from padded ones by {apart:.1e}")
-        return PackedModel(self._network, "varlen") if is_varlen else packed
+        return self._varlen() if self._device.type == "cuda" and precision == "bf16" else packed
+
+    def _varlen(self) -> PackedModel:
+        """Returns the model with the variable-length kernel; grouped, where its family or its dropout does not allow that."""
+        if _attention_dropout(self._network):
+            return PackedModel(self._network, "grouped")
+        try:
+            return PackedModel(self._network, "varlen")
+        except CannotPackError:
+            return PackedModel(self._network, "grouped")
 
     def __call__(self, features: Mapping[str, Any], **_: Any) -> dict[str, Any]:
         """Returns the features with the vectors of the texts, in their order.
@@ -99,17 +120,18 @@ class TrainingForward:
         while start < len(order):
             stop = end_of_step(stream.lengths, start, self._budget)
             step = stream.step(start, stop)
-            pooled.append(packed(step.ids, step.positions, step.owners, step.bounds, step.lengths, {}))
+            pooled.append(packed(step.ids, step.positions, step.owners, step.bounds, step.lengths, _extras_of(features)))
             start = stop
-        places = torch.from_numpy(np.argsort(order)).to(self._device)
-        return torch.cat(pooled).index_select(0, places)
+        return torch.cat(pooled).index_select(0, put(np.argsort(order), self._device))
 
     def _run_padded(self, features: Mapping[str, Any]) -> dict[str, Any]:
         lengths = torch.from_numpy(_lengths_of(features)).to(self._device)
         mask = torch.arange(int(lengths.max()), device=self._device) < lengths[:, None]  # [N, longest]
         ids = torch.full(mask.shape, self._network.tokenizer.pad_token_id or 0, device=self._device)
         ids[mask] = features["input_ids"][0]
-        found: dict[str, Any] = self._padded(self._network, {"input_ids": ids, "attention_mask": mask.long()})
+        found: dict[str, Any] = self._padded(
+            self._network, {"input_ids": ids, "attention_mask": mask.long(), **_extras_of(features)}
+        )
         return found
 
 

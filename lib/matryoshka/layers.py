@@ -3,6 +3,7 @@
 The only room that knows peft.
 """
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -60,19 +61,28 @@ def choose(network: Any, recipe: Recipe) -> None:
             own.requires_grad_(groups[name] not in frozen)
 
 
+def check_low_rank() -> None:
+    """Checks that low-rank additions can be trained.
+
+    Raises:
+        ValueError: The package is not installed.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("--lora-rank needs the lora extra. Install it: pip install 'matryoshka[lora]'.")
+
+
 def _add_low_rank(network: Any, layers: torch.nn.ModuleList, lowest: int, rank: int) -> None:
     """Adds trainable low-rank products to the linear parts of layers; everything else is frozen.
 
     Source: Hu et al. 2021, LoRA, arXiv:2106.09685.
     """
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise ValueError("--lora-rank needs the lora extra. Install it: pip install 'matryoshka[lora]'.") from None
+    from peft import LoraConfig
+
     trained = {id(part) for layer in layers[lowest:] for part in layer.modules() if isinstance(part, torch.nn.Linear)}
     transformer = network[0].auto_model
     names = [name for name, part in transformer.named_modules() if id(part) in trained]
     config = LoraConfig(r=rank, lora_alpha=_LORA_SCALE * rank, lora_dropout=0.0, target_modules=names)
+    network.requires_grad_(False)
     transformer.add_adapter(config)
 
 

@@ -218,6 +218,13 @@ def dropout_rates(folder: Path) -> dict[str, float]:
     return {name: rate for name, rate in config.items() if "dropout" in name and isinstance(rate, float)}
 
 
+def prompt_extras(loaded: "SentenceTransformer", prompt: str | None) -> dict[str, int]:
+    """Returns what the pooling needs where it leaves the prompt's tokens out (as Instructor models do)."""
+    if not prompt or all(getattr(part, "include_prompt", True) for part in loaded):
+        return {}
+    return {"prompt_length": int(loaded.preprocess([""], prompt=prompt)["prompt_length"])}
+
+
 def rust_tokenizer(loaded: "SentenceTransformer") -> Any:
     """Returns the ``tokenizers.Tokenizer`` of a loaded model.
 

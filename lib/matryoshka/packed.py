@@ -288,7 +288,8 @@ def varlen_attention(
     from torch.nn.attention.varlen import varlen_attn
 
     reach = -1 if sliding_window is None else sliding_window - 1
-    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # [T, H, d]
+    half = value.dtype  # some families turn queries and keys in float32, which autocast leaves as they are
+    q, k, v = (part[0].transpose(0, 1).to(half) for part in (query, key, value))  # [T, H, d]
     shared: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     window = (reach, 0 if getattr(module, "is_causal", False) else reach)
     ends = (layout.bounds, layout.bounds, layout.max_length, layout.max_length)

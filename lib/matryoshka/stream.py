@@ -9,6 +9,34 @@ import torch
 from torch import Tensor
 
 
+def put(values: npt.NDArray[Any] | Tensor, device: str | torch.device) -> Tensor:
+    """Returns values on a device, without waiting for them to be there."""
+    tensor = values if isinstance(values, Tensor) else torch.from_numpy(values)
+    return tensor if str(device) == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Fetch:
+    """Values on their way from a device to the host; nobody waits until they are asked for.
+
+    Args:
+        values: On any device.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._arrival = values, None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrival.record()
+
+    def get(self) -> Tensor:
+        """Returns the values, once all that was queued before them is done."""
+        if self._arrival:
+            self._arrival.synchronize()
+        return self._values
+
+
 @dataclass(frozen=True, slots=True)
 class Stream:
     """Windows end to end, longest first: ids, positions and owners of T tokens on the device, lengths of N windows here."""
@@ -45,15 +73,11 @@ class Stream:
         numbers = np.repeat(firsts, lengths) + places
         owners = np.repeat(np.arange(len(order)), lengths)
 
-        def put(array: npt.NDArray[Any], dtype: torch.dtype) -> Tensor:
-            tensor = torch.from_numpy(array).to(dtype)
-            return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
         return cls(
-            ids[put(numbers, torch.int64)] if isinstance(ids, Tensor) else put(ids[numbers], torch.int32),
-            put(places + first_position, torch.int64),
-            put(owners, torch.int64),
-            put(edges, torch.int32),
+            ids[put(numbers, device)] if isinstance(ids, Tensor) else put(ids[numbers], device),
+            put(places + first_position, device),
+            put(owners, device),
+            put(edges.astype(np.int32), device),
             lengths,
             edges,
         )

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,8 @@ from matryoshka.encode import Precision
 from matryoshka.examples import Examples
 from matryoshka.forward import TrainingForward, features_of
 from matryoshka.recipe import Recipe
-from matryoshka.tokens import Tokeniser
+from matryoshka.stream import Fetch, put
+from matryoshka.tokens import Role, Tokeniser, Tokens
 
 LOG = "training_log.json"
 DEV = f"dev_{HEADLINE}"
@@ -40,6 +41,9 @@ _NOTED = ("entries", "best_step", "best_score", "num_worse", "stopped_at", "loss
 
 class Observer(Protocol):
     """What a run tells, and whom it asks, on the way; every rank has one."""
+
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Learns what the run is about to do: tokens per step, trained numbers by layer group, steps that are done."""
 
     def log(self, entry: Mapping[str, float]) -> None:
         """Takes an entry of the log: ``step``, and the loss or the dev split's figures."""
@@ -64,6 +68,7 @@ class Job:
         identity: Of base, data and recipe; a checkpoint of another one is refused.
         output: Folder of the run: its checkpoints go below it.
         target: Where rank 0 writes the model and the log of the run.
+        device: ``cpu`` or ``cuda``.
         dev: What the model is measured on while it is trained; None: the last step's weights are kept.
     """
 
@@ -75,7 +80,12 @@ class Job:
     identity: str
     output: Path
     target: Path
+    device: str = "cpu"
     dev: DevSet | None = None
+
+    def autocast(self) -> torch.autocast:
+        """Returns the precision that vectors are computed in, as a block."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")
 
     @property
     def checkpoints(self) -> Path:
@@ -103,13 +113,15 @@ def train_rank(job: Job, observer: Observer) -> None:
         TrainingError: The loss or the weights are not finite, or memory ran out.
     """
     num_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(job.recipe.seed)
-    network: Any = model.load(job.base, device, dropout=job.recipe.dropout)
+    network: Any = model.load(job.base, job.device, dropout=job.recipe.dropout)
     pairs = Examples.open(job.parts, job.recipe.num_negatives)
+    if not job.recipe.num_negatives and len(np.unique(pairs.columns["positive"].keys)) < 2:
+        raise ValueError("finetune: all pairs have the same positive, so no query has a negative. Bring pairs that differ.")
     layers.choose(network, job.recipe)
     forward = TrainingForward(network, job.precision)
-    layers.freeze_unused(network, lambda: _embed_some(network, pairs))
+    with job.autocast():
+        layers.freeze_unused(network, lambda: _embed(network, *pairs.columns["query"].take(np.arange(min(len(pairs), 2)))))
     run = _Run(job, network, pairs, num_ranks, observer)
     run.notices += [forward.notice] * bool(forward.notice)
     try:
@@ -129,14 +141,16 @@ def train_rank(job: Job, observer: Observer) -> None:
         torch.distributed.barrier()
 
 
-def _embed_some(network: Any, pairs: Examples) -> Tensor:
-    ids, lengths = pairs.columns["query"].take(np.arange(min(len(pairs), 2)))
-    vectors: Tensor = network(_to_device(features_of(ids, lengths), network.device))["sentence_embedding"]
+def _embed(
+    network: Any, ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64], extras: Mapping[str, int] | None = None
+) -> Tensor:
+    features = {name: _put(value, network.device) for name, value in features_of(ids, lengths, extras).items()}
+    vectors: Tensor = network(features)["sentence_embedding"]
     return vectors
 
 
-def _to_device(features: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in features.items()}
+def _put(value: Any, device: torch.device) -> Any:
+    return put(value, device) if isinstance(value, Tensor) else value
 
 
 def _save(network: Any, job: Job, summary: Mapping[str, Any]) -> None:
@@ -159,6 +173,7 @@ class _Batches:
     first_step: int
     num_steps: int
     lengths: npt.NDArray[np.int64]
+    extras: Mapping[Role, Mapping[str, int]]
 
     def __len__(self) -> int:
         return self.num_steps - self.first_step
@@ -169,7 +184,8 @@ class _Batches:
             own = dealt[self.rank]
             batch: dict[str, Any] = {"rows": rows, "mask": torch.from_numpy(self.pairs.mask(own, dealt.ravel()))}
             for name, column in self.pairs.columns.items():
-                batch |= {f"{name}_{key}": value for key, value in features_of(*column.take(own)).items()}
+                features = features_of(*column.take(own), self.extras["query" if name == "query" else "document"])
+                batch |= {f"{name}_{key}": value for key, value in features.items()}
             yield batch
 
 
@@ -190,6 +206,10 @@ class _Trainer(SentenceTransformerTrainer):
     def get_train_dataloader(self) -> Any:
         """Returns the batches."""
         return self._data
+
+    def _prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns a batch on the device, without waiting for it to be there."""
+        return {name: _put(value, self.args.device) for name, value in inputs.items()}
 
     def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
         """Returns the loss of one batch."""
@@ -217,7 +237,7 @@ class _Run:
     stopped_at: int | None = None
     loss_sum: Any = 0.0
     num_summed: int = 0
-    last: tuple[int, Any, Tensor] | None = None
+    last: tuple[int, Any, Fetch] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -241,14 +261,17 @@ class _Run:
             "trainable": layers.count_trainable(network),
             "num_ranks": self.num_ranks,
         }
+        extras = {role: model.prompt_extras(network, network.prompts.get(role)) for role in get_args(Role)}
         optimiser = torch.optim.AdamW(layers.optimiser_groups(network, recipe), weight_decay=0.0, fused=True)
-        first_step = self._resume(optimiser)
+        first_step = self.facts["first_step"] = self._resume(optimiser)
+        if self.is_first:
+            self.observer.begin(self.facts)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: recipe.rate_at(first_step + step))
         if first_step >= recipe.num_steps or self.stopped_at is not None:
             return
-        data = _Batches(self.pairs, plan, self.rank, self.num_ranks, first_step, recipe.num_steps, lengths)
+        data = _Batches(self.pairs, plan, self.rank, self.num_ranks, first_step, recipe.num_steps, lengths, extras)
         scores = losses.MaskedScores()
-        watch = _Watch(self, optimiser, first_step)
+        watch = _Watch(self, optimiser, first_step, extras)
         trainer = _Trainer(
             data,
             scores,
@@ -264,10 +287,20 @@ class _Run:
         self.check_loss()
 
     def _resume(self, optimiser: torch.optim.Optimizer) -> int:
-        """Takes up the last checkpoint; returns how many steps are done."""
-        found = checkpoints.latest(self.job.checkpoints, self.job.identity)
-        if found is None:
+        """Takes up the last checkpoint, the same on every rank; returns how many steps are done.
+
+        Raises:
+            RuntimeError: The checkpoint that the first rank found is not there, or not whole, for this one.
+        """
+        found = checkpoints.latest(self.job.checkpoints, self.job.identity) if self.is_first else None
+        shared: list[Any] = [found.folder if found else None]
+        if self.num_ranks > 1:  # each for itself, ranks might see different ones on a shared disk
+            torch.distributed.broadcast_object_list(shared)
+        if shared[0] is None:
             return 0
+        found = found or checkpoints.read(shared[0], self.job.identity)
+        if found is None:
+            raise RuntimeError(f"{shared[0]}: a checkpoint that another rank sees is not whole here. Do all nodes mount it?")
         found.load(self.network, optimiser)
         for name in _NOTED:
             setattr(self, name, found.notes[name])
@@ -287,14 +320,15 @@ class _Run:
     def take_loss(self, step: int, rows: Sequence[int], loss: Tensor) -> None:
         """Takes the loss of a step on this rank.
 
-        It is looked at when the next step is about to begin: a GPU would have to be waited for at once.
+        It is looked at when the next step's loss is there to be computed: a GPU would have to be waited for at once.
         """
         self.check_loss()
         loss = loss.clone()
         if self.num_ranks > 1:  # so that all of them end together where one has a loss that is not finite
             torch.distributed.all_reduce(loss)
-        self.last = step, rows, loss / self.num_ranks
-        self.loss_sum, self.num_summed = self.loss_sum + self.last[2], self.num_summed + 1
+        loss = loss / self.num_ranks
+        self.last = step, rows, Fetch(loss)
+        self.loss_sum, self.num_summed = self.loss_sum + loss, self.num_summed + 1
 
     def check_loss(self) -> None:
         """Checks the loss of the last step.
@@ -302,10 +336,10 @@ class _Run:
         Raises:
             TrainingError: It is not finite.
         """
-        if self.last and not torch.isfinite(self.last[2]):
+        if self.last and not torch.isfinite(self.last[2].get()):
             step, rows, loss = self.last
             raise TrainingError(
-                f"finetune: the loss of step {step} is not finite ({loss.item()}). Its pairs (query/document):"
+                f"finetune: the loss of step {step} is not finite ({loss.get().item()}). Its pairs (query/document):"
                 f" {self._name_pairs(rows)}. Pass a lower --learning-rate, or look at these texts."
             )
 
@@ -362,7 +396,10 @@ class _Run:
 class _Watch(TrainerCallback):
     """What happens between two steps: the log, dev evaluations, checkpoints, the wish to stop."""
 
-    def __init__(self, run: _Run, optimiser: torch.optim.Optimizer, first_step: int) -> None:
+    def __init__(
+        self, run: _Run, optimiser: torch.optim.Optimizer, first_step: int, extras: Mapping[Role, Mapping[str, int]]
+    ) -> None:
+        self._extras = extras
         self._run, self._optimiser, self._first = run, optimiser, first_step
         job = run.job
         self._steps = job.recipe.evaluation_steps if job.dev else frozenset()
@@ -372,12 +409,9 @@ class _Watch(TrainerCallback):
             tokeniser = make_tokeniser(run.network, None)
             self._evaluator = DevEvaluator(job.dev, tokeniser, self._embed, job.recipe.dims)
 
-    def _embed(self, ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> Tensor:
-        network = self._run.network
-        dtype = torch.bfloat16 if self._run.job.precision == "bf16" else None
-        with torch.no_grad(), torch.autocast(network.device.type, dtype, enabled=dtype is not None):
-            vectors: Tensor = network(_to_device(features_of(ids, lengths), network.device))["sentence_embedding"]
-        return vectors
+    def _embed(self, tokens: Tokens, role: Role) -> Tensor:
+        with torch.no_grad(), self._run.job.autocast():
+            return _embed(self._run.network, tokens.ids, tokens.lengths, self._extras[role])
 
     def _evaluate(self, step: int) -> bool:
         """Measures the model after ``step`` steps, if that is due; returns whether to go on."""
@@ -400,6 +434,8 @@ class _Watch(TrainerCallback):
         is_wanted = run.observer.wants_checkpoint(step)
         if step > self._first and (is_wanted or step % run.job.recipe.checkpoint_steps == 0):
             run.write_checkpoint(self._optimiser, step)
+        elif is_wanted and run.is_first:
+            run.observer.checkpointed(step)  # nothing has been done since
         seed = hashlib.sha256(f"{run.job.recipe.seed} {step} {run.rank}".encode()).digest()
         torch.manual_seed(int.from_bytes(seed[:8], "big"))
 
@@ -430,7 +466,7 @@ def _arguments(job: Job, num_steps: int, num_ranks: int) -> SentenceTransformerT
         max_steps=num_steps,
         per_device_train_batch_size=job.recipe.batch_size // num_ranks,
         bf16=job.precision == "bf16",
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=job.device == "cpu",
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
         logging_nan_inf_filter=False,

@@ -13,6 +13,7 @@ from matryoshka.artifacts import Manifest
 from matryoshka.dev import DevEvaluator, DevSet
 from matryoshka.forward import TrainingForward, features_of
 from matryoshka.pairs import DatasetStore
+from matryoshka.tokens import Role, Tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -120,9 +121,9 @@ def measure(base: str, found: DevSet, texts_at_once: int = 512) -> dict[str, flo
     network: Any = model.load(Path(base), "cpu").eval()
     TrainingForward(network, "float32")
 
-    def embed(ids: Any, lengths: Any) -> torch.Tensor:
+    def embed(tokens: Tokens, _role: Role) -> torch.Tensor:
         with torch.no_grad():
-            vectors: torch.Tensor = network(features_of(ids, lengths))["sentence_embedding"]
+            vectors: torch.Tensor = network(features_of(tokens.ids, tokens.lengths))["sentence_embedding"]
         return vectors
 
     return DevEvaluator(found, training.make_tokeniser(network, None), embed, DIMS, texts_at_once).measure()

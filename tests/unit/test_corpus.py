@@ -187,6 +187,7 @@ def test_columns_are_read_as_text_with_nulls_kept(tmp_path: Path):
     assert batch.to_pydict() == {"text": ["x", None], "id": ["3", "4"]}
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_how_rows_were_cut_into_batches_leaves_no_trace_in_the_file(sizes: list[int]):
     rows = pa.table({"id": [f"d{n}" for n in range(sum(sizes))]}, corpus.schema({"id": str}))

@@ -207,7 +207,7 @@ def check_names(path: Path, names: Sequence[str], columns: Iterable[str]) -> Non
     Raises:
         ValueError: It does not.
     """
-    flags = {"id": "--id-column", "text": "--text-column"}
+    flags = {name: f"--{name}-column" for name in ("id", "text", "query", "positive", "title", "body", "label")}
     for column in columns:
         if names.count(column) > 1:
             raise ValueError(f"{path}: column '{column}' is there more than once. Rename or drop all but one of them.")
@@ -504,6 +504,7 @@ class RowWriter:
         self._path, self._schema = path, schema(columns)
         self._stack = contextlib.ExitStack()
         self._rows: list[tuple[Any, ...]] = []
+        self._batches: list[pa.RecordBatch] = []
         self.num_rows = 0
 
     def __enter__(self) -> Self:
@@ -519,9 +520,13 @@ class RowWriter:
             self._write()
 
     def add_batch(self, batch: pa.RecordBatch) -> None:
-        """Adds rows that are a batch of these columns already."""
-        self._writer.write_batch(batch.cast(self._schema))
+        """Adds rows that are a batch of these columns already; how rows were cut into batches leaves no trace in the file."""
+        self._batches.append(batch)
         self.num_rows += batch.num_rows
+        while sum(own.num_rows for own in self._batches) >= _BATCH_ROWS:
+            whole = pa.Table.from_batches(self._batches)
+            self._writer.write_table(whole.slice(0, _BATCH_ROWS).combine_chunks())
+            self._batches = whole.slice(_BATCH_ROWS).to_batches()
 
     def _write(self) -> None:
         columns = zip(*self._rows, strict=True)
@@ -532,6 +537,8 @@ class RowWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._rows and error is None:
             self._write()
+        if self._batches and error is None:
+            self._writer.write_table(pa.Table.from_batches(self._batches).combine_chunks())
         self._stack.__exit__(kind, error, trace)
 
 

@@ -247,9 +247,10 @@ def _checked(tallies: Iterable[Tally], source: Source) -> list[Tally]:
 
 
 def _assemble(layout: Layout, source: Source, dropped: Counter[str], run: RunTasks) -> Prepared:
-    files = [file for pair in run(assembly.assemble_split, [(layout, split) for split in source.splits]) for file in pair]
-    num_queries = {_stem(file): file.num_rows for file in files if file.key.startswith(f"{pairs.QUERIES}/")}
+    found = list(run(assembly.assemble_split, [(layout, split) for split in source.splits]))
+    num_queries = {split: queries.num_rows for split, (queries, _) in zip(source.splits, found, strict=True) if queries.num_rows}
     _refuse_nothing(num_queries, source, dropped)
+    files = [file for queries, qrels in found if queries.num_rows for file in (queries, qrels)]
     parts = range(len(layout.parts))
     near: Counter[str] = Counter()
     if layout.near_duplicates is not None and TRAIN in source.splits:
@@ -275,10 +276,6 @@ def _assemble(layout: Layout, source: Source, dropped: Counter[str], run: RunTas
     return Prepared({layout.out / path: receipt for path, receipt in moves.items()}, facts)
 
 
-def _stem(file: Receipt) -> str:
-    return file.key.partition("/")[2]
-
-
 def _renamed(files: Sequence[Receipt], prefix: str) -> dict[str, Receipt]:
     """Returns the receipts of files that have rows, numbered anew, by where the files lie."""
     renamed = {}
@@ -292,8 +289,8 @@ def _renamed(files: Sequence[Receipt], prefix: str) -> dict[str, Receipt]:
 
 def _refuse_nothing(num_queries: Mapping[str, int], source: Source, dropped: Mapping[str, int]) -> None:
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()) if count) or "nothing"
-    if not any(num_queries.values()):
+    if not num_queries:
         raise ValueError(f"prepare: no pair with text is left (left out: {counts}). Check the columns and what they hold.")
-    lacking = [place for split, place in source.brought.items() if not num_queries.get(split)]
+    lacking = [place for split, place in source.brought.items() if split not in num_queries]
     if lacking:
         raise ValueError(f"{lacking[0]} (left out: {counts}). Pass files that belong together.")

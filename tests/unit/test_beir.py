@@ -2,6 +2,7 @@ from pathlib import Path
 
 import datasets_by_hand as datasets
 import pytest
+import texts
 
 from matryoshka import corpus, preparation
 from matryoshka.cleaning import Rules
@@ -49,6 +50,12 @@ def test_a_limit_on_a_beir_split_leaves_documents_and_other_splits_alone(tmp_pat
     store = prepare(tmp_path, Rules(RULES.splits, {"test": 1}))
     facts = store.manifest.facts
     assert (facts["documents"], facts["queries"]) == (2, {"test": 1, "train": 1})
+
+
+def test_the_number_of_partitions_does_not_change_a_byte(tmp_path: Path):
+    texts.write_beir(tmp_path / "beir", num_pairs=30)
+    stores = [prepare(tmp_path, num_partitions=number).manifest.fingerprint for number in (1, 7)]
+    assert stores[0] == stores[1]
 
 
 BEIR_FAULTS = {

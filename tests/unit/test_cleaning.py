@@ -36,7 +36,7 @@ some_rows = st.lists(
     max_size=20,
 )
 one_to_one = Rules(RULES.splits, one_to_one=True)
-quick = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
+import itertools
 import os
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -183,3 +185,17 @@ def test_columns_are_read_as_text_with_nulls_kept(tmp_path: Path):
     path = write(tmp_path / "c.parquet", [3, 4], ["x", None])
     (batch,) = corpus.text_batches(path, ["text", "id"], ["id"])
     assert batch.to_pydict() == {"text": ["x", None], "id": ["3", "4"]}
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_how_rows_were_cut_into_batches_leaves_no_trace_in_the_file(sizes: list[int]):
+    rows = pa.table({"id": [f"d{n}" for n in range(sum(sizes))]}, corpus.schema({"id": str}))
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "_BATCH_ROWS", 4)
+        for name, cuts in (("cut", sizes), ("whole", [sum(sizes)])):
+            with corpus.RowWriter(Path(folder, name), {"id": str}) as writer:
+                for start, size in zip(itertools.accumulate(cuts, initial=0), cuts, strict=False):
+                    writer.add_batch(rows.slice(start, size).combine_chunks().to_batches()[0])
+        assert pq.read_table(Path(folder, "cut")).equals(rows)
+        assert Path(folder, "cut").read_bytes() == Path(folder, "whole").read_bytes()

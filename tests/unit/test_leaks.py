@@ -5,7 +5,7 @@ import datasets_by_hand as datasets
 import numpy as np
 import pytest
 import texts
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matryoshka import leaks, preparation
@@ -17,6 +17,7 @@ from matryoshka.splits import SplitRule
 words = st.lists(st.sampled_from(texts.WORDS[:20]), min_size=3, max_size=40)
 
 
+@settings(deadline=None)
 @given(words, words)
 def test_similarity_is_the_share_of_three_word_runs_in_common(left: list[str], right: list[str]):
     runs = [{tuple(own[i : i + 3]) for i in range(len(own) - 2)} for own in (left, right)]

@@ -38,6 +38,7 @@ def test_every_row_comes_back_once_in_its_partition(
     assert found == expected
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=5), max_size=30), st.integers(1, 9))
 def test_sorted_partitions_one_after_the_other_are_sorted(texts: list[str], count: int):
     keys = [partitions.text_id("k", text) for text in texts]

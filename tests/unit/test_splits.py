@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matryoshka import splits
@@ -19,18 +19,21 @@ def sample(names: list[str], limit: int | None, num_tasks: int = 1) -> list[str]
     return [name for name in names if splits.is_let_in(name, "train", whole.cutoffs(), "salt")]
 
 
+@settings(deadline=None)
 @given(keys, st.integers(1, 30), st.integers(0, 30))
 def test_a_larger_limit_only_adds(names: list[str], limit: int, more: int):
     assert set(sample(names, limit)) <= set(sample(names, limit + more))
     assert len(sample(names, limit)) == min(limit, len(names))
 
 
+@settings(deadline=None)
 @given(keys, st.integers(1, 30), st.integers(1, 5))
 def test_a_sample_does_not_depend_on_who_saw_what(names: list[str], limit: int, num_tasks: int):
     assert sample(names, limit) == sample(names, limit, num_tasks)
     assert set(sample(names[::-1], limit)) == set(sample(names, limit))
 
 
+@settings(deadline=None)
 @given(keys)
 def test_no_limit_takes_all(names: list[str]):
     assert sample(names, None) == names

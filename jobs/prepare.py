@@ -223,8 +223,9 @@ def _publish(output: Path, work: Path, manifest: Manifest, prepared: Prepared) -
 
 def _summary(facts: Mapping[str, Any]) -> str:
     cut = f" in {facts['chunks']} chunks" if facts["is_chunked"] else ""
+    shared = f" ({facts['shared']} with a document that answers dev or test too)" if facts["shared"] else ""
     return (
-        f"{facts['documents']} documents{cut}, queries: {_counts(facts['queries'])}; {facts['pairs']} training pairs;"
+        f"{facts['documents']} documents{cut}, queries: {_counts(facts['queries'])}; {facts['pairs']} training pairs{shared};"
         f" left out: {_counts(facts['dropped'])}; near-duplicates: {_counts(facts['near_duplicates'])}"
     )
 

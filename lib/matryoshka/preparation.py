@@ -46,6 +46,7 @@ class Source:
         dealing: The pass that hands on what the limits let in.
         linking: Passes after it.
         keeps_all: Whether every text becomes a document, used or not.
+        keeps_shared: Whether a document that answers dev or test may answer a training pair too.
         extras: Further columns of the training pairs.
     """
 
@@ -57,6 +58,7 @@ class Source:
     dealing: Pass
     linking: tuple[Pass, ...] = ()
     keeps_all: bool = False
+    keeps_shared: bool = False
     extras: tuple[str, ...] = ()
 
 
@@ -71,7 +73,14 @@ def from_pairs(paths: Sequence[Path], columns: PairColumns, rules: Rules) -> Sou
     extras = ("negatives", "negative_ids") if columns.negatives else ()
     brought = _brought(paths, rules)
     return Source(
-        tuple(map(str, paths)), tuple(brought or STRENGTH), brought, reading, _CLEANING, cleaning.deal_pairs, extras=extras
+        tuple(map(str, paths)),
+        tuple(brought or STRENGTH),
+        brought,
+        reading,
+        _CLEANING,
+        cleaning.deal_pairs,
+        keeps_shared=rules.splits.by != "hash",
+        extras=extras,
     )
 
 
@@ -142,6 +151,7 @@ def from_beir(folder: Path) -> Source:
         beir.deal_queries,
         (beir.link_documents,),
         keeps_all=True,
+        keeps_shared=True,
     )
 
 
@@ -192,7 +202,15 @@ def prepare(
         ValueError: Anything is wrong with the input; files and rows are named.
     """
     num_partitions = num_partitions or _count_partitions(source.files)
-    layout = Layout(work, num_partitions, source.keeps_all, source.extras, finishing.chunk_plan, finishing.near_duplicates)
+    layout = Layout(
+        work,
+        num_partitions,
+        source.keeps_all,
+        source.extras,
+        finishing.chunk_plan,
+        finishing.near_duplicates,
+        source.keeps_shared,
+    )
     dropped: Counter[str] = Counter()
     taken = list(run(_call, [(function, layout, rules, *arguments) for function, *arguments in source.reading]))
     dropped.update(_dropped(taken))
@@ -257,14 +275,16 @@ def _assemble(layout: Layout, source: Source, dropped: Counter[str], run: RunTas
         (near["dev near test"],) = run(assembly.count_dev_in_test, [(layout,)])
     built: list[Part] = list(run(assembly.assemble_part, [(layout, number) for number in parts]))
     for part in built:
-        for (kind, split), count in part.leaked.items():
-            dropped[kind] += count
-            near[f"train near {split}"] += count
+        near.update({f"train near {split}": count for split, count in part.near.items()})
+        dropped[assembly.NEAR] += part.near.total()
+    num_shared = sum(part.num_shared for part in built)
+    dropped[assembly.SHARED] += 0 if layout.keeps_shared else num_shared
     facts = {
         "documents": sum(part.num_documents for part in built),
         "queries": num_queries,
         "pairs": sum(part.pairs.num_rows for part in built),
         "dropped": {reason: dropped[reason] for reason in sorted(+dropped)},
+        "shared": num_shared if layout.keeps_shared else 0,
         "near_duplicates": {name: near[name] for name in sorted(near)},
         "is_chunked": layout.chunk_plan is not None,
         **({"chunks": sum(part.corpus.num_rows for part in built)} if layout.chunk_plan else {}),

@@ -1,3 +1,4 @@
+import json
 import random
 from pathlib import Path
 
@@ -38,8 +39,9 @@ def near(text: str, num_changed: int) -> str:
 
 def load(folder: Path, found: list[tuple[str, str]], threshold: float = 0.9) -> References:
     half = len(found) // 2
-    leaks.save(folder / "a.npz", found[:half])
-    leaks.save(folder / "b.npz", found[half:])
+    numbered = [(split, number, text) for number, (split, text) in enumerate(found)]
+    leaks.save(folder / "a.npz", numbered[:half])
+    leaks.save(folder / "b.npz", numbered[half:])
     return References.load(folder, threshold)
 
 
@@ -92,13 +94,25 @@ def test_leaks_leave_the_training_pairs_but_nothing_that_evaluates(tmp_path: Pat
     assert np.all([len(store.qrels("train")) == 4 for store in stores])
 
 
-def test_a_document_of_train_and_test_is_a_leak_of_its_own_kind(tmp_path: Path):
-    rows = texts.pairs(3)
-    beir = texts.write_beir(tmp_path / "beir", num_pairs=3)
-    (beir / "qrels" / "train.tsv").write_text("q0\td0\t1\nq1\td2\t1\n")
+def test_a_text_is_no_near_duplicate_of_itself_but_of_its_copies(tmp_path: Path):
+    known = make_texts(2)
+    references = load(tmp_path, [("test", known[0]), ("dev", known[1]), ("dev", near(known[1], 1))])
+    assert references.find(known[0], 0) is None
+    assert references.find(known[0], 1) == "test"
+    assert references.find(known[1], 1) == "dev"
+
+
+def test_data_with_its_own_splits_keeps_pairs_whose_document_answers_test_too_but_not_its_copies(tmp_path: Path):
+    rows = texts.pairs(4)
+    beir = texts.write_beir(tmp_path / "beir", num_pairs=4)
+    with (beir / "corpus.jsonl").open("a") as file:
+        file.write(json.dumps({"_id": "copy", "title": "", "text": rows["positive"][2]}) + "\n")
+    (beir / "qrels" / "train.tsv").write_text("q0\td0\t1\nq1\td2\t1\nq3\tcopy\t1\n")
     (beir / "qrels" / "test.tsv").write_text("q2\td2\t1\n")
     rules = Rules(SplitRule("hash", {}, "salt"))
     store = datasets.prepare(preparation.from_beir(beir), tmp_path / "out", rules, Finishing(None, 0.9))
-    assert datasets.columns_of(store.pair_files())["positive"] == [rows["positive"][0]]
-    assert store.manifest.facts["dropped"] == {"document that answers dev or test too": 1}
-    assert (store.manifest.facts["documents"], len(store.qrels("train"))) == (3, 2)
+    assert datasets.columns_of(store.pair_files())["document_id"] == ["d0", "d2"]
+    facts = store.manifest.facts
+    assert (facts["dropped"], facts["shared"]) == ({"near-duplicate of dev or test": 1}, 1)
+    assert facts["near_duplicates"] == {"dev near test": 0, "train near test": 1}
+    assert (facts["documents"], len(store.qrels("train"))) == (5, 3)

@@ -62,12 +62,13 @@ class Settings(StageSettings):
     )
     split_by: Literal["auto", "files", "hash"] = Field(
         "auto",
-        description="files: names such as train.csv, train-00001.parquet, validation.csv; hash: of the group or document, so that"
+        description="files: names such as train.csv, train-00001.parquet, validation.csv; hash: of the group or query, so that"
         " new data never moves an old row; auto: files where their names give two splits or more, else hash."
         " A BEIR folder has its own splits.",
     )
     group_column: str | None = Field(
-        None, description="Column whose equal values stay in one split when splitting by hash; none: the document."
+        None,
+        description="Column whose equal values stay in one split when splitting by hash; none: the query (--labelled: text).",
     )
     test_fraction: float = Field(0.2, ge=0, lt=1, description="Share of the groups that make the test split, by hash.")
     dev_fraction: float = Field(0.1, ge=0, lt=1, description="Share of the groups that make the dev split, by hash.")

@@ -81,10 +81,10 @@ def check_window(settings: Settings, data: DatasetStore) -> Rules:
 
 def run(settings: Settings) -> Manifest:
     """Mines the files of pairs that the output lacks."""
-    output = storage.local_path(settings.output)
-    data = DatasetStore.open(storage.local_path(settings.data))
+    output = storage.local_path(settings.output).absolute()  # workers have a working folder of their own
+    data = DatasetStore.open(storage.local_path(settings.data).absolute())
     info = model.describe(settings.model)
-    store = EmbeddingStore.open(storage.local_path(settings.embeddings)) if settings.embeddings else None
+    store = EmbeddingStore.open(storage.local_path(settings.embeddings).absolute()) if settings.embeddings else None
     storage.keep_apart(output, data.folder, info.folder, store.folder if store else None)
     files, rules = data.pair_files(), check_window(settings, data)
     if store:
@@ -153,8 +153,8 @@ def _gather(work: Path, data: DatasetStore, store: EmbeddingStore, built: IndexS
     for name, hashes in ((mining.DOCUMENTS, documents), (mining.KNOWN, known)):
         with storage.publish(work / name) as temporary:
             hashes.save(temporary)
-    source = dataclasses.replace(corpus.recall(store.manifest.facts["corpus"]), root=str(Path(data.corpus).absolute()))
-    return Sources(built, source, work.resolve(), rules)
+    source = dataclasses.replace(corpus.recall(store.manifest.facts["corpus"]), root=data.corpus)
+    return Sources(built, source, work, rules)
 
 
 def _encode_queries(pool: Encoders, todo: Sequence[Path], work: Path, width: int) -> None:
@@ -178,7 +178,7 @@ def _encode_queries(pool: Encoders, todo: Sequence[Path], work: Path, width: int
 def _mine(session: Session, sources: Sources, todo: Sequence[Path], output: Path, finished: dict[str, Receipt]) -> None:
     """Adds the receipts of files to ``finished`` and to the journal."""
     journal = Journal(output)
-    calls = [(sources, path.resolve(), output.resolve()) for path in todo]
+    calls = [(sources, path, output) for path in todo]
     try:
         with Counter("mine", len(todo), "pairs") as counter:
             for receipt in session.run_tasks(mining.mine_file, calls):

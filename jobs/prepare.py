@@ -68,7 +68,7 @@ class Settings(StageSettings):
     )
     group_column: str | None = Field(
         None,
-        description="Column whose equal values stay in one split when splitting by hash; none: the query (--labelled: text).",
+        description="Column whose equal values stay in one split when splitting by hash; none: the query, or labelled text.",
     )
     test_fraction: float = Field(0.2, ge=0, lt=1, description="Share of the groups that make the test split, by hash.")
     dev_fraction: float = Field(0.1, ge=0, lt=1, description="Share of the groups that make the dev split, by hash.")
@@ -123,7 +123,7 @@ class Settings(StageSettings):
 
 def run(settings: Settings) -> Manifest:
     """Makes the dataset, unless the output already holds it."""
-    output = storage.local_path(settings.output)
+    output = storage.local_path(settings.output).absolute()  # workers have a working folder of their own
     storage.keep_apart(output, *(storage.local_path(text) for text in (settings.location, settings.beir) if text))
     chunk_plan = _plan_chunks(settings)
     paths = _find_input(settings)
@@ -135,11 +135,11 @@ def run(settings: Settings) -> Manifest:
         return previous
     source = _source(settings, paths, rules)
     finishing = Finishing(chunk_plan, settings.near_duplicates or None, settings.fail_on_empty)
-    stamps = corpus.stamp(Path("/"), [path.absolute() for path in paths])
+    stamps = corpus.stamp(Path("/"), paths)
     with storage.workspace(output, "prepare") as work:
         with cluster.connected() as session:
             prepared = preparation.prepare(source, rules, finishing, work, session.run_tasks)
-        if corpus.stamp(Path("/"), [path.absolute() for path in paths]) != stamps:
+        if corpus.stamp(Path("/"), paths) != stamps:
             raise ValueError(f"{source.files[0]}: the input changed while it was read. Run the same command again.")
         manifest = Manifest("dataset", identity, facts={**prepared.facts, "run": describe_run("prepare", settings)})
         finished = _publish(output, work, manifest, prepared)
@@ -155,11 +155,11 @@ def _plan_chunks(settings: Settings) -> ChunkPlan | None:
 
 
 def _find_input(settings: Settings) -> list[Path]:
-    """Returns the files of the input, in the order in which they are read."""
+    """Returns the files of the input, in the order in which they are read, each by its absolute path."""
     if settings.python_docs:
-        return [Path(source.path) for source in docstrings.find_sources()]
+        return [Path(source.path).absolute() for source in docstrings.find_sources()]
     if settings.beir:
-        folder = storage.local_path(settings.beir)
+        folder = storage.local_path(settings.beir).absolute()
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder. Pass a BEIR folder with corpus.jsonl, queries.jsonl and qrels/.")
         return sorted(path for path in folder.rglob("*") if path.suffix in {".jsonl", ".tsv"})
@@ -168,7 +168,7 @@ def _find_input(settings: Settings) -> list[Path]:
 
 def _identity(settings: Settings, paths: Sequence[Path], chunk_plan: ChunkPlan | None) -> dict[str, Any]:
     root = Path() if settings.python_docs else storage.local_path(settings.beir or settings.location or "").absolute()
-    digests = [[str(path.absolute()).removeprefix(str(root)), storage.digest_file(path)] for path in paths]
+    digests = [[str(path).removeprefix(str(root)), storage.digest_file(path)] for path in paths]
     own = settings.model_dump(exclude={"output", "replace", "model", *_SOURCES})
     tokenizer = storage.digest_file(Path(chunk_plan.tokenizer)) if chunk_plan else None
     return {"source": storage.digest_json(digests), "tokenizer": tokenizer, **own}
@@ -202,7 +202,7 @@ def _source(settings: Settings, paths: Sequence[Path], rules: Rules) -> Source:
     if settings.python_docs:
         return preparation.from_docstrings(docstrings.find_sources())
     if settings.beir:
-        return preparation.from_beir(storage.local_path(settings.beir))
+        return preparation.from_beir(storage.local_path(settings.beir).absolute())
     shared = settings.group_column, settings.split_column
     if settings.labelled:
         return preparation.from_labelled(paths, LabelColumns(settings.text_column, settings.label_column, *shared), rules)

@@ -67,6 +67,14 @@ def _rows(output: Path) -> list[dict[str, Any]]:
     return [row for path in NegativesStore.open(output).pair_files() for row in pq.read_table(path).to_pylist()]
 
 
+def test_relative_paths_are_those_of_whoever_began_the_run(
+    mined: Path, data: DatasetStore, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(mined.parent)  # workers stay where they are
+    mine.run(_settings(DatasetStore.open(Path(data.folder.name)), Path("relative"), tiny))
+    assert _rows(Path("relative")) == _rows(mined)
+
+
 def test_every_pair_comes_out_with_its_columns_in_its_file(mined: Path, data: DatasetStore) -> None:
     store = NegativesStore.open(mined)
     assert (store.data, store.num_negatives) == (data.manifest.fingerprint, 2)

@@ -34,6 +34,14 @@ def test_titles_and_bodies_of_json_lines_are_pairs(tmp_path: Path) -> None:
     assert sorted(queries) == sorted(made["query"])
 
 
+def test_relative_paths_are_those_of_whoever_began_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts.write_beir(tmp_path / "beir", num_pairs=6)
+    texts.write_parquet(tmp_path / "pairs.parquet", texts.pairs(20))
+    monkeypatch.chdir(tmp_path)  # workers stay where they are
+    assert _prepare(Path("from-beir"), beir="beir").num_pairs == 3
+    assert sum(_prepare(Path("from-pairs"), pairs="pairs.parquet").manifest.facts["queries"].values()) == 20
+
+
 def test_files_named_by_split_keep_their_splits_in_one_command(tmp_path: Path) -> None:
     for split in ("train", "test"):
         lines = [f'"{split} text, {number}",label {number % 3}' for number in range(9)]

@@ -249,11 +249,13 @@ def assemble_part(layout: Layout, number: int) -> Part:
         links[link.home].append(link)
     used = {row.home for row in partitions.read(layout.folder(_USED), Used, number)}
     keys = f"{pairs.CORPUS}/{number:05d}", f"{pairs.PAIRS}/{number:05d}"
-    corpus_columns = pairs.CHUNK_COLUMNS if layout.chunk_plan else pairs.CORPUS_COLUMNS
+    is_labelled = "label" in layout.extras
     paths = [layout.out / f"{key}.parquet" for key in keys]
     num_documents, num_shared, near = 0, 0, Counter[str]()
     with (
-        corpus.RowWriter(paths[0], corpus_columns) as corpus_file,
+        corpus.RowWriter(
+            paths[0], pairs.corpus_columns(is_chunked=bool(layout.chunk_plan), is_labelled=is_labelled)
+        ) as corpus_file,
         corpus.RowWriter(paths[1], pairs.pair_columns(layout.extras)) as pairs_file,
     ):
         for document in _shelved(layout, number):
@@ -261,8 +263,9 @@ def assemble_part(layout: Layout, number: int) -> Part:
                 continue
             num_documents += 1
             found = chunks.cut(document.text, layout.chunk_plan) if layout.chunk_plan else []
+            label = (_label_of(links[document.place]),) if is_labelled else ()
             for row in _corpus_rows(document, found):
-                corpus_file.add(row)
+                corpus_file.add((*row, *label))
             own = [link for link in links[document.place] if link.split == TRAIN]
             is_shared = len(own) < len(links[document.place])
             kept = _without_leaks(layout, document, own, near) if layout.keeps_shared or not is_shared else []
@@ -271,6 +274,11 @@ def assemble_part(layout: Layout, number: int) -> Part:
                 pairs_file.add(_pair_row(link, document, found, layout.extras))
     corpus_receipt = _receipt(layout, keys[0], corpus_file.num_rows)
     return Part(corpus_receipt, _receipt(layout, keys[1], pairs_file.num_rows), num_documents, near, num_shared)
+
+
+def _label_of(links: Sequence[Link]) -> str:
+    """Returns the label of a document; one that stands alone under its label has no pair, and needs none."""
+    return links[0].label if links else ""
 
 
 def _corpus_rows(document: Document, found: Sequence[Chunk]) -> list[tuple[Any, ...]]:

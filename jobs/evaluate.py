@@ -263,7 +263,8 @@ class _Retrieval:
     def open(cls, settings: Settings) -> "_Retrieval":
         folder = storage.local_path(settings.data) if settings.data else storage.local_path(settings.output) / "data"
         if settings.beir:
-            prepare.run(prepare.Settings(output=str(folder), beir=settings.beir, replace=settings.replace))
+            own = prepare.Settings(output=str(folder), beir=settings.beir, near_duplicates=0, replace=settings.replace)
+            prepare.run(own)  # nothing is trained here, so nothing can leak
         data = DatasetStore.open(folder)
         query_ids, queries = data.queries(settings.split)
         qrels = data.qrels(settings.split)

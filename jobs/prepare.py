@@ -62,8 +62,8 @@ class Settings(StageSettings):
     )
     split_by: Literal["auto", "files", "hash"] = Field(
         "auto",
-        description="files: names such as train.csv, train-00001.parquet, validation.csv; hash: of the group or query, so that"
-        " new data never moves an old row; auto: files where their names give two splits or more, else hash."
+        description="files: names of files or folders, such as train.csv, train-00001.parquet, validation/0.csv; hash: of the"
+        " group or query, so that new data never moves an old row; auto: files where names give two splits or more, else hash."
         " A BEIR folder has its own splits.",
     )
     group_column: str | None = Field(
@@ -126,9 +126,9 @@ def run(settings: Settings) -> Manifest:
     output = storage.local_path(settings.output).absolute()  # workers have a working folder of their own
     storage.keep_apart(output, *(storage.local_path(text) for text in (settings.location, settings.beir) if text))
     chunk_plan = _plan_chunks(settings)
-    paths = _find_input(settings)
-    rules = _rules(settings, paths)
-    identity = _identity(settings, paths, chunk_plan)
+    root, paths = _find_input(settings)
+    rules = _rules(settings, root, paths)
+    identity = _identity(settings, root, paths, chunk_plan)
     previous = artifacts.claim(output, "dataset", identity, settings.replace)
     if previous and previous.is_complete and not artifacts.find_faults(output, previous):
         say(f"prepare: nothing to do, {output} is complete")
@@ -154,31 +154,31 @@ def _plan_chunks(settings: Settings) -> ChunkPlan | None:
     return chunks.plan_chunks(info.folder, info.max_tokens, settings.chunk_tokens, settings.chunk_overlap)
 
 
-def _find_input(settings: Settings) -> list[Path]:
-    """Returns the files of the input, in the order in which they are read, each by its absolute path."""
+def _find_input(settings: Settings) -> tuple[Path, list[Path]]:
+    """Returns the root and the files of the input, in the order in which they are read; all paths are absolute."""
     if settings.python_docs:
-        return [Path(source.path).absolute() for source in docstrings.find_sources()]
+        return Path("/"), [Path(source.path).absolute() for source in docstrings.find_sources()]
     if settings.beir:
         folder = storage.local_path(settings.beir).absolute()
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder. Pass a BEIR folder with corpus.jsonl, queries.jsonl and qrels/.")
-        return sorted(path for path in folder.rglob("*") if path.suffix in {".jsonl", ".tsv"})
-    return corpus.find_files(settings.location or "", sources.SUFFIXES)[1]
+        return folder, sorted(path for path in folder.rglob("*") if path.suffix in {".jsonl", ".tsv"})
+    return corpus.find_files(settings.location or "", sources.SUFFIXES)
 
 
-def _identity(settings: Settings, paths: Sequence[Path], chunk_plan: ChunkPlan | None) -> dict[str, Any]:
-    root = Path() if settings.python_docs else storage.local_path(settings.beir or settings.location or "").absolute()
-    digests = [[str(path).removeprefix(str(root)), storage.digest_file(path)] for path in paths]
+def _identity(settings: Settings, root: Path, paths: Sequence[Path], chunk_plan: ChunkPlan | None) -> dict[str, Any]:
+    digests = [[path.relative_to(root).as_posix(), storage.digest_file(path)] for path in paths]
     own = settings.model_dump(exclude={"output", "replace", "model", *_SOURCES})
     tokenizer = storage.digest_file(Path(chunk_plan.tokenizer)) if chunk_plan else None
     return {"source": storage.digest_json(digests), "tokenizer": tokenizer, **own}
 
 
-def _rules(settings: Settings, paths: Sequence[Path]) -> Rules:
+def _rules(settings: Settings, root: Path, paths: Sequence[Path]) -> Rules:
     train = 1 - settings.test_fraction - settings.dev_fraction
+    names = [path.relative_to(root).as_posix() for path in paths]
     fractions = {"test": settings.test_fraction, "dev": settings.dev_fraction, "train": train}
     return Rules(
-        SplitRule(_split_by(settings, list(map(str, paths))), fractions, settings.split_salt),
+        SplitRule(_split_by(settings, names), fractions, settings.split_salt, str(root)),
         {"train": settings.max_train, "dev": settings.max_dev, "test": settings.max_test},
         settings.min_query_characters,
         settings.min_characters,

@@ -134,7 +134,7 @@ def read_rows(part: Slice, columns: PairColumns, rule: SplitRule) -> Iterator[Ra
     wanted = columns.wanted()
     names = [column.name for column in wanted]
     at = {key: names.index(name) for key in ("id", "group", "split") if (name := getattr(columns, key))}
-    of_file = splits.of_file(part.path) or "" if rule.by == "files" else ""
+    of_file = rule.of_path(part.path)
     for place, values in sources.read(part, wanted):
         own = {key: values[position] for key, position in at.items()}
         if not all(own.get(key, "x") for key in ("id", "group")):

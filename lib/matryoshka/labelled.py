@@ -55,7 +55,7 @@ def read_rows(part: Slice, columns: LabelColumns, rule: SplitRule) -> Iterator[M
         ValueError: As ``sources.read``; or a row has no label or no group, or an unknown split.
     """
     optional = [name for name in (columns.group, columns.split) if name]
-    of_file = splits.of_file(part.path) or "" if rule.by == "files" else ""
+    of_file = rule.of_path(part.path)
     for place, (text, label, *more) in sources.read(part, columns.wanted()):
         key = text_id("d", fold_query(text)) if text.strip() else ""
         own = dict(zip(optional, more, strict=True))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matryoshka import assembly, beir, cleaning, docstrings, labelled, pairs, sources, splits
+from matryoshka import assembly, beir, cleaning, docstrings, labelled, pairs, sources
 from matryoshka.artifacts import Receipt
 from matryoshka.assembly import Layout, Part
 from matryoshka.chunks import ChunkPlan
@@ -159,7 +159,7 @@ def _brought(paths: Sequence[Path], rules: Rules) -> dict[str, str]:
     """Returns the splits that files bring by their names, and what to say where no row of one is left."""
     if rules.splits.by != "files":
         return {}
-    named = {splits.of_file(path.name) or TRAIN: path for path in paths}
+    named = {rules.splits.of_path(str(path)) or TRAIN: path for path in paths}
     return {split: f"{named[split]}: no row for split '{split}' is left" for split in STRENGTH if split in named}
 
 

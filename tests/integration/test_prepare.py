@@ -53,6 +53,14 @@ def test_files_named_by_split_keep_their_splits_in_one_command(tmp_path: Path) -
     assert store.num_pairs == 9
 
 
+def test_folders_named_by_split_give_the_splits_and_those_above_the_input_do_not(tmp_path: Path) -> None:
+    for split, rows in (("train", slice(9)), ("test", slice(9, 18))):
+        part = {name: values[rows] for name, values in texts.pairs(18).items()}
+        texts.write_parquet(tmp_path / "dev" / "in" / split / "0000.parquet", part)
+    store = _prepare(tmp_path / "out", pairs=str(tmp_path / "dev" / "in"))
+    assert store.manifest.facts["queries"] == {"test": 9, "train": 9}
+
+
 def test_hashes_split_files_in_spite_of_their_names_where_asked_to(tmp_path: Path) -> None:
     for split in ("train", "test"):
         texts.write_parquet(tmp_path / "in" / f"{split}.parquet", texts.pairs(60))

@@ -60,6 +60,12 @@ def test_the_chunk_that_shares_most_words_is_the_first_of_equals():
     assert chunks.best_chunk(found, "nothing of it").start == 0
 
 
+def test_words_that_stand_everywhere_do_not_decide():
+    found = ["what is the use of it", "what is the one of no use", "what is it", "leukemia, the use of a drug"]
+    own = [Chunk(start, start + 1, text) for start, text in enumerate(found)]
+    assert chunks.best_chunk(own, "What is the use of leukemia?").start == 3
+
+
 def test_chunked_data_leads_back_to_documents_and_judges_documents(tmp_path: Path, plan: ChunkPlan):
     long = "The cat sat down. It was tired. The dog ran off. It was awake. The bird sang on."
     path = texts.write_parquet(tmp_path / "in.parquet", {"query": ["which bird sang?", "who?"], "positive": [long, "Nobody."]})

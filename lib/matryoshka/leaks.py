@@ -24,7 +24,12 @@ NOWHERE = -1
 _SHINGLE_WORDS = 3
 _NUM_HASHES = 128
 _MOST_MISSES = 1e-4
-_WORD = re.compile(r"\w+")
+# Scripts without spaces between words: each character is one. Thai and Lao; Myanmar; Khmer; kana; Han.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\u1780-\u17ff"
+    "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])\w)+[+#]*")  # "C", "C++" and "C#" are three words
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
 
 Shingles = npt.NDArray[np.uint32]
@@ -32,6 +37,8 @@ Shingles = npt.NDArray[np.uint32]
 
 def shingle(text: str) -> Shingles:
     """Returns the hashes of all runs of three words, each once, sorted; a shorter text is one run.
+
+    Where a script has no spaces, each character is a word.
 
     >>> len(shingle("What is (are) Leukemia?")), len(shingle("Hello!")), len(shingle("..."))
     (2, 1, 0)

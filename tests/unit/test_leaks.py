@@ -26,6 +26,19 @@ def test_similarity_is_the_share_of_three_word_runs_in_common(left: list[str], r
     assert found == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "expected"),
+    [
+        ("how to sort in C++", "how to sort in C#", 2 / 4),
+        ("what is C", "what is C++", 0),
+        ("\u6211\u4eca\u5929\u5f88\u597d", "\u6211\u4eca\u5929\u5f88\u5fd9", 2 / 4),  # Chinese: five characters, the last differs
+        ("\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "\u0e2a\u0e27\u0e31\u0e2a\u0e14", 3 / 4),  # Thai, with a vowel sign
+    ],
+)
+def test_words_are_what_a_script_and_a_programmer_call_words(left: str, right: str, expected: float):
+    assert leaks.similarity(leaks.shingle(left), leaks.shingle(right)) == pytest.approx(expected)
+
+
 def make_texts(count: int) -> list[str]:
     draw = random.Random(5)
     return [" ".join(draw.choices(texts.WORDS, k=60)) for _ in range(count)]

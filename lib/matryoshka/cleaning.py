@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
 from matryoshka import partitions, sources, splits
@@ -197,8 +197,8 @@ def settle_documents(layout: Layout, rules: Rules, number: int) -> Tally:
                 query_id = text_id("q", fold_query(row.query))
                 claim = Claim(query_id, row.place, row.query, first.id or key, first.place, row.split, row.number, row.negative)
                 claims.add(partition_of(query_id, layout.num_partitions), claim)
-            for name in dict.fromkeys(row.id for row in positives if row.id):
-                place = next(row.place for row in positives if row.id == name)
+            places = {row.id: row.place for row in reversed(positives) if row.id}  # the first one's, by id
+            for name, place in sorted(places.items(), key=itemgetter(1)):
                 ids.add(partition_of(text_id("i", name), layout.num_partitions), Named(name, key, place))
     return Tally(dropped=dropped)
 

@@ -492,6 +492,7 @@ class RowWriter:
         self._path, self._schema = path, schema(columns)
         self._stack = contextlib.ExitStack()
         self._rows: list[tuple[Any, ...]] = []
+        self._waiting = self._schema.empty_table()
         self.num_rows = 0
 
     def __enter__(self) -> Self:
@@ -507,9 +508,12 @@ class RowWriter:
             self._write()
 
     def add_batch(self, batch: pa.RecordBatch) -> None:
-        """Adds rows that are a batch of these columns already."""
-        self._writer.write_batch(batch.cast(self._schema))
+        """Adds rows that are a batch of these columns already; what is written does not depend on how they were cut."""
+        self._waiting = pa.concat_tables([self._waiting, pa.table(batch.cast(self._schema))])
         self.num_rows += batch.num_rows
+        while self._waiting.num_rows >= _BATCH_ROWS:
+            self._writer.write_table(self._waiting.slice(0, _BATCH_ROWS).combine_chunks())
+            self._waiting = self._waiting.slice(_BATCH_ROWS)
 
     def _write(self) -> None:
         columns = zip(*self._rows, strict=True)
@@ -520,6 +524,8 @@ class RowWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._rows and error is None:
             self._write()
+        if self._waiting.num_rows and error is None:
+            self._writer.write_table(self._waiting.combine_chunks())
         self._stack.__exit__(kind, error, trace)
 
 

@@ -173,6 +173,8 @@ def text_batches(
                 arrays = [_as_text(path, column, part.column(column), row + first) for column in columns]
                 yield pa.record_batch(arrays, names=list(columns))
             row += batch.num_rows
+            if row >= stop:
+                break
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: damaged after row {row} ({str(error).splitlines()[0]}). Write it again.") from None
 

@@ -222,7 +222,9 @@ def prepare(
         for tally in _checked(run(settle, [(layout, rules, number) for number in numbers]), source):
             dropped.update(tally.dropped)
             sample.merge(tally.lowest)
-    dropped.update(_dropped(run(source.dealing, [(layout, rules, sample.cutoffs(), number) for number in numbers])))
+    _refuse_empty(dropped, finishing)  # what only the passes find
+    cutoffs = sample.cutoffs()
+    dropped.update(_dropped(run(source.dealing, [(layout, rules, cutoffs, number) for number in numbers])))
     for link in source.linking:
         dropped.update(_dropped(_checked(run(link, [(layout, rules, number) for number in numbers]), source)))
     return _assemble(layout, source, dropped, run)

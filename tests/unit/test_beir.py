@@ -6,6 +6,7 @@ import pytest
 from matryoshka import corpus, preparation
 from matryoshka.cleaning import Rules
 from matryoshka.pairs import DatasetStore
+from matryoshka.preparation import Finishing
 from matryoshka.splits import SplitRule
 
 RULES = Rules(SplitRule("hash", {}, "salt"))
@@ -42,6 +43,13 @@ def test_training_pairs_are_the_positive_judgements_of_known_documents(tmp_path:
     write_beir(tmp_path / "beir")
     found = datasets.columns_of(prepare(tmp_path).pair_files())
     assert found == {"query_id": ["q2"], "document_id": ["d2"], "query": ["who?"], "positive": ["second"]}
+
+
+def test_queries_without_text_are_an_error_where_asked_for(tmp_path: Path):
+    folder = write_beir(tmp_path / "beir")
+    (folder / "corpus.jsonl").write_text('{"_id": "d1", "text": "first"}\n{"_id": "d2", "text": "second"}\n')
+    with pytest.raises(ValueError, match=r"prepare: 1 rows have no text\. Fill them, or drop --fail-on-empty"):
+        datasets.prepare(preparation.from_beir(folder), tmp_path / "out", RULES, Finishing(fail_on_empty=True))
 
 
 def test_a_limit_on_a_beir_split_leaves_documents_and_other_splits_alone(tmp_path: Path):

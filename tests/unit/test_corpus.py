@@ -183,3 +183,13 @@ def test_columns_are_read_as_text_with_nulls_kept(tmp_path: Path):
     path = write(tmp_path / "c.parquet", [3, 4], ["x", None])
     (batch,) = corpus.text_batches(path, ["text", "id"], ["id"])
     assert batch.to_pydict() == {"text": ["x", None], "id": ["3", "4"]}
+
+
+def test_what_lies_behind_the_last_wanted_row_is_not_read(tmp_path: Path):
+    path = write(tmp_path / "a.parquet", list(range(60_000)), [os.urandom(25).hex() for _ in range(60_000)])
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) * 3 // 4 : len(damaged) * 3 // 4 + 5_000] = bytes(5_000)
+    path.write_bytes(damaged)
+    assert sum(batch.num_rows for batch in corpus.text_batches(path, ["text"], (), 0, 100)) == 100
+    with pytest.raises(ValueError, match="damaged after row"):
+        list(corpus.text_batches(path, ["text"], ()))

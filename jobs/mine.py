@@ -100,6 +100,7 @@ def run(settings: Settings) -> Manifest:
     finished = artifacts.finished_receipts(output, previous, keys, compare_digests=settings.replace)
     todo = [path for path in files if mining.key_of(path) not in finished]
     if previous and previous.is_complete and not todo:
+        storage.remove(output / _WORK)
         say(f"mine: nothing to do, {output} is complete ({previous.num_rows} pairs)")
         return previous
     manifest = Manifest("negatives", identity, facts={"run": describe_run("mine", settings)})
@@ -110,10 +111,11 @@ def run(settings: Settings) -> Manifest:
         made = store.manifest.identity
         pool = session.encoders(info, made["precision"], made["tokens_per_step"], settings.workers)
         _encode_queries(pool, todo, output / _WORK, store.width)  # before other work ends the pool that has just embedded
-        sources = _gather(output / _WORK, data, store, _index(store, output), rules)
+        sources = _gather(output / _WORK, data, store, _index(store, output / _WORK / "index"), rules)
         _mine(session, sources, todo, output, finished)
+    manifest = _finish(output, manifest, [finished[key] for key in keys])
     storage.remove(output / _WORK)
-    return _finish(output, manifest, [finished[key] for key in keys])
+    return manifest
 
 
 def _refuse_strangers(store: EmbeddingStore, info: ModelInfo, data: DatasetStore, settings: Settings) -> None:
@@ -139,9 +141,9 @@ def _embed(settings: Settings, data: DatasetStore, output: Path) -> EmbeddingSto
     return EmbeddingStore.open(folder)
 
 
-def _index(store: EmbeddingStore, output: Path) -> IndexStore:
+def _index(store: EmbeddingStore, folder: Path) -> IndexStore:
     """Returns an index for exact search at full width; one of other vectors makes way for it."""
-    folder, shards = output / "index", -(-store.manifest.num_rows // _ROWS_PER_SHARD)
+    shards = -(-store.manifest.num_rows // _ROWS_PER_SHARD)
     plan = (f"{store.width}:{_KEEP}",)
     index.run(index.Settings(output=str(folder), embeddings=str(store.folder), plan=plan, shards=shards, replace=True))
     return IndexStore.open(folder)

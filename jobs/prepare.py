@@ -131,6 +131,7 @@ def run(settings: Settings) -> Manifest:
     identity = _identity(settings, root, paths, chunk_plan)
     previous = artifacts.claim(output, "dataset", identity, settings.replace)
     if previous and previous.is_complete and not artifacts.find_faults(output, previous):
+        storage.remove_leftovers(output)  # of a run with --replace that was killed
         say(f"prepare: nothing to do, {output} is complete")
         return previous
     source = _source(settings, paths, rules)

@@ -122,8 +122,11 @@ def test_the_same_command_again_does_nothing(tmp_path: Path) -> None:
     texts.write_parquet(tmp_path / "pairs.parquet", texts.pairs(30))
     _prepare(tmp_path / "out", pairs=str(tmp_path / "pairs.parquet"))
     before = folders.times(tmp_path / "out")
+    leftover = tmp_path / "out" / f"{storage.TEMPORARY}of-a-killed-replace-prepare"
+    leftover.mkdir()
     _prepare(tmp_path / "out", pairs=str(tmp_path / "pairs.parquet"))
     assert folders.times(tmp_path / "out") == before
+    assert not leftover.exists()
 
 
 def test_bad_data_leaves_the_old_dataset_as_it_is_even_with_replace(tmp_path: Path) -> None:

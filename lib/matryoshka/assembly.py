@@ -271,7 +271,7 @@ def assemble_part(layout: Layout, number: int) -> Part:
             kept = _without_leaks(layout, document, own, near) if layout.keeps_shared or not is_shared else []
             num_shared += len(kept if layout.keeps_shared else own) if is_shared else 0
             for link in kept:
-                pairs_file.add(_pair_row(link, document, found, layout.extras))
+                pairs_file.add(_pair_row(layout, link, document, found))
     corpus_receipt = _receipt(layout, keys[0], corpus_file.num_rows)
     return Part(corpus_receipt, _receipt(layout, keys[1], pairs_file.num_rows), num_documents, near, num_shared)
 
@@ -298,12 +298,22 @@ def _without_leaks(layout: Layout, document: Document, links: Sequence[Link], ne
     return [link for link, split in zip(links, found, strict=True) if not split]
 
 
-def _pair_row(link: Link, document: Document, found: Sequence[Chunk], extras: Sequence[str]) -> tuple[Any, ...]:
+def _pair_row(layout: Layout, link: Link, document: Document, found: Sequence[Chunk]) -> tuple[Any, ...]:
     document_id, text = document.id, document.text
-    if found:
-        chunk = chunks.best_chunk(found, link.query)
-        document_id, text = chunk.id_in(document.id), chunk.text
-    return (link.query_id, document_id, link.query, text, *(getattr(link, name) for name in extras))
+    if layout.chunk_plan:
+        document_id, text = _best_chunk(found, document_id, link.query)
+        own = [
+            _best_chunk(chunks.cut(negative, layout.chunk_plan), name, link.query)
+            for negative, name in zip(link.negatives, link.negative_ids, strict=True)
+        ]
+        link = link._replace(negatives=[negative for _, negative in own], negative_ids=[name for name, _ in own])
+    return (link.query_id, document_id, link.query, text, *(getattr(link, name) for name in layout.extras))
+
+
+def _best_chunk(found: Sequence[Chunk], document_id: str, query: str) -> tuple[str, str]:
+    """Returns id and text of the chunk of a document that has most of a query."""
+    chunk = chunks.best_chunk(found, query)
+    return chunk.id_in(document_id), chunk.text
 
 
 def _receipt(layout: Layout, key: str, num_rows: int) -> Receipt:

@@ -15,11 +15,9 @@ from matryoshka.artifacts import Journal, Manifest, Receipt
 from matryoshka.config import Field, FolderPath, check_settings
 from matryoshka.indexing import IndexStore
 from matryoshka.mining import Rules, Sampling, Sources
-from matryoshka.model import ModelInfo
 from matryoshka.pairs import DatasetStore
 from matryoshka.vectors import EmbeddingStore
 
-_UNIT_ROWS = 2_000  # small, so that every worker gets some of a small corpus
 _ROWS_PER_SHARD = 250_000  # a worker holds one shard at a time: 0.4 GB of vectors of 384 dims
 _KEEP = 100  # only names the index: a search asks for what the window needs
 _QUERIES_AT_ONCE = 16_384
@@ -87,8 +85,7 @@ def run(settings: Settings) -> Manifest:
     store = EmbeddingStore.open(storage.local_path(settings.embeddings).absolute()) if settings.embeddings else None
     storage.keep_apart(output, data.folder, info.folder, store.folder if store else None)
     files, rules = data.pair_files(), check_window(settings, data)
-    if store:
-        _refuse_strangers(store, info, data, settings)
+    embed.refuse_strangers("--embeddings", store, info, data)
     identity = {
         "data": data.manifest.fingerprint,
         "model": info.fingerprint,
@@ -106,7 +103,9 @@ def run(settings: Settings) -> Manifest:
     manifest = Manifest("negatives", identity, facts={"run": describe_run("mine", settings)})
     artifacts.begin(output, manifest, previous)
     with cluster.connected() as session:
-        store = store or _embed(settings, data, output)
+        store = store or embed.embed_dataset(
+            output / "embeddings", data, settings.model, settings.workers, replace=settings.replace
+        )
         rules.check(store.manifest.num_rows, data.corpus)  # documents without text are not among them
         made = store.manifest.identity
         pool = session.encoders(info, made["precision"], made["tokens_per_step"], settings.workers)
@@ -116,29 +115,6 @@ def run(settings: Settings) -> Manifest:
     manifest = _finish(output, manifest, [finished[key] for key in keys])
     storage.remove(output / _WORK)
     return manifest
-
-
-def _refuse_strangers(store: EmbeddingStore, info: ModelInfo, data: DatasetStore, settings: Settings) -> None:
-    """Refuses vectors that another model made, or that were made of another corpus.
-
-    Raises:
-        ValueError: They were.
-    """
-    if store.manifest.identity["model"] != info.fingerprint:
-        raise ValueError(f"--embeddings {store.folder}: was made with another model than {settings.model}. Make it anew.")
-    if corpus.recall(store.manifest.facts["corpus"]).fingerprint != data.corpus_fingerprint:
-        raise ValueError(f"--embeddings {store.folder}: was not made from {data.corpus}. Pass one made from this data.")
-
-
-def _embed(settings: Settings, data: DatasetStore, output: Path) -> EmbeddingStore:
-    folder = output / "embeddings"
-    embed.run(
-        embed.Settings(
-            output=str(folder), corpus=data.corpus, model=settings.model, workers=settings.workers, replace=settings.replace,
-            unit_rows=_UNIT_ROWS,
-        )
-    )  # fmt: skip
-    return EmbeddingStore.open(folder)
 
 
 def _index(store: EmbeddingStore, folder: Path) -> IndexStore:

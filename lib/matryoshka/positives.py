@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from matryoshka import corpus
+from matryoshka import corpus, units
 from matryoshka.pairs import DatasetStore
 
 Hashes = npt.NDArray[np.uint64]
@@ -172,21 +172,12 @@ def _read_corpus(data: DatasetStore) -> tuple[Hashes, Hashes, Hashes, Relation]:
         names = ["id", "text", *(["label"] if corpus.has_column(path, "label") else [])]
         for part in corpus.read_rows(path, _BATCH_ROWS, names):
             ids, texts = hash_ids(part["id"]), hash_texts(text or "" for text in part["text"])
-            owners = hash_ids(map(owner_of, part["id"])) if data.is_chunked else ids
+            owners = hash_ids(map(units.document_of, part["id"])) if data.is_chunked else ids
             parts.append((ids, owners, texts))
             if "label" in part:
                 of_labels.append(Relation.of(hash_labels(part["label"]), texts))
     ids, owners, texts = (np.concatenate(own) for own in zip(*parts, strict=True))
     return ids, owners, texts, Relation.union(of_labels)
-
-
-def owner_of(chunk_id: str) -> str:
-    """Returns the id of the document that a chunk is of.
-
-    >>> owner_of("a#b#0-200")
-    'a#b'
-    """
-    return chunk_id.rpartition("#")[0]
 
 
 def _hash_index(index_ids: Iterable[Any]) -> Iterator[Hashes]:
@@ -217,7 +208,7 @@ def _pair_rows(data: DatasetStore) -> Iterator[dict[str, list[Any]]]:
 
 def _read_pairs(part: dict[str, list[Any]], is_chunked: bool, owners: Hashes, texts: Hashes) -> Relation:
     keys, positives = hash_queries(part["query"]), hash_texts(part["positive"])
-    own = hash_ids(map(owner_of, part["document_id"]) if is_chunked else part["document_id"])
+    own = hash_ids(map(units.document_of, part["document_id"]) if is_chunked else part["document_id"])
     known = [Relation.of(keys, positives), _relate(keys, own, owners, texts)]
     if "label" in part:
         labels = hash_labels(part["label"])

@@ -13,7 +13,7 @@ import pytest
 import texts
 from small_data import pair_rows, write_dataset
 
-from jobs import mine, pipeline, verify
+from jobs import embed, mine, pipeline, verify
 from matryoshka import mining
 from matryoshka.artifacts import Receipt
 from matryoshka.encode import Encoder
@@ -30,7 +30,7 @@ _RULES = {"negatives": 2, "window": "3:40", "relative_margin": 0.02}
 def _small_units() -> Iterator[None]:
     """Makes several units of the corpus, of which there can be several shards."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mine, "_UNIT_ROWS", 20)
+        patch.setattr(embed, "_SMALL_UNIT_ROWS", 20)
         yield
 
 

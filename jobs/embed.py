@@ -17,14 +17,18 @@ from matryoshka.calibration import Calibration, Choice
 from matryoshka.config import Field, InputPath
 from matryoshka.corpus import Columns, Corpus
 from matryoshka.encode import TOKENS_PER_STEP
+from matryoshka.indexing import IndexStore
 from matryoshka.model import ModelInfo
+from matryoshka.pairs import DatasetStore
 from matryoshka.tokens import Long
 from matryoshka.units import Unit, plan_units
+from matryoshka.vectors import EmbeddingStore
 
 _WORTH_MEASURING = 20_000  # rows: for fewer, measuring takes longer than it can gain
 _SAMPLE_ROWS = 1_000
 _SAMPLE_UNITS = 4
 _SHOWN_FAILURES = 3
+_SMALL_UNIT_ROWS = 2_000  # so that every worker gets some of a small corpus
 
 
 class Settings(StageSettings):
@@ -48,6 +52,25 @@ class Settings(StageSettings):
     workers: int | None = Field(None, ge=1, description="Encoder processes; none: one per GPU, or per CPU.")
     attempts: int = Field(3, ge=1, description="How often a unit is tried before it counts as failed.")
     fail_on_empty: bool = Field(False, description="Make an error of rows without text instead of leaving them out.")
+
+
+def refuse_strangers(flag: str, made: EmbeddingStore | IndexStore | None, info: ModelInfo, data: DatasetStore) -> None:
+    """Refuses what another model made, or what was made of another corpus than a dataset's.
+
+    Raises:
+        ValueError: It was.
+    """
+    if made and made.manifest.identity["model"] != info.fingerprint:
+        raise ValueError(f"{flag} {made.folder}: was made with another model than {info.folder}. Make it anew.")
+    if made and corpus.recall(made.manifest.facts["corpus"]).fingerprint != data.corpus_fingerprint:
+        raise ValueError(f"{flag} {made.folder}: was not made from {data.corpus}. Pass one made from this data.")
+
+
+def embed_dataset(output: Path, data: DatasetStore, model: str, workers: int | None, *, replace: bool) -> EmbeddingStore:
+    """Returns the vectors of a dataset's documents, made where they are not there yet."""
+    own = {"output": str(output), "corpus": data.corpus, "model": model, "workers": workers, "replace": replace}
+    run(Settings.from_values({**own, "unit_rows": _SMALL_UNIT_ROWS}, "embed"))
+    return EmbeddingStore.open(output)
 
 
 def run(settings: Settings) -> Manifest:

@@ -14,7 +14,7 @@ from jobs import cluster, embed, prepare
 from jobs.cluster import Encoders, Session
 from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import say, show_table
-from matryoshka import artifacts, corpus, evaluation, model, nested, report, storage, sts
+from matryoshka import artifacts, evaluation, model, nested, report, storage, sts
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.config import Field, FolderPath, InputPath, check_settings
 from matryoshka.encode import TOKENS_PER_STEP
@@ -27,7 +27,6 @@ from matryoshka.sts import ScoredPairs
 from matryoshka.tokens import Role
 from matryoshka.vectors import EmbeddingStore, Float16Array
 
-_UNIT_ROWS = 2_000  # small, so that every worker gets some of a small corpus
 _OF_ONE_MODEL = ("model", "system", "embeddings", "index", "compare")
 _OF_RETRIEVAL = ("split", "embeddings", "index")
 _NAME = re.compile(r"[\w.-]+")
@@ -170,7 +169,8 @@ def _evaluate(settings: Settings) -> Manifest:
         "compare": _fingerprint(settings.compare),
     }
     if isinstance(source, _Retrieval):
-        _refuse_strangers(info, source.data, store, index, settings)
+        embed.refuse_strangers("--embeddings", store, info, source.data)
+        embed.refuse_strangers("--index", index, info, source.data)
     _refuse_comparing(source, system, settings)
     previous = artifacts.claim(output, "evaluation", identity, settings.replace)
     if previous and previous.is_complete and not artifacts.find_faults(output, previous):
@@ -263,7 +263,8 @@ class _Retrieval:
     def open(cls, settings: Settings) -> "_Retrieval":
         folder = storage.local_path(settings.data) if settings.data else storage.local_path(settings.output) / "data"
         if settings.beir:
-            prepare.run(prepare.Settings(output=str(folder), beir=settings.beir, replace=settings.replace))
+            own = prepare.Settings(output=str(folder), beir=settings.beir, near_duplicates=0, replace=settings.replace)
+            prepare.run(own)  # nothing is trained here, so nothing can leak
         data = DatasetStore.open(folder)
         query_ids, queries = data.queries(settings.split)
         qrels = data.qrels(settings.split)
@@ -285,7 +286,13 @@ class _Retrieval:
         return f"{len(self.queries)} queries of split '{self.split}'"
 
     def evaluate(self, session: Session, settings: Settings, job: _Job) -> _Found:
-        store = job.store or self._embed(settings)
+        store = job.store or embed.embed_dataset(
+            embeddings_of(storage.local_path(settings.output)),
+            self.data,
+            settings.model,
+            settings.workers,
+            replace=settings.replace,
+        )
         made, is_chunked = store.manifest.identity, self.data.is_chunked
         pool = session.encoders(job.info, made["precision"], made["tokens_per_step"], settings.workers)
         queries, rate = _encode(pool, self.queries, "query")
@@ -297,16 +304,6 @@ class _Retrieval:
         title = f"Retrieval quality: {self.title}, {store.manifest.num_rows} {'chunks of ' * is_chunked}documents"
         documents_per_second = store.manifest.facts.get("last_run", {}).get("documents_per_second")
         return _Found(title, rows, _profile(job, documents_per_second, rate))
-
-    def _embed(self, settings: Settings) -> EmbeddingStore:
-        folder = embeddings_of(storage.local_path(settings.output))
-        embed.run(
-            embed.Settings(
-                output=str(folder), corpus=self.data.corpus, model=settings.model, workers=settings.workers,
-                replace=settings.replace, unit_rows=_UNIT_ROWS,
-            )
-        )  # fmt: skip
-        return EmbeddingStore.open(folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,21 +367,6 @@ def _rows(folder: str | None) -> list[Row]:
 
 def _profiles(folder: str | None) -> list[Profile]:
     return report.read_profiles(storage.local_path(folder)) if folder else []
-
-
-def _refuse_strangers(
-    info: ModelInfo, data: DatasetStore, store: EmbeddingStore | None, index: IndexStore | None, settings: Settings
-) -> None:
-    """Refuses what does not belong together: each artifact says what it was made from.
-
-    Raises:
-        ValueError: Embeddings or index come from another model or corpus.
-    """
-    for name, artifact in (("--embeddings", store), ("--index", index)):
-        if artifact and artifact.manifest.identity["model"] != info.fingerprint:
-            raise ValueError(f"{name} {artifact.folder}: was made with another model than {settings.model}. Make it anew.")
-        if artifact and corpus.recall(artifact.manifest.facts["corpus"]).fingerprint != data.corpus_fingerprint:
-            raise ValueError(f"{name} {artifact.folder}: was not made from {data.corpus}. Pass one made from the evaluated data.")
 
 
 def _refuse_comparing(source: _Retrieval | _Similarity, system: str, settings: Settings) -> None:

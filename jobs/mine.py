@@ -15,11 +15,9 @@ from matryoshka.artifacts import Journal, Manifest, Receipt
 from matryoshka.config import Field, FolderPath, check_settings
 from matryoshka.indexing import IndexStore
 from matryoshka.mining import Rules, Sampling, Sources
-from matryoshka.model import ModelInfo
 from matryoshka.pairs import DatasetStore
 from matryoshka.vectors import EmbeddingStore
 
-_UNIT_ROWS = 2_000  # small, so that every worker gets some of a small corpus
 _ROWS_PER_SHARD = 250_000  # a worker holds one shard at a time: 0.4 GB of vectors of 384 dims
 _KEEP = 100  # only names the index: a search asks for what the window needs
 _QUERIES_AT_ONCE = 16_384
@@ -81,14 +79,13 @@ def check_window(settings: Settings, data: DatasetStore) -> Rules:
 
 def run(settings: Settings) -> Manifest:
     """Mines the files of pairs that the output lacks."""
-    output = storage.local_path(settings.output)
-    data = DatasetStore.open(storage.local_path(settings.data))
+    output = storage.local_path(settings.output).absolute()  # workers have a working folder of their own
+    data = DatasetStore.open(storage.local_path(settings.data).absolute())
     info = model.describe(settings.model)
-    store = EmbeddingStore.open(storage.local_path(settings.embeddings)) if settings.embeddings else None
+    store = EmbeddingStore.open(storage.local_path(settings.embeddings).absolute()) if settings.embeddings else None
     storage.keep_apart(output, data.folder, info.folder, store.folder if store else None)
     files, rules = data.pair_files(), check_window(settings, data)
-    if store:
-        _refuse_strangers(store, info, data, settings)
+    embed.refuse_strangers("--embeddings", store, info, data)
     identity = {
         "data": data.manifest.fingerprint,
         "model": info.fingerprint,
@@ -100,48 +97,29 @@ def run(settings: Settings) -> Manifest:
     finished = artifacts.finished_receipts(output, previous, keys, compare_digests=settings.replace)
     todo = [path for path in files if mining.key_of(path) not in finished]
     if previous and previous.is_complete and not todo:
+        storage.remove(output / _WORK)
         say(f"mine: nothing to do, {output} is complete ({previous.num_rows} pairs)")
         return previous
     manifest = Manifest("negatives", identity, facts={"run": describe_run("mine", settings)})
     artifacts.begin(output, manifest, previous)
     with cluster.connected() as session:
-        store = store or _embed(settings, data, output)
+        store = store or embed.embed_dataset(
+            output / "embeddings", data, settings.model, settings.workers, replace=settings.replace
+        )
         rules.check(store.manifest.num_rows, data.corpus)  # documents without text are not among them
         made = store.manifest.identity
         pool = session.encoders(info, made["precision"], made["tokens_per_step"], settings.workers)
         _encode_queries(pool, todo, output / _WORK, store.width)  # before other work ends the pool that has just embedded
-        sources = _gather(output / _WORK, data, store, _index(store, output), rules)
+        sources = _gather(output / _WORK, data, store, _index(store, output / _WORK / "index"), rules)
         _mine(session, sources, todo, output, finished)
+    manifest = _finish(output, manifest, [finished[key] for key in keys])
     storage.remove(output / _WORK)
-    return _finish(output, manifest, [finished[key] for key in keys])
+    return manifest
 
 
-def _refuse_strangers(store: EmbeddingStore, info: ModelInfo, data: DatasetStore, settings: Settings) -> None:
-    """Refuses vectors that another model made, or that were made of another corpus.
-
-    Raises:
-        ValueError: They were.
-    """
-    if store.manifest.identity["model"] != info.fingerprint:
-        raise ValueError(f"--embeddings {store.folder}: was made with another model than {settings.model}. Make it anew.")
-    if corpus.recall(store.manifest.facts["corpus"]).fingerprint != data.corpus_fingerprint:
-        raise ValueError(f"--embeddings {store.folder}: was not made from {data.corpus}. Pass one made from this data.")
-
-
-def _embed(settings: Settings, data: DatasetStore, output: Path) -> EmbeddingStore:
-    folder = output / "embeddings"
-    embed.run(
-        embed.Settings(
-            output=str(folder), corpus=data.corpus, model=settings.model, workers=settings.workers, replace=settings.replace,
-            unit_rows=_UNIT_ROWS,
-        )
-    )  # fmt: skip
-    return EmbeddingStore.open(folder)
-
-
-def _index(store: EmbeddingStore, output: Path) -> IndexStore:
+def _index(store: EmbeddingStore, folder: Path) -> IndexStore:
     """Returns an index for exact search at full width; one of other vectors makes way for it."""
-    folder, shards = output / "index", -(-store.manifest.num_rows // _ROWS_PER_SHARD)
+    shards = -(-store.manifest.num_rows // _ROWS_PER_SHARD)
     plan = (f"{store.width}:{_KEEP}",)
     index.run(index.Settings(output=str(folder), embeddings=str(store.folder), plan=plan, shards=shards, replace=True))
     return IndexStore.open(folder)
@@ -153,8 +131,8 @@ def _gather(work: Path, data: DatasetStore, store: EmbeddingStore, built: IndexS
     for name, hashes in ((mining.DOCUMENTS, documents), (mining.KNOWN, known)):
         with storage.publish(work / name) as temporary:
             hashes.save(temporary)
-    source = dataclasses.replace(corpus.recall(store.manifest.facts["corpus"]), root=str(Path(data.corpus).absolute()))
-    return Sources(built, source, work.resolve(), rules)
+    source = dataclasses.replace(corpus.recall(store.manifest.facts["corpus"]), root=data.corpus)
+    return Sources(built, source, work, rules)
 
 
 def _encode_queries(pool: Encoders, todo: Sequence[Path], work: Path, width: int) -> None:
@@ -178,7 +156,7 @@ def _encode_queries(pool: Encoders, todo: Sequence[Path], work: Path, width: int
 def _mine(session: Session, sources: Sources, todo: Sequence[Path], output: Path, finished: dict[str, Receipt]) -> None:
     """Adds the receipts of files to ``finished`` and to the journal."""
     journal = Journal(output)
-    calls = [(sources, path.resolve(), output.resolve()) for path in todo]
+    calls = [(sources, path, output) for path in todo]
     try:
         with Counter("mine", len(todo), "pairs") as counter:
             for receipt in session.run_tasks(mining.mine_file, calls):

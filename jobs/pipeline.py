@@ -27,7 +27,8 @@ class Settings(StageSettings):
 
     model: str = Field("minilm", description="Model to start from: folder, hub name, or minilm (the demo extra's model).")
     candidates: tuple[str, ...] = Field(
-        (), description="Models of which the best on dev (without dev: on train) is started from, in place of --model."
+        (),
+        description="Models of which the best on dev (or else on train, if judged) is started from, in place of --model.",
     )
     prepare: dict[str, Any] = Field({}, description="Options of the prepare job.")
     mine: dict[str, Any] | None = Field(None, description="Options of the mine job; none: no hard negatives are mined.")
@@ -155,9 +156,10 @@ def choosing_split(settings: Settings, data: DatasetStore, *, has_gpu: bool) -> 
         ValueError: There is none.
     """
     final = _section(settings, "evaluate", has_gpu=has_gpu).get("split", "test")
-    split = next((split for split in _CHOOSING_SPLITS if split in data.splits and split != final), None)
+    split = next((split for split in _CHOOSING_SPLITS if split in data.judged_splits and split != final), None)
     if split is None:
-        raise ValueError(f"{data.folder}: no split to rank candidates on (found: {', '.join(data.splits)}). Prepare a dev split.")
+        found = ", ".join(data.judged_splits) or "none"
+        raise ValueError(f"{data.folder}: no split to rank candidates on (with judgements: {found}). Prepare a dev split.")
     return split
 
 

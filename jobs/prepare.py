@@ -62,12 +62,13 @@ class Settings(StageSettings):
     )
     split_by: Literal["auto", "files", "hash"] = Field(
         "auto",
-        description="files: names such as train.csv, train-00001.parquet, validation.csv; hash: of the group or document, so that"
-        " new data never moves an old row; auto: files where their names give two splits or more, else hash."
+        description="files: names of files or folders, such as train.csv, train-00001.parquet, validation/0.csv; hash: of the"
+        " group or query, so that new data never moves an old row; auto: files where names give two splits or more, else hash."
         " A BEIR folder has its own splits.",
     )
     group_column: str | None = Field(
-        None, description="Column whose equal values stay in one split when splitting by hash; none: the document."
+        None,
+        description="Column whose equal values stay in one split when splitting by hash; none: the query, or labelled text.",
     )
     test_fraction: float = Field(0.2, ge=0, lt=1, description="Share of the groups that make the test split, by hash.")
     dev_fraction: float = Field(0.1, ge=0, lt=1, description="Share of the groups that make the dev split, by hash.")
@@ -122,23 +123,24 @@ class Settings(StageSettings):
 
 def run(settings: Settings) -> Manifest:
     """Makes the dataset, unless the output already holds it."""
-    output = storage.local_path(settings.output)
+    output = storage.local_path(settings.output).absolute()  # workers have a working folder of their own
     storage.keep_apart(output, *(storage.local_path(text) for text in (settings.location, settings.beir) if text))
     chunk_plan = _plan_chunks(settings)
-    paths = _find_input(settings)
-    rules = _rules(settings, paths)
-    identity = _identity(settings, paths, chunk_plan)
+    root, paths = _find_input(settings)
+    rules = _rules(settings, root, paths)
+    identity = _identity(settings, root, paths, chunk_plan)
     previous = artifacts.claim(output, "dataset", identity, settings.replace)
     if previous and previous.is_complete and not artifacts.find_faults(output, previous):
+        storage.remove_leftovers(output)  # of a run with --replace that was killed
         say(f"prepare: nothing to do, {output} is complete")
         return previous
     source = _source(settings, paths, rules)
     finishing = Finishing(chunk_plan, settings.near_duplicates or None, settings.fail_on_empty)
-    stamps = corpus.stamp(Path("/"), [path.absolute() for path in paths])
+    stamps = corpus.stamp(Path("/"), paths)
     with storage.workspace(output, "prepare") as work:
         with cluster.connected() as session:
             prepared = preparation.prepare(source, rules, finishing, work, session.run_tasks)
-        if corpus.stamp(Path("/"), [path.absolute() for path in paths]) != stamps:
+        if corpus.stamp(Path("/"), paths) != stamps:
             raise ValueError(f"{source.files[0]}: the input changed while it was read. Run the same command again.")
         manifest = Manifest("dataset", identity, facts={**prepared.facts, "run": describe_run("prepare", settings)})
         finished = _publish(output, work, manifest, prepared)
@@ -153,31 +155,31 @@ def _plan_chunks(settings: Settings) -> ChunkPlan | None:
     return chunks.plan_chunks(info.folder, info.max_tokens, settings.chunk_tokens, settings.chunk_overlap)
 
 
-def _find_input(settings: Settings) -> list[Path]:
-    """Returns the files of the input, in the order in which they are read."""
+def _find_input(settings: Settings) -> tuple[Path, list[Path]]:
+    """Returns the root and the files of the input, in the order in which they are read; all paths are absolute."""
     if settings.python_docs:
-        return [Path(source.path) for source in docstrings.find_sources()]
+        return Path("/"), [Path(source.path).absolute() for source in docstrings.find_sources()]
     if settings.beir:
-        folder = storage.local_path(settings.beir)
+        folder = storage.local_path(settings.beir).absolute()
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder. Pass a BEIR folder with corpus.jsonl, queries.jsonl and qrels/.")
-        return sorted(path for path in folder.rglob("*") if path.suffix in {".jsonl", ".tsv"})
-    return corpus.find_files(settings.location or "", sources.SUFFIXES)[1]
+        return folder, sorted(path for path in folder.rglob("*") if path.suffix in {".jsonl", ".tsv"})
+    return corpus.find_files(settings.location or "", sources.SUFFIXES)
 
 
-def _identity(settings: Settings, paths: Sequence[Path], chunk_plan: ChunkPlan | None) -> dict[str, Any]:
-    root = Path() if settings.python_docs else storage.local_path(settings.beir or settings.location or "").absolute()
-    digests = [[str(path.absolute()).removeprefix(str(root)), storage.digest_file(path)] for path in paths]
+def _identity(settings: Settings, root: Path, paths: Sequence[Path], chunk_plan: ChunkPlan | None) -> dict[str, Any]:
+    digests = [[path.relative_to(root).as_posix(), storage.digest_file(path)] for path in paths]
     own = settings.model_dump(exclude={"output", "replace", "model", *_SOURCES})
     tokenizer = storage.digest_file(Path(chunk_plan.tokenizer)) if chunk_plan else None
     return {"source": storage.digest_json(digests), "tokenizer": tokenizer, **own}
 
 
-def _rules(settings: Settings, paths: Sequence[Path]) -> Rules:
+def _rules(settings: Settings, root: Path, paths: Sequence[Path]) -> Rules:
     train = 1 - settings.test_fraction - settings.dev_fraction
+    names = [path.relative_to(root).as_posix() for path in paths]
     fractions = {"test": settings.test_fraction, "dev": settings.dev_fraction, "train": train}
     return Rules(
-        SplitRule(_split_by(settings, list(map(str, paths))), fractions, settings.split_salt),
+        SplitRule(_split_by(settings, names), fractions, settings.split_salt, str(root)),
         {"train": settings.max_train, "dev": settings.max_dev, "test": settings.max_test},
         settings.min_query_characters,
         settings.min_characters,
@@ -201,7 +203,7 @@ def _source(settings: Settings, paths: Sequence[Path], rules: Rules) -> Source:
     if settings.python_docs:
         return preparation.from_docstrings(docstrings.find_sources())
     if settings.beir:
-        return preparation.from_beir(storage.local_path(settings.beir))
+        return preparation.from_beir(storage.local_path(settings.beir).absolute())
     shared = settings.group_column, settings.split_column
     if settings.labelled:
         return preparation.from_labelled(paths, LabelColumns(settings.text_column, settings.label_column, *shared), rules)
@@ -223,8 +225,9 @@ def _publish(output: Path, work: Path, manifest: Manifest, prepared: Prepared) -
 
 def _summary(facts: Mapping[str, Any]) -> str:
     cut = f" in {facts['chunks']} chunks" if facts["is_chunked"] else ""
+    shared = f" ({facts['shared']} with a document that answers dev or test too)" if facts["shared"] else ""
     return (
-        f"{facts['documents']} documents{cut}, queries: {_counts(facts['queries'])}; {facts['pairs']} training pairs;"
+        f"{facts['documents']} documents{cut}, queries: {_counts(facts['queries'])}; {facts['pairs']} training pairs{shared};"
         f" left out: {_counts(facts['dropped'])}; near-duplicates: {_counts(facts['near_duplicates'])}"
     )
 

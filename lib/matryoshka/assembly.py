@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from matryoshka import chunks, corpus, leaks, pairs, partitions
 from matryoshka.artifacts import FileRecord, Receipt
 from matryoshka.chunks import Chunk, ChunkPlan
-from matryoshka.leaks import References
+from matryoshka.leaks import NOWHERE, References
 from matryoshka.partitions import Dealer
 from matryoshka.splits import DEV, STRENGTH, TEST, TRAIN, strongest
 
@@ -81,6 +81,7 @@ class Layout:
         extras: Further columns of the training pairs: ``label``, ``negatives``, ``negative_ids``.
         chunk_plan: How documents are cut, if they are.
         near_duplicates: Similarity from which on a training pair is a leak; None: nothing is.
+        keeps_shared: Whether a document that answers dev or test may answer a training pair too, as whoever made the splits says.
         parts: The shelves of each part of the corpus.
     """
 
@@ -90,6 +91,7 @@ class Layout:
     extras: tuple[str, ...] = ()
     chunk_plan: ChunkPlan | None = None
     near_duplicates: float | None = None
+    keeps_shared: bool = False
     parts: tuple[tuple[int, ...], ...] = ()
 
     @property
@@ -187,7 +189,7 @@ def save_references(layout: Layout, number: int) -> None:
     path = layout.folder(_REFERENCES) / f"{number + 1:05d}.npz"
     if number == ALL_QUERIES:
         found = [
-            (split, query.text)
+            (split, NOWHERE, query.text)
             for split in (TEST, DEV)
             for query in partitions.read(layout.folder(_QUERIES), Query, STRENGTH[split])
         ]
@@ -198,7 +200,8 @@ def save_references(layout: Layout, number: int) -> None:
         if link.split != TRAIN:
             splits[link.home] = strongest((link.split, splits.get(link.home, link.split)))
     shelved = _shelved(layout, number) if splits else ()
-    leaks.save(path, ((splits[document.place], document.text) for document in shelved if document.place in splits))
+    found_here = (document for document in shelved if document.place in splits)
+    leaks.save(path, ((splits[document.place], document.place, document.text) for document in found_here))
 
 
 def count_dev_in_test(layout: Layout) -> int:
@@ -222,12 +225,21 @@ def _shelved(layout: Layout, number: int) -> Iterator[Document]:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What became of one part of the corpus: two files (below ``Layout.out``), and the number of leaks by kind and split."""
+    """What became of one part of the corpus.
+
+    Attributes:
+        corpus: The file of its documents, below ``Layout.out``.
+        pairs: The file of its training pairs, there too.
+        num_documents: Its documents, whether they are cut or not.
+        near: Pairs left out as near-duplicates, by the split that has the other text.
+        num_shared: Pairs whose document answers dev or test too; left out unless ``Layout.keeps_shared``.
+    """
 
     corpus: Receipt
     pairs: Receipt
     num_documents: int
-    leaked: Counter[tuple[str, str]]
+    near: Counter[str]
+    num_shared: int
 
 
 def assemble_part(layout: Layout, number: int) -> Part:
@@ -237,11 +249,13 @@ def assemble_part(layout: Layout, number: int) -> Part:
         links[link.home].append(link)
     used = {row.home for row in partitions.read(layout.folder(_USED), Used, number)}
     keys = f"{pairs.CORPUS}/{number:05d}", f"{pairs.PAIRS}/{number:05d}"
-    corpus_columns = pairs.CHUNK_COLUMNS if layout.chunk_plan else pairs.CORPUS_COLUMNS
+    is_labelled = "label" in layout.extras
     paths = [layout.out / f"{key}.parquet" for key in keys]
-    num_documents, leaked = 0, Counter[tuple[str, str]]()
+    num_documents, num_shared, near = 0, 0, Counter[str]()
     with (
-        corpus.RowWriter(paths[0], corpus_columns) as corpus_file,
+        corpus.RowWriter(
+            paths[0], pairs.corpus_columns(is_chunked=bool(layout.chunk_plan), is_labelled=is_labelled)
+        ) as corpus_file,
         corpus.RowWriter(paths[1], pairs.pair_columns(layout.extras)) as pairs_file,
     ):
         for document in _shelved(layout, number):
@@ -249,15 +263,22 @@ def assemble_part(layout: Layout, number: int) -> Part:
                 continue
             num_documents += 1
             found = chunks.cut(document.text, layout.chunk_plan) if layout.chunk_plan else []
+            label = (_label_of(links[document.place]),) if is_labelled else ()
             for row in _corpus_rows(document, found):
-                corpus_file.add(row)
-            for link, leak in _find_leaks(layout, document, links[document.place]):
-                if leak:
-                    leaked[leak] += 1
-                else:
-                    pairs_file.add(_pair_row(link, document, found, layout.extras))
+                corpus_file.add((*row, *label))
+            own = [link for link in links[document.place] if link.split == TRAIN]
+            is_shared = len(own) < len(links[document.place])
+            kept = _without_leaks(layout, document, own, near) if layout.keeps_shared or not is_shared else []
+            num_shared += len(kept if layout.keeps_shared else own) if is_shared else 0
+            for link in kept:
+                pairs_file.add(_pair_row(layout, link, document, found))
     corpus_receipt = _receipt(layout, keys[0], corpus_file.num_rows)
-    return Part(corpus_receipt, _receipt(layout, keys[1], pairs_file.num_rows), num_documents, leaked)
+    return Part(corpus_receipt, _receipt(layout, keys[1], pairs_file.num_rows), num_documents, near, num_shared)
+
+
+def _label_of(links: Sequence[Link]) -> str:
+    """Returns the label of a document; one that stands alone under its label has no pair, and needs none."""
+    return links[0].label if links else ""
 
 
 def _corpus_rows(document: Document, found: Sequence[Chunk]) -> list[tuple[Any, ...]]:
@@ -266,27 +287,33 @@ def _corpus_rows(document: Document, found: Sequence[Chunk]) -> list[tuple[Any, 
     return [(chunk.id_in(document.id), chunk.text, document.id, chunk.start, chunk.end) for chunk in found]
 
 
-def _find_leaks(layout: Layout, document: Document, links: Sequence[Link]) -> Iterator[tuple[Link, tuple[str, str] | None]]:
-    """Yields every training pair of a document with why it is a leak, and into which split, or None."""
-    own = [link for link in links if link.split == TRAIN]
-    if not own or layout.near_duplicates is None:
-        yield from ((link, None) for link in own)
-        return
+def _without_leaks(layout: Layout, document: Document, links: Sequence[Link], near: Counter[str]) -> list[Link]:
+    """Returns those training pairs of a document that come close to no other text of dev or test, and counts the others."""
+    if not links or layout.near_duplicates is None:
+        return list(links)
     references = _references(layout)
-    splits = {link.split for link in links} - {TRAIN}
-    shared = (SHARED, strongest(splits)) if splits else None
-    near = None if shared else references.find(document.text)
-    for link in own:
-        leak = near or (None if shared else references.find(link.query))
-        yield link, (NEAR, leak) if leak else shared
+    of_document = references.find(document.text, document.place)
+    found = [of_document or references.find(link.query) for link in links]
+    near.update(split for split in found if split)
+    return [link for link, split in zip(links, found, strict=True) if not split]
 
 
-def _pair_row(link: Link, document: Document, found: Sequence[Chunk], extras: Sequence[str]) -> tuple[Any, ...]:
+def _pair_row(layout: Layout, link: Link, document: Document, found: Sequence[Chunk]) -> tuple[Any, ...]:
     document_id, text = document.id, document.text
-    if found:
-        chunk = chunks.best_chunk(found, link.query)
-        document_id, text = chunk.id_in(document.id), chunk.text
-    return (link.query_id, document_id, link.query, text, *(getattr(link, name) for name in extras))
+    if layout.chunk_plan:
+        document_id, text = _best_chunk(found, document_id, link.query)
+        own = [
+            _best_chunk(chunks.cut(negative, layout.chunk_plan), name, link.query)
+            for negative, name in zip(link.negatives, link.negative_ids, strict=True)
+        ]
+        link = link._replace(negatives=[negative for _, negative in own], negative_ids=[name for name, _ in own])
+    return (link.query_id, document_id, link.query, text, *(getattr(link, name) for name in layout.extras))
+
+
+def _best_chunk(found: Sequence[Chunk], document_id: str, query: str) -> tuple[str, str]:
+    """Returns id and text of the chunk of a document that has most of a query."""
+    chunk = chunks.best_chunk(found, query)
+    return chunk.id_in(document_id), chunk.text
 
 
 def _receipt(layout: Layout, key: str, num_rows: int) -> Receipt:

@@ -60,14 +60,23 @@ def find_splits(folder: Path) -> dict[str, Path]:
     """Returns the judgements of a BEIR folder by split.
 
     Raises:
-        ValueError: There are none, or for a split that is neither train, dev nor test.
+        ValueError: There are none, or for a split that is neither train, dev nor test, or there are two files for one split.
     """
     for name in (CORPUS, QUERIES):
         next(corpus.text_lines(folder / name), None)
-    found = {path.stem: path for path in sorted((folder / QRELS).glob("*.tsv"))}
+    found: dict[str, Path] = {}
+    for path in sorted((folder / QRELS).glob("*.tsv")):
+        split = splits.known(path.stem)
+        if split is None:
+            raise ValueError(f"{path}: no split '{path.stem}'. Name it train.tsv, dev.tsv or test.tsv, or take it out.")
+        if split in found:
+            raise ValueError(
+                f"{path}: {found[split].name} has the judgements of split '{split}' too. Take one out, or join them."
+            )
+        found[split] = path
     if not found:
         raise ValueError(f"{folder}: no qrels/<split>.tsv. A BEIR folder needs judgements for at least one split.")
-    return {splits.checked(stem, str(path)): path for stem, path in found.items()}
+    return found
 
 
 def take_corpus(layout: Layout, _rules: Rules, folder: Path) -> Tally:
@@ -120,19 +129,20 @@ def settle_queries(layout: Layout, rules: Rules, number: int) -> Tally:
     """Looks the judged queries of a partition up, and finds what contradicts itself."""
     sample = Sample(rules.limits, rules.splits.salt)
     texts, faults = _look_up(partitions.read(layout.folder(_ASKED), Asked, number))
-    num_empty = sum(not text for text in texts.values())
+    dropped = Counter({"empty query": sum(not text for text in texts.values())})
     rows = sorted(partitions.read(layout.folder(_JUDGED), Judged, number), key=_by_query)
     with Dealer(layout.folder(f"{_SETTLED}/{number:06d}"), "settled", Judged, 1) as settled:
         for (_, query_id), group in groupby(rows, key=lambda row: _by_query(row)[:2]):
             judged = list(group)
             faults += _contradictions(judged)
             if not texts.get(query_id):
+                dropped["judged query that is not there"] += query_id not in texts
                 continue
             for split in dict.fromkeys(row.split for row in judged):
                 sample.add(split, query_id)
             for row in judged:
                 settled.add(0, row._replace(query=texts[query_id]))
-    return Tally((), +Counter({"empty query": num_empty}), sample.cut(), faults)
+    return Tally((), +dropped, sample.cut(), faults)
 
 
 def _by_query(row: Judged) -> tuple[str, str, int]:
@@ -188,6 +198,7 @@ def deal_queries(layout: Layout, rules: Rules, cutoffs: Cutoffs, number: int) ->
 
 def link_documents(layout: Layout, _rules: Rules, number: int) -> Tally:
     """Links queries to the documents of a partition that answer them; judged documents that are not there have no link."""
+    dropped: Counter[str] = Counter()
     places: dict[str, int] = {}
     faults = []
     for name in sorted(partitions.read(layout.folder(_NAMES), Name, number), key=attrgetter("place")):
@@ -196,7 +207,8 @@ def link_documents(layout: Layout, _rules: Rules, number: int) -> Tally:
         places[name.id] = name.place
     with SplitDealer(layout, f"links-{number:06d}") as dealer:
         for row in partitions.read(layout.folder(_WANTED), Wanted, number):
+            dropped["judged document that is not there"] += row.document_id not in places
             if row.document_id in places:
                 home = places[row.document_id]
                 dealer.add_link(Link(home, row.query_id, row.query, row.document_id, row.split, "", [], []))
-    return Tally(faults=faults)
+    return Tally(dropped=+dropped, faults=faults)

@@ -4,6 +4,7 @@ splitter.
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,9 +88,15 @@ def _splitter(plan: ChunkPlan) -> TextSplitter:
 
 
 def best_chunk(chunks: Sequence[Chunk], query: str) -> Chunk:
-    """Returns the chunk that has most of the query's words, the first of several."""
+    """Returns the chunk that has most of the query's words, the first of several.
+
+    A word counts the less the more chunks have it, so that words that stand everywhere do not decide.
+    """
     wanted = _words(query)
-    return max(chunks, key=lambda chunk: len(wanted & _words(chunk.text)))
+    found = [wanted & _words(chunk.text) for chunk in chunks]
+    num_chunks = Counter(word for own in found for word in own)
+    weights = [sum(sorted(1 / num_chunks[word] for word in own)) for own in found]  # sorted: sets have no order, sums do
+    return chunks[weights.index(max(weights))]
 
 
 def _words(text: str) -> set[str]:

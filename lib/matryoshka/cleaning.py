@@ -1,4 +1,4 @@
-"""Queries and the documents that answer them, made clean: texts of their own, each in one split, no pair twice.
+"""Queries and the documents that answer them, made clean: texts of their own, each query in one split, no pair twice.
 
 Three passes, each over parts that fit in memory: over the input (empty and short texts), over the documents (one text is
 one document, whatever its ids), over the queries (one split, no duplicates, no contradictions). Rows move between them
@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
 from matryoshka import partitions, sources, splits
@@ -54,7 +54,6 @@ class Claim(NamedTuple):
     document_id: str
     home: int
     split: str
-    document_split: str
     number: int
     negative: str
 
@@ -135,7 +134,7 @@ def read_rows(part: Slice, columns: PairColumns, rule: SplitRule) -> Iterator[Ra
     wanted = columns.wanted()
     names = [column.name for column in wanted]
     at = {key: names.index(name) for key in ("id", "group", "split") if (name := getattr(columns, key))}
-    of_file = splits.of_file(part.path) or "" if rule.by == "files" else ""
+    of_file = rule.of_path(part.path)
     for place, values in sources.read(part, wanted):
         own = {key: values[position] for key, position in at.items()}
         if not all(own.get(key, "x") for key in ("id", "group")):
@@ -158,7 +157,7 @@ def take(layout: Layout, rules: Rules, task: str, rows: Iterable[Raw]) -> Tally:
                 continue
             key = text_id("d", fold(row.positive))
             shelves.add(Document(row.place, row.id or key, row.positive))
-            split = row.split or rules.splits.of(row.group or key)
+            split = row.split or rules.splits.of(row.group or fold_query(row.query))
             dealer.add(partition_of(key, layout.num_partitions), Candidate(key, row.place, row.id, split, row.query, 0, ""))
             for number, negative in enumerate(filter(None, map(str.strip, row.negatives)), start=1):
                 other = text_id("d", fold(negative))
@@ -176,10 +175,7 @@ def _fault(row: Raw, rules: Rules) -> str:
 
 
 def settle_documents(layout: Layout, rules: Rules, number: int) -> Tally:
-    """Gives every text of a partition its id and its split, and deals its pairs out by query.
-
-    The id is that of the text's first row.
-    """
+    """Gives every text of a partition its id, which is that of its first row, and deals its pairs out by query."""
     dropped: Counter[str] = Counter()
     rows = sorted(
         partitions.read(layout.folder(_CANDIDATES), Candidate, number), key=attrgetter("document_key", "place", "number")
@@ -193,19 +189,16 @@ def settle_documents(layout: Layout, rules: Rules, number: int) -> Tally:
             candidates = list(group)
             positives = [row for row in candidates if not row.number]
             first = positives[0] if positives else candidates[0]
-            split = splits.strongest(row.split for row in positives or candidates)
             best = min(positives, key=_by_strength) if rules.one_to_one else None
             for row in candidates:
                 if best and not row.number and row is not best:
                     dropped["duplicate document"] += 1
                     continue
                 query_id = text_id("q", fold_query(row.query))
-                claim = Claim(
-                    query_id, row.place, row.query, first.id or key, first.place, row.split, split, row.number, row.negative
-                )
+                claim = Claim(query_id, row.place, row.query, first.id or key, first.place, row.split, row.number, row.negative)
                 claims.add(partition_of(query_id, layout.num_partitions), claim)
-            for name in dict.fromkeys(row.id for row in positives if row.id):
-                place = next(row.place for row in positives if row.id == name)
+            places = {row.id: row.place for row in reversed(positives) if row.id}  # the first one's, by id
+            for name, place in sorted(places.items(), key=itemgetter(1)):
                 ids.add(partition_of(text_id("i", name), layout.num_partitions), Named(name, key, place))
     return Tally(dropped=dropped)
 
@@ -232,19 +225,17 @@ def settle_queries(layout: Layout, rules: Rules, number: int) -> Tally:
 
 
 def _judge(positives: Sequence[Claim], rules: Rules, dropped: Counter[str]) -> Iterator[Claim]:
+    """Yields the pairs of a query that are kept, all of them in its one split: no answer that is known is forgotten."""
     seen: set[str] = set()
     ordered = sorted(positives, key=_by_strength)
     for row in ordered:
-        split = ordered[0].split
-        if (row.split, row.document_split) != (split, split):
-            dropped["in another split"] += 1
-        elif row.document_id in seen:
+        if row.document_id in seen:
             dropped["duplicate"] += 1
         elif seen and rules.one_to_one:
             dropped["duplicate query"] += 1
         else:
             seen.add(row.document_id)
-            yield row
+            yield row._replace(split=ordered[0].split)
 
 
 def _contradictions(claims: Sequence[Claim]) -> Iterator[tuple[int, int, str]]:

@@ -173,6 +173,8 @@ def text_batches(
                 arrays = [_as_text(path, column, part.column(column), row + first) for column in columns]
                 yield pa.record_batch(arrays, names=list(columns))
             row += batch.num_rows
+            if row >= stop:
+                break
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: damaged after row {row} ({str(error).splitlines()[0]}). Write it again.") from None
 
@@ -504,7 +506,7 @@ class RowWriter:
         self._path, self._schema = path, schema(columns)
         self._stack = contextlib.ExitStack()
         self._rows: list[tuple[Any, ...]] = []
-        self._batches: list[pa.RecordBatch] = []
+        self._waiting = self._schema.empty_table()
         self.num_rows = 0
 
     def __enter__(self) -> Self:
@@ -520,13 +522,12 @@ class RowWriter:
             self._write()
 
     def add_batch(self, batch: pa.RecordBatch) -> None:
-        """Adds rows that are a batch of these columns already; how rows were cut into batches leaves no trace in the file."""
-        self._batches.append(batch)
+        """Adds rows that are a batch of these columns already; what is written does not depend on how they were cut."""
+        self._waiting = pa.concat_tables([self._waiting, pa.table(batch.cast(self._schema))])
         self.num_rows += batch.num_rows
-        while sum(own.num_rows for own in self._batches) >= _BATCH_ROWS:
-            whole = pa.Table.from_batches(self._batches)
-            self._writer.write_table(whole.slice(0, _BATCH_ROWS).combine_chunks())
-            self._batches = whole.slice(_BATCH_ROWS).to_batches()
+        while self._waiting.num_rows >= _BATCH_ROWS:
+            self._writer.write_table(self._waiting.slice(0, _BATCH_ROWS).combine_chunks())
+            self._waiting = self._waiting.slice(_BATCH_ROWS)
 
     def _write(self) -> None:
         columns = zip(*self._rows, strict=True)
@@ -537,8 +538,8 @@ class RowWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._rows and error is None:
             self._write()
-        if self._batches and error is None:
-            self._writer.write_table(pa.Table.from_batches(self._batches).combine_chunks())
+        if self._waiting.num_rows and error is None:
+            self._writer.write_table(self._waiting.combine_chunks())
         self._stack.__exit__(kind, error, trace)
 
 

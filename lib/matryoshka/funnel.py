@@ -140,6 +140,10 @@ class Searcher:
         """Documents in all shards."""
         return int(self._offsets[-1])
 
+    def count_candidates(self, num_results: int) -> int:
+        """Returns how many candidates of one query all shards together may hand over."""
+        return min(num_results * len(self._ids), self.num_documents)
+
     def search(self, queries: npt.NDArray[np.floating[Any]], num_results: int) -> Ranking:
         """Returns the best documents of each query.
 

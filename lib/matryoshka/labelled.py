@@ -1,7 +1,8 @@
 """Labelled text: messages of one label answer one another.
 
-Documents are the train split's messages. Queries are the messages of every split; relevant is every document of a query's
-label. A training pair is a message with another one of its label.
+Documents are the train split's messages. Queries are the messages of every split. For those of dev and test, relevant is
+every document of their label; for those of train nothing is judged, as that is a square of judgements, and a message would
+be its own answer: a training pair is a message with another one of its label, and pairs and documents name their label.
 """
 
 from collections import Counter
@@ -54,7 +55,7 @@ def read_rows(part: Slice, columns: LabelColumns, rule: SplitRule) -> Iterator[M
         ValueError: As ``sources.read``; or a row has no label or no group, or an unknown split.
     """
     optional = [name for name in (columns.group, columns.split) if name]
-    of_file = splits.of_file(part.path) or "" if rule.by == "files" else ""
+    of_file = rule.of_path(part.path)
     for place, (text, label, *more) in sources.read(part, columns.wanted()):
         key = text_id("d", fold_query(text)) if text.strip() else ""
         own = dict(zip(optional, more, strict=True))
@@ -146,7 +147,7 @@ def _judge(dealer: SplitDealer, messages: Sequence[Message], documents: Sequence
     for row in messages:
         query_id = _query_id(row)
         dealer.add_query(row.split, Query(query_id, row.text))
-        for document in documents:
+        for document in documents if row.split != TRAIN else ():
             dealer.add_judgement(row.split, Judgement(query_id, document.key, 1))
 
 

@@ -18,10 +18,18 @@ from datasketch import MinHash, MinHashLSH
 from matryoshka import storage
 from matryoshka.splits import STRENGTH
 
+NOWHERE = -1
+"""The home of a text that is no document."""
+
 _SHINGLE_WORDS = 3
 _NUM_HASHES = 128
 _MOST_MISSES = 1e-4
-_WORD = re.compile(r"\w+")
+# Scripts without spaces between words: each character is one. Thai and Lao; Myanmar; Khmer; kana; Han.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\u1780-\u17ff"
+    "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])\w)+[+#]*")  # "C", "C++" and "C#" are three words
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
 
 Shingles = npt.NDArray[np.uint32]
@@ -29,6 +37,8 @@ Shingles = npt.NDArray[np.uint32]
 
 def shingle(text: str) -> Shingles:
     """Returns the hashes of all runs of three words, each once, sorted; a shorter text is one run.
+
+    Where a script has no spaces, each character is a word.
 
     >>> len(shingle("What is (are) Leukemia?")), len(shingle("Hello!")), len(shingle("..."))
     (2, 1, 0)
@@ -72,12 +82,14 @@ class References:
         self._threshold = threshold
         self._index = MinHashLSH(num_perm=_NUM_HASHES, params=plan_bands(threshold))
         self._splits: list[str] = []
+        self._homes: list[int] = []
         self._shingles: list[Shingles] = []
 
-    def find(self, text: str) -> str | None:
-        """Returns the strongest split that has a near-duplicate of a text, or None."""
+    def find(self, text: str, home: int = NOWHERE) -> str | None:
+        """Returns the strongest split that has a near-duplicate of a text from ``home``, itself left aside, or None."""
         own = shingle(text)
-        found = {self._splits[number] for number in self._candidates(own) if self._is_near(own, number)}
+        others = (number for number in self._candidates(own) if home == NOWHERE or self._homes[number] != home)
+        found = {self._splits[number] for number in others if self._is_near(own, number)}
         return min(found, key=STRENGTH.__getitem__, default=None)
 
     def _candidates(self, own: Shingles) -> list[int]:
@@ -101,27 +113,30 @@ class References:
         for path in sorted(folder.glob("*.npz")):
             with np.load(path, allow_pickle=False) as file:
                 parts = np.split(file["shingles"], np.cumsum(file["lengths"])[:-1]) if len(file["lengths"]) else []
-                for own, sketch, split in zip(parts, file["sketches"], file["splits"].tolist(), strict=True):
-                    references._add(own, sketch, split)
+                columns = parts, file["sketches"], file["splits"].tolist(), file["homes"].tolist()
+                for own, sketch, split, home in zip(*columns, strict=True):
+                    references._add(own, sketch, split, home)
         return references
 
-    def _add(self, own: Shingles, sketch: npt.NDArray[np.uint32], split: str) -> None:
+    def _add(self, own: Shingles, sketch: npt.NDArray[np.uint32], split: str, home: int) -> None:
         if len(own):
             self._index.insert(len(self._splits), _as_minhash(sketch))
             self._splits.append(split)
+            self._homes.append(home)
             self._shingles.append(own)
 
 
-def save(path: Path, texts: Iterable[tuple[str, str]]) -> None:
-    """Writes what ``References.load`` reads of texts, each with its split: the slow part, for several tasks."""
-    found = [(split, shingle(text)) for split, text in texts]
-    sketches = [_sketch(own).hashvalues for _, own in found]
+def save(path: Path, texts: Iterable[tuple[str, int, str]]) -> None:
+    """Writes what ``References.load`` reads of texts, each with its split and home: the slow part, for several tasks."""
+    found = [(split, home, shingle(text)) for split, home, text in texts]
+    sketches = [_sketch(own).hashvalues for _, _, own in found]
     with storage.publish(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
-            splits=np.array([split for split, _ in found], "U8"),
-            lengths=np.array([len(own) for _, own in found], np.int64),
-            shingles=np.concatenate([np.empty(0, np.uint32), *(own for _, own in found)]),
+            splits=np.array([split for split, _, _ in found], "U8"),
+            homes=np.array([home for _, home, _ in found], np.int64),
+            lengths=np.array([len(own) for _, _, own in found], np.int64),
+            shingles=np.concatenate([np.empty(0, np.uint32), *(own for _, _, own in found)]),
             sketches=np.array(sketches, np.uint32).reshape(-1, _NUM_HASHES),
         )
 

@@ -10,7 +10,7 @@ places, and so may those at the edges of the window and of the margin.
 import dataclasses
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,7 @@ Mask = npt.NDArray[np.bool_]
 Rows = Mapping[str, Sequence[Any]]
 
 _BATCH_ROWS = 4_096
-_MOST_CELLS = 1 << 20  # candidates in memory at once: about 100 bytes each
+_MOST_CELLS = 1 << 21  # candidates in memory at once, those of all shards: about 100 bytes each
 _SLACK = 32  # more than a query usually has of known positives
 
 
@@ -224,7 +224,7 @@ class Miner:
         waiting = deque([(np.arange(len(scores)), min(self._rules.last + _SLACK, most))])
         while waiting:
             own, depth = waiting.popleft()
-            step = max(_MOST_CELLS // depth, 1)
+            step = max(_MOST_CELLS // self._searcher.count_candidates(depth), 1)
             if len(own) > step:
                 waiting.extend((own[start : start + step], depth) for start in range(0, len(own), step))
                 continue
@@ -326,19 +326,18 @@ def mine_file(sources: Sources, pair_file: Path, folder: Path) -> Receipt:
     Raises:
         ValueError: A pair's positive is not in the index, or a file is damaged.
     """
-    start, miner, counts = time.perf_counter(), sources.miner(), Counter[str]()
-    vectors = np.load(vectors_of(sources.work, pair_file), mmap_mode="r", allow_pickle=False)
+    start, counts = time.perf_counter(), Counter[str]()
+    found = deque(_mine_batches(sources, pair_file))
+    # All at once: a look for texts is a look through the whole corpus.
+    texts = corpus.find_texts(sources.source, (name for mined in found for name in mined.ids.ravel() if name))
 
     def extend(rows: dict[str, list[Any]]) -> tuple[corpus.Lists, corpus.Lists]:
-        num_done = int(counts["num_pairs"])
-        mined = miner.mine(rows, vectors[num_done : num_done + len(rows["query"])])
-        texts = corpus.find_texts(sources.source, (name for name in mined.ids.ravel() if name))
-        given = given_negatives(rows)
+        mined, given = found.popleft(), given_negatives(rows)
         counts.update(_count(mined, [len(own) for own, _ in given], sources.rules.num_negatives))
         names = [[name for name in own if name] for own in mined.ids]
         return (
-            [[*own, *(texts[name] for name in found)] for (own, _), found in zip(given, names, strict=True)],
-            [[*own, *found] for (_, own), found in zip(given, names, strict=True)],
+            [[*own, *(texts[name] for name in more)] for (own, _), more in zip(given, names, strict=True)],
+            [[*own, *more] for (_, own), more in zip(given, names, strict=True)],
         )
 
     path = folder / PAIRS / pair_file.name
@@ -348,6 +347,15 @@ def mine_file(sources: Sources, pair_file: Path, folder: Path) -> Receipt:
     record = dataclasses.replace(written, path=path.relative_to(folder).as_posix())
     details = {**summarise([counts]), "seconds": round(time.perf_counter() - start, 3)}
     return Receipt(key_of(pair_file), int(counts["num_pairs"]), (record,), details)
+
+
+def _mine_batches(sources: Sources, pair_file: Path) -> Iterator[Mined]:
+    miner, start = sources.miner(), 0
+    vectors = np.load(vectors_of(sources.work, pair_file), mmap_mode="r", allow_pickle=False)
+    for rows in corpus.read_rows(pair_file, _BATCH_ROWS):
+        stop = start + len(rows["query"])
+        yield miner.mine(rows, vectors[start:stop])
+        start = stop
 
 
 def _count(mined: Mined, num_given: Sequence[int], num_negatives: int) -> dict[str, float]:

@@ -5,7 +5,8 @@ queries/<split>.parquet           id, text
 qrels/<split>.parquet             query_id, document_id, grade
 pairs/train-00000.parquet ...     query_id, document_id, query, positive
 
-Training pairs have a ``label`` where texts are labelled, and ``negatives`` and ``negative_ids`` where the data brings some.
+Training pairs and documents have a ``label`` where texts are labelled (empty for a document without a pair), and pairs have
+``negatives`` and ``negative_ids`` where the data brings some.
 
 A chunk's id is ``<document id>#<start>-<end>``, in characters of the document. Judgements are of documents, never of
 chunks; a training pair of chunked data names, and holds, the chunk of its document that has most words of the query.
@@ -24,12 +25,17 @@ from matryoshka.splits import TRAIN
 CORPUS, QUERIES, QRELS, PAIRS = "corpus", "queries", "qrels", "pairs"
 
 CORPUS_COLUMNS = {"id": str, "text": str}
-CHUNK_COLUMNS = {**CORPUS_COLUMNS, "document_id": str, "start": int, "end": int}
 QUERY_COLUMNS = {"id": str, "text": str}
 QRELS_COLUMNS = {"query_id": str, "document_id": str, "grade": int}
 
 _PAIR_COLUMNS = {"query_id": str, "document_id": str, "query": str, "positive": str}
+_CHUNK_COLUMNS = {"document_id": str, "start": int, "end": int}
 _EXTRA_COLUMNS: dict[str, Any] = {"label": str, "negatives": list[str], "negative_ids": list[str]}
+
+
+def corpus_columns(*, is_chunked: bool, is_labelled: bool) -> dict[str, Any]:
+    """Returns the columns of documents, those included that only some data has."""
+    return {**CORPUS_COLUMNS, **(_CHUNK_COLUMNS if is_chunked else {}), **({"label": str} if is_labelled else {})}
 
 
 def pair_columns(extras: Sequence[str] = ()) -> dict[str, Any]:
@@ -102,6 +108,12 @@ class DatasetStore:
         """The splits that have queries."""
         queries = (receipt for receipt in self.manifest.receipts if receipt.key.startswith(f"{QUERIES}/"))
         return tuple(receipt.key.partition("/")[2] for receipt in queries if receipt.num_rows)
+
+    @property
+    def judged_splits(self) -> tuple[str, ...]:
+        """Those of them that have judgements: labelled text has none for train."""
+        judged = {receipt.key for receipt in self.manifest.receipts if receipt.num_rows}
+        return tuple(split for split in self.splits if f"{QRELS}/{split}" in judged)
 
     @property
     def is_chunked(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from matryoshka import corpus
+from matryoshka import corpus, units
 from matryoshka.pairs import DatasetStore
 
 Hashes = npt.NDArray[np.uint64]
@@ -140,8 +140,8 @@ def read(data: DatasetStore, index_ids: Iterable[Any]) -> tuple[Documents, Relat
     """Returns the documents of a dataset, and the texts that are known to be right for queries, and for labels.
 
     Known for a query are the documents that any split judges relevant for a query of the same text, and the positives of every
-    pair with such a query. Known for a label are the positives and the queries of its pairs. What is known of a document holds
-    for each of its chunks.
+    pair with such a query. Known for a label are its documents, and the positives and the queries of its pairs. What is known
+    of a document holds for each of its chunks.
 
     Args:
         data: The dataset.
@@ -150,7 +150,7 @@ def read(data: DatasetStore, index_ids: Iterable[Any]) -> tuple[Documents, Relat
     Raises:
         ValueError: A file is damaged, or the index has documents that the dataset does not have.
     """
-    ids, owners, texts = _read_corpus(data)
+    ids, owners, texts, of_labels = _read_corpus(data)
     order = np.argsort(ids)
     rows = np.concatenate([np.empty(0, np.int64), *(find(part, ids, order) for part in _hash_index(index_ids))])
     if (rows < 0).any():
@@ -160,28 +160,24 @@ def read(data: DatasetStore, index_ids: Iterable[Any]) -> tuple[Documents, Relat
     owners, texts = owners[order], texts[order]
     of_split = (_read_qrels(data, split, owners, texts) for split in data.splits)
     of_pairs = (_read_pairs(part, data.is_chunked, owners, texts) for part in _pair_rows(data))
-    return documents, Relation.union(itertools.chain(of_split, of_pairs))
+    return documents, Relation.union(itertools.chain([of_labels], of_split, of_pairs))
 
 
-def _read_corpus(data: DatasetStore) -> tuple[Hashes, Hashes, Hashes]:
-    """Returns hashes of the ids, of the ids of the documents that they are (chunks of), and of the texts of all rows."""
-    parts = [(_NO_HASHES, _NO_HASHES, _NO_HASHES)]
-    for path in corpus.find_files(data.corpus)[1]:
-        for part in corpus.read_rows(path, _BATCH_ROWS, ["id", "text"]):
-            ids = hash_ids(part["id"])
-            owners = hash_ids(map(owner_of, part["id"])) if data.is_chunked else ids
-            parts.append((ids, owners, hash_texts(text or "" for text in part["text"])))
-    ids, owners, texts = (np.concatenate(own) for own in zip(*parts, strict=True))
-    return ids, owners, texts
-
-
-def owner_of(chunk_id: str) -> str:
-    """Returns the id of the document that a chunk is of.
-
-    >>> owner_of("a#b#0-200")
-    'a#b'
+def _read_corpus(data: DatasetStore) -> tuple[Hashes, Hashes, Hashes, Relation]:
+    """Returns hashes of the ids, of the ids of the documents that they are (chunks of), and of the texts of all rows; and which
+    text has which label.
     """
-    return chunk_id.rpartition("#")[0]
+    parts, of_labels = [(_NO_HASHES, _NO_HASHES, _NO_HASHES)], []
+    for path in corpus.find_files(data.corpus)[1]:
+        names = ["id", "text", *(["label"] if corpus.has_column(path, "label") else [])]
+        for part in corpus.read_rows(path, _BATCH_ROWS, names):
+            ids, texts = hash_ids(part["id"]), hash_texts(text or "" for text in part["text"])
+            owners = hash_ids(map(units.document_of, part["id"])) if data.is_chunked else ids
+            parts.append((ids, owners, texts))
+            if "label" in part:
+                of_labels.append(Relation.of(hash_labels(part["label"]), texts))
+    ids, owners, texts = (np.concatenate(own) for own in zip(*parts, strict=True))
+    return ids, owners, texts, Relation.union(of_labels)
 
 
 def _hash_index(index_ids: Iterable[Any]) -> Iterator[Hashes]:
@@ -212,7 +208,7 @@ def _pair_rows(data: DatasetStore) -> Iterator[dict[str, list[Any]]]:
 
 def _read_pairs(part: dict[str, list[Any]], is_chunked: bool, owners: Hashes, texts: Hashes) -> Relation:
     keys, positives = hash_queries(part["query"]), hash_texts(part["positive"])
-    own = hash_ids(map(owner_of, part["document_id"]) if is_chunked else part["document_id"])
+    own = hash_ids(map(units.document_of, part["document_id"]) if is_chunked else part["document_id"])
     known = [Relation.of(keys, positives), _relate(keys, own, owners, texts)]
     if "label" in part:
         labels = hash_labels(part["label"])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matryoshka import assembly, beir, cleaning, docstrings, labelled, pairs, sources, splits
+from matryoshka import assembly, beir, cleaning, docstrings, labelled, pairs, sources
 from matryoshka.artifacts import Receipt
 from matryoshka.assembly import Layout, Part
 from matryoshka.chunks import ChunkPlan
@@ -46,6 +46,7 @@ class Source:
         dealing: The pass that hands on what the limits let in.
         linking: Passes after it.
         keeps_all: Whether every text becomes a document, used or not.
+        keeps_shared: Whether a document that answers dev or test may answer a training pair too.
         extras: Further columns of the training pairs.
     """
 
@@ -57,6 +58,7 @@ class Source:
     dealing: Pass
     linking: tuple[Pass, ...] = ()
     keeps_all: bool = False
+    keeps_shared: bool = False
     extras: tuple[str, ...] = ()
 
 
@@ -71,7 +73,14 @@ def from_pairs(paths: Sequence[Path], columns: PairColumns, rules: Rules) -> Sou
     extras = ("negatives", "negative_ids") if columns.negatives else ()
     brought = _brought(paths, rules)
     return Source(
-        tuple(map(str, paths)), tuple(brought or STRENGTH), brought, reading, _CLEANING, cleaning.deal_pairs, extras=extras
+        tuple(map(str, paths)),
+        tuple(brought or STRENGTH),
+        brought,
+        reading,
+        _CLEANING,
+        cleaning.deal_pairs,
+        keeps_shared=rules.splits.by != "hash",
+        extras=extras,
     )
 
 
@@ -142,6 +151,7 @@ def from_beir(folder: Path) -> Source:
         beir.deal_queries,
         (beir.link_documents,),
         keeps_all=True,
+        keeps_shared=True,
     )
 
 
@@ -149,7 +159,7 @@ def _brought(paths: Sequence[Path], rules: Rules) -> dict[str, str]:
     """Returns the splits that files bring by their names, and what to say where no row of one is left."""
     if rules.splits.by != "files":
         return {}
-    named = {splits.of_file(path.name) or TRAIN: path for path in paths}
+    named = {rules.splits.of_path(str(path)) or TRAIN: path for path in paths}
     return {split: f"{named[split]}: no row for split '{split}' is left" for split in STRENGTH if split in named}
 
 
@@ -192,7 +202,15 @@ def prepare(
         ValueError: Anything is wrong with the input; files and rows are named.
     """
     num_partitions = num_partitions or _count_partitions(source.files)
-    layout = Layout(work, num_partitions, source.keeps_all, source.extras, finishing.chunk_plan, finishing.near_duplicates)
+    layout = Layout(
+        work,
+        num_partitions,
+        source.keeps_all,
+        source.extras,
+        finishing.chunk_plan,
+        finishing.near_duplicates,
+        source.keeps_shared,
+    )
     dropped: Counter[str] = Counter()
     taken = list(run(_call, [(function, layout, rules, *arguments) for function, *arguments in source.reading]))
     dropped.update(_dropped(taken))
@@ -204,7 +222,9 @@ def prepare(
         for tally in _checked(run(settle, [(layout, rules, number) for number in numbers]), source):
             dropped.update(tally.dropped)
             sample.merge(tally.lowest)
-    dropped.update(_dropped(run(source.dealing, [(layout, rules, sample.cutoffs(), number) for number in numbers])))
+    _refuse_empty(dropped, finishing)  # what only the passes find
+    cutoffs = sample.cutoffs()
+    dropped.update(_dropped(run(source.dealing, [(layout, rules, cutoffs, number) for number in numbers])))
     for link in source.linking:
         dropped.update(_dropped(_checked(run(link, [(layout, rules, number) for number in numbers]), source)))
     return _assemble(layout, source, dropped, run)
@@ -258,14 +278,16 @@ def _assemble(layout: Layout, source: Source, dropped: Counter[str], run: RunTas
         (near["dev near test"],) = run(assembly.count_dev_in_test, [(layout,)])
     built: list[Part] = list(run(assembly.assemble_part, [(layout, number) for number in parts]))
     for part in built:
-        for (kind, split), count in part.leaked.items():
-            dropped[kind] += count
-            near[f"train near {split}"] += count
+        near.update({f"train near {split}": count for split, count in part.near.items()})
+        dropped[assembly.NEAR] += part.near.total()
+    num_shared = sum(part.num_shared for part in built)
+    dropped[assembly.SHARED] += 0 if layout.keeps_shared else num_shared
     facts = {
         "documents": sum(part.num_documents for part in built),
         "queries": num_queries,
         "pairs": sum(part.pairs.num_rows for part in built),
         "dropped": {reason: dropped[reason] for reason in sorted(+dropped)},
+        "shared": num_shared if layout.keeps_shared else 0,
         "near_duplicates": {name: near[name] for name in sorted(near)},
         "is_chunked": layout.chunk_plan is not None,
         **({"chunks": sum(part.corpus.num_rows for part in built)} if layout.chunk_plan else {}),

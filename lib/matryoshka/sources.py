@@ -1,5 +1,6 @@
 """Rows in: Parquet, CSV and JSONL files with named columns, a slice of a file at a time."""
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ PARQUET, CSV, JSONL = SUFFIXES = (".parquet", ".csv", ".jsonl")
 _SLICE_ROWS = 131_072
 _BLOCK_BYTES = 16 * 2**20  # no row of a CSV file may be longer
 _ROW_BITS = 40
+_LOOKED_AT = 1_000
 
 
 class Column(NamedTuple):
@@ -167,9 +169,9 @@ def _read_csv(path: Path, columns: Sequence[Column]) -> Batches:
 
 
 def _json_names(path: Path) -> list[str]:
-    for number, line in corpus.text_lines(path):
-        return list(_json_object(path, number, line))
-    return []
+    """Returns the keys that any of the first lines has: a line may lack those that have no value there."""
+    lines = itertools.islice(corpus.text_lines(path), _LOOKED_AT)
+    return list(dict.fromkeys(key for number, line in lines for key in _json_object(path, number, line)))
 
 
 def _json_object(path: Path, number: int, line: str) -> dict[str, Any]:

@@ -26,15 +26,21 @@ class SplitRule:
         by: The hash of a group, the value of a column, or the name of the file.
         fractions: Share of each split, where the hash decides; the last one takes what the others leave.
         salt: See ``units.choose_split``.
+        root: Of the input: folders above it name no split.
     """
 
     by: SplitBy
     fractions: Mapping[str, float]
     salt: str
+    root: str = ""
 
     def of(self, group: str) -> str:
         """Returns the split of a group by its hash."""
         return units.choose_split(group, self.fractions, self.salt)
+
+    def of_path(self, path: str) -> str:
+        """Returns the split that the path of a file names; empty where names do not decide."""
+        return of_file(path.removeprefix(self.root)) or "" if self.by == "files" else ""
 
 
 def known(value: str) -> str | None:
@@ -59,19 +65,25 @@ def checked(value: str, where: str) -> str:
 
 
 def of_file(name: str) -> str | None:
-    """Returns the split that the name of a file begins with, or None.
+    """Returns the split that the name of a file begins with, or else the split that one of its folders is named, or None.
 
-    >>> of_file("train-00001-of-00004.parquet"), of_file("validation.csv"), of_file("training.csv")
+    Args:
+        name: The file's path below the root of the input: what lies above it says nothing.
+
+    >>> of_file("train-00001-of-00004.parquet"), of_file("validation/0000.csv"), of_file("training.csv")
     ('train', 'dev', None)
     """
-    match = _FILE_NAME.fullmatch(name.rpartition("/")[2])
-    return _NAMES[match[1].casefold()] if match else None
+    *folders, own = name.split("/")
+    match = _FILE_NAME.fullmatch(own)
+    if match:
+        return _NAMES[match[1].casefold()]
+    return next((split for folder in reversed(folders) if (split := known(folder))), None)
 
 
 def name_splits(names: Sequence[str]) -> bool:
     """Returns whether files name the splits of their rows: at least two of them together.
 
-    >>> name_splits(["train.csv", "test.csv"]), name_splits(["train-0.csv", "train-1.csv"])
+    >>> name_splits(["train.csv", "test/a.csv"]), name_splits(["train-0.csv", "train-1.csv"])
     (True, False)
     """
     return len({of_file(name) for name in names} - {None}) > 1
@@ -86,7 +98,8 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if of_file(name) is None:
             raise ValueError(
-                f"{name}: its name says no split. Begin it with train, dev or test, take it out, or pass --split-by hash."
+                f"{name}: neither its name nor its folder's says a split. Begin one with train, dev or test, take the file out,"
+                " or pass --split-by hash."
             )
 
 

@@ -11,7 +11,7 @@ import texts
 import tiny_model
 
 from jobs import embed, evaluate, index, verify
-from matryoshka import corpus, pairs
+from matryoshka import artifacts, corpus, pairs
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -49,6 +49,10 @@ def ranked(tmp_path_factory: pytest.TempPathFactory, beir: Path, tiny: str, narr
     settings = evaluate.Settings(output=str(output), beir=str(beir), models=(tiny, str(narrow)))
     evaluate.run(settings)
     return settings
+
+
+def test_no_leaks_are_searched_where_nothing_is_trained(ranked: evaluate.Settings) -> None:
+    assert artifacts.read_complete(Path(ranked.output) / "data", "dataset").identity["near_duplicates"] == 0
 
 
 def test_models_are_ranked_each_at_the_dims_that_it_has_with_size_and_speed(ranked: evaluate.Settings, narrow: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 import texts
 from small_data import pair_rows, write_dataset
 
-from jobs import mine, pipeline, verify
-from matryoshka import artifacts, mining
+from jobs import embed, mine, pipeline, verify
+from matryoshka import mining
 from matryoshka.artifacts import Receipt
 from matryoshka.encode import Encoder
 from matryoshka.mining import NegativesStore
@@ -30,7 +30,7 @@ _RULES = {"negatives": 2, "window": "3:40", "relative_margin": 0.02}
 def _small_units() -> Iterator[None]:
     """Makes several units of the corpus, of which there can be several shards."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mine, "_UNIT_ROWS", 20)
+        patch.setattr(embed, "_SMALL_UNIT_ROWS", 20)
         yield
 
 
@@ -67,6 +67,14 @@ def _rows(output: Path) -> list[dict[str, Any]]:
     return [row for path in NegativesStore.open(output).pair_files() for row in pq.read_table(path).to_pylist()]
 
 
+def test_relative_paths_are_those_of_whoever_began_the_run(
+    mined: Path, data: DatasetStore, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(mined.parent)  # workers stay where they are
+    mine.run(_settings(DatasetStore.open(Path(data.folder.name)), Path("relative"), tiny))
+    assert _rows(Path("relative")) == _rows(mined)
+
+
 def test_every_pair_comes_out_with_its_columns_in_its_file(mined: Path, data: DatasetStore) -> None:
     store = NegativesStore.open(mined)
     assert (store.data, store.num_negatives) == (data.manifest.fingerprint, 2)
@@ -75,6 +83,7 @@ def test_every_pair_comes_out_with_its_columns_in_its_file(mined: Path, data: Da
         names = ["query_id", "document_id", "query", "positive"]
         assert pq.read_table(found, columns=names).equals(pq.read_table(source, columns=names))
     verify.run(verify.Settings(folder=str(mined)))
+    assert {path.name for path in mined.iterdir() if path.is_dir()} == {"embeddings", "pairs"}  # no index, no work
 
 
 def test_what_is_mined_holds_to_the_rules(mined: Path, data: DatasetStore, tiny: str) -> None:
@@ -160,15 +169,16 @@ def test_other_shards_and_batches_over_the_same_vectors_mine_the_same(
 ) -> None:
     monkeypatch.setattr(mine, "_ROWS_PER_SHARD", 30)
     monkeypatch.setattr(mining, "_BATCH_ROWS", 7)
-    monkeypatch.setattr(mine.Session, "run_tasks", _here)  # so that the size of a batch reaches the work
+    monkeypatch.setattr(mine.Session, "run_tasks", _in_shards)  # so that the size of a batch reaches the work
     mine.run(_settings(data, tmp_path / "negatives", tiny, embeddings=str(mined / "embeddings")))
-    assert len(artifacts.read(tmp_path / "negatives" / "index", "index").receipts) > 2
     assert not (tmp_path / "negatives" / "embeddings").exists()
     found, expected = (_rows(folder) for folder in (tmp_path / "negatives", mined))
     assert found == expected
 
 
-def _here(_: object, function: Any, arguments: list[tuple[Any, ...]]) -> list[Receipt]:
+def _in_shards(_: object, function: Any, arguments: list[tuple[Any, ...]]) -> list[Receipt]:
+    if function is mining.mine_file:
+        assert all(len(sources.index.shard_folders) > 2 for sources, *_ in arguments)
     return [function(*own) for own in arguments]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from jobs import evaluate, pipeline, verify
 from matryoshka import model
-from matryoshka.artifacts import Manifest
+from matryoshka.artifacts import Manifest, Receipt
 from matryoshka.pairs import DatasetStore
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -124,11 +124,13 @@ def test_another_list_of_candidates_ranks_anew_and_keeps_what_was_done(
 def test_candidates_are_ranked_on_dev_or_else_on_train_and_never_on_what_is_reported(
     tmp_path: Path, splits: tuple[str, ...], final: str, chosen: str | None
 ) -> None:
-    facts = {"queries": dict.fromkeys(splits, 3) | {"empty": 0}}
-    data = DatasetStore(tmp_path, Manifest("dataset", {}, facts=facts))
+    counts = {f"queries/{split}": 3 for split in splits} | {f"qrels/{split}": 3 for split in splits}
+    counts |= {"queries/empty": 0, "queries/dev": 3}  # labelled text: queries without judgements
+    receipts = tuple(Receipt(key, count, ()) for key, count in counts.items())
+    data = DatasetStore(tmp_path, Manifest("dataset", {}, receipts=receipts))
     settings = pipeline.Settings(output="out", candidates=("minilm",), evaluate={"split": final})
     if chosen:
         assert pipeline.choosing_split(settings, data, has_gpu=False) == chosen
     else:
-        with pytest.raises(ValueError, match=r"no split to rank candidates on \(found: "):
+        with pytest.raises(ValueError, match=r"no split to rank candidates on \(with judgements: "):
             pipeline.choosing_split(settings, data, has_gpu=False)

@@ -34,6 +34,14 @@ def test_titles_and_bodies_of_json_lines_are_pairs(tmp_path: Path) -> None:
     assert sorted(queries) == sorted(made["query"])
 
 
+def test_relative_paths_are_those_of_whoever_began_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts.write_beir(tmp_path / "beir", num_pairs=6)
+    texts.write_parquet(tmp_path / "pairs.parquet", texts.pairs(20))
+    monkeypatch.chdir(tmp_path)  # workers stay where they are
+    assert _prepare(Path("from-beir"), beir="beir").num_pairs == 3
+    assert sum(_prepare(Path("from-pairs"), pairs="pairs.parquet").manifest.facts["queries"].values()) == 20
+
+
 def test_files_named_by_split_keep_their_splits_in_one_command(tmp_path: Path) -> None:
     for split in ("train", "test"):
         lines = [f'"{split} text, {number}",label {number % 3}' for number in range(9)]
@@ -43,6 +51,14 @@ def test_files_named_by_split_keep_their_splits_in_one_command(tmp_path: Path) -
     assert store.splits == ("test", "train")
     assert sorted(store.queries("test")[1]) == [f"test text, {number}" for number in range(9)]
     assert store.num_pairs == 9
+
+
+def test_folders_named_by_split_give_the_splits_and_those_above_the_input_do_not(tmp_path: Path) -> None:
+    for split, rows in (("train", slice(9)), ("test", slice(9, 18))):
+        part = {name: values[rows] for name, values in texts.pairs(18).items()}
+        texts.write_parquet(tmp_path / "dev" / "in" / split / "0000.parquet", part)
+    store = _prepare(tmp_path / "out", pairs=str(tmp_path / "dev" / "in"))
+    assert store.manifest.facts["queries"] == {"test": 9, "train": 9}
 
 
 def test_hashes_split_files_in_spite_of_their_names_where_asked_to(tmp_path: Path) -> None:
@@ -106,8 +122,11 @@ def test_the_same_command_again_does_nothing(tmp_path: Path) -> None:
     texts.write_parquet(tmp_path / "pairs.parquet", texts.pairs(30))
     _prepare(tmp_path / "out", pairs=str(tmp_path / "pairs.parquet"))
     before = folders.times(tmp_path / "out")
+    leftover = tmp_path / "out" / f"{storage.TEMPORARY}of-a-killed-replace-prepare"
+    leftover.mkdir()
     _prepare(tmp_path / "out", pairs=str(tmp_path / "pairs.parquet"))
     assert folders.times(tmp_path / "out") == before
+    assert not leftover.exists()
 
 
 def test_bad_data_leaves_the_old_dataset_as_it_is_even_with_replace(tmp_path: Path) -> None:

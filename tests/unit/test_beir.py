@@ -7,6 +7,7 @@ import texts
 from matryoshka import corpus, preparation
 from matryoshka.cleaning import Rules
 from matryoshka.pairs import DatasetStore
+from matryoshka.preparation import Finishing
 from matryoshka.splits import SplitRule
 
 RULES = Rules(SplitRule("hash", {}, "salt"))
@@ -36,13 +37,25 @@ def test_a_beir_folder_gives_all_documents_and_the_judged_queries_of_each_split(
     assert queries == {"test": {"q1": "which?", "q2": "who?"}, "train": {"q2": "who?"}}
     assert store.qrels("test") == {"q1": {"d1": 2, "d2": 0}, "q2": {"d2": 1}}
     assert store.qrels("train") == {"q2": {"d2": 1, "gone": 2, "d1": 0}}
-    assert store.manifest.facts["dropped"] == {"empty": 1, "empty query": 1}
+    assert store.manifest.facts["dropped"] == {
+        "empty": 1,
+        "empty query": 1,
+        "judged document that is not there": 1,
+        "judged query that is not there": 1,
+    }
 
 
 def test_training_pairs_are_the_positive_judgements_of_known_documents(tmp_path: Path):
     write_beir(tmp_path / "beir")
     found = datasets.columns_of(prepare(tmp_path).pair_files())
     assert found == {"query_id": ["q2"], "document_id": ["d2"], "query": ["who?"], "positive": ["second"]}
+
+
+def test_queries_without_text_are_an_error_where_asked_for(tmp_path: Path):
+    folder = write_beir(tmp_path / "beir")
+    (folder / "corpus.jsonl").write_text('{"_id": "d1", "text": "first"}\n{"_id": "d2", "text": "second"}\n')
+    with pytest.raises(ValueError, match=r"prepare: 1 rows have no text\. Fill them, or drop --fail-on-empty"):
+        datasets.prepare(preparation.from_beir(folder), tmp_path / "out", RULES, Finishing(fail_on_empty=True))
 
 
 def test_a_limit_on_a_beir_split_leaves_documents_and_other_splits_alone(tmp_path: Path):
@@ -74,7 +87,9 @@ BEIR_FAULTS = {
     "qrels/test.tsv damaged": ("q1\td1\t1\nq1 d2 1\n", r"test\.tsv: line 2 is not"),
     "qrels/test.tsv contradictory": ("q1\td1\t1\nq2\td1\t0\nq1\td1\t0\n",
                                      r"test\.tsv: line 1 and line 3: document 'd1' answers query 'q1' and does not"),
-    "qrels/exam.tsv": ("q1\td1\t1\n", r"exam\.tsv: no split 'exam'\. Write train, dev or test"),
+    "qrels/exam.tsv": ("q1\td1\t1\n", r"exam\.tsv: no split 'exam'\. Name it train\.tsv, dev\.tsv or test\.tsv, or take"),
+    "qrels/validation.tsv beside dev.tsv": ("q1\td1\t1\n",
+                                            r"validation\.tsv: dev\.tsv has the judgements of split 'dev' too\. Take one out"),
 }  # fmt: skip
 
 
@@ -86,6 +101,8 @@ def test_every_fault_of_a_beir_folder_is_named(tmp_path: Path, fault: str):
     path.unlink(missing_ok=True)
     if content is not None:
         path.write_text(content)
+    if "beside" in fault:
+        (path.parent / fault.rsplit(maxsplit=1)[-1]).write_text(content or "")
     with pytest.raises(ValueError, match=message):
         prepare(tmp_path)
 

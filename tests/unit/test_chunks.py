@@ -60,6 +60,12 @@ def test_the_chunk_that_shares_most_words_is_the_first_of_equals():
     assert chunks.best_chunk(found, "nothing of it").start == 0
 
 
+def test_words_that_stand_everywhere_do_not_decide():
+    found = ["what is the use of it", "what is the one of no use", "what is it", "leukemia, the use of a drug"]
+    own = [Chunk(start, start + 1, text) for start, text in enumerate(found)]
+    assert chunks.best_chunk(own, "What is the use of leukemia?").start == 3
+
+
 def test_chunked_data_leads_back_to_documents_and_judges_documents(tmp_path: Path, plan: ChunkPlan):
     long = "The cat sat down. It was tired. The dog ran off. It was awake. The bird sang on."
     path = texts.write_parquet(tmp_path / "in.parquet", {"query": ["which bird sang?", "who?"], "positive": [long, "Nobody."]})
@@ -78,6 +84,21 @@ def test_chunked_data_leads_back_to_documents_and_judges_documents(tmp_path: Pat
     assert set(pairs["document_id"]) <= set(rows["id"])
     assert store.manifest.facts["chunks"] == len(rows["id"]) > store.manifest.facts["documents"] == 2
     assert artifacts.find_faults(store.folder, store.manifest) == []
+
+
+def test_negatives_that_the_data_brings_are_chunks_as_the_positive_is(tmp_path: Path, plan: ChunkPlan):
+    long = "The cat sat down. It was tired. The dog ran off. It was awake. The bird sang on."
+    rows = {"query": ["which bird sang?", "who ran?"], "positive": ["Nobody.", long], "negatives": [[long], []]}
+    path = texts.write_parquet(tmp_path / "in.parquet", rows)
+    rules = Rules(SplitRule("hash", {"train": 1.0}, "salt"))
+    source = preparation.from_pairs([path], PairColumns("query", "positive", "negatives"), rules)
+    store = datasets.prepare(source, tmp_path / "out", rules, Finishing(plan))
+    pairs = datasets.columns_of(store.pair_files())
+    (negative,), (name,) = (pairs[column][pairs["positive"].index("Nobody.")] for column in ("negatives", "negative_ids"))
+    chunk_of = datasets.columns_of(sorted(Path(store.corpus).iterdir()))
+    assert dict(zip(chunk_of["id"], chunk_of["text"], strict=True))[name] == negative
+    assert negative.endswith("The bird sang on.")
+    assert len(negative) < len(long)
 
 
 def test_a_chunk_beyond_the_window_is_refused(minilm: ModelInfo):

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from matryoshka import corpus, preparation, units
+from matryoshka.assembly import SHARED
 from matryoshka.cleaning import PairColumns, Rules, fold, fold_query
 from matryoshka.corpus import Columns
 from matryoshka.pairs import DatasetStore
@@ -86,21 +87,29 @@ def test_every_pair_is_kept_or_counted(prepare, rows: Rows, is_one_to_one: bool,
     store = try_prepare(prepare, rows, rules)
     if store:
         num_kept = sum(map(len, judged(store).values()))
-        assert num_kept + sum(store.manifest.facts["dropped"].values()) == len(rows)
+        dropped = dict(store.manifest.facts["dropped"])
+        num_withheld = dropped.pop(SHARED, 0)
+        assert num_kept + sum(dropped.values()) == len(rows)
+        assert store.num_pairs + num_withheld == len(judged(store).get("train", ()))
         assert all(text.strip() for own in queries_of(store).values() for text in own.values())
 
 
 @quick
 @given(some_rows, st.booleans())
-def test_no_text_is_in_two_splits_and_none_stands_twice(prepare, rows: Rows, is_one_to_one: bool):
+def test_no_query_is_in_two_splits_no_pair_has_a_document_of_dev_or_test_and_no_text_stands_twice(
+    prepare, rows: Rows, is_one_to_one: bool
+):
     store = try_prepare(prepare, rows, one_to_one if is_one_to_one else RULES)
     if store:
         queries = [fold_query(text) for own in queries_of(store).values() for text in own.values()]
         assert len(set(queries)) == len(queries)
         documents = documents_of(store)
         assert len({fold(text) for text in documents.values()}) == len(documents)
-        by_split = [{document for _, document in own} for own in judged(store).values()]
-        assert len(set().union(*by_split)) == sum(map(len, by_split)) == len(documents)
+        by_split = {split: {document for _, document in own} for split, own in judged(store).items()}
+        assert set().union(*by_split.values()) == documents.keys()
+        asked = by_split.get("test", set()) | by_split.get("dev", set())
+        trained = datasets.columns_of(store.pair_files())["document_id"] if store.num_pairs else []
+        assert set(trained) == by_split.get("train", set()) - asked
 
 
 @quick
@@ -156,19 +165,35 @@ def test_a_query_keeps_several_documents_and_a_document_several_queries(prepare)
 GROUP_OF = {units.choose_split(group, FRACTIONS, "salt"): group for group in "stuvwxyz"}
 
 
-def test_a_text_in_several_splits_stays_in_test_then_dev_then_train(prepare):
+def test_a_query_in_several_splits_stays_in_test_then_dev_then_train_with_all_its_answers(prepare):
     rows = rows_of(
         ("one", "a", GROUP_OF["train"], "d1"),
         ("One", "b", GROUP_OF["test"], "d2"),
         ("two", "c", GROUP_OF["train"], "d3"),
+        ("two", "d", GROUP_OF["train"], "d4"),
         ("three", "c", GROUP_OF["dev"], "d3"),
     )
     store = prepare(rows)
-    assert {split: own for split, own in judged(store).items() if own} == {
-        "test": [(text_id("q", "one"), "d2")],
-        "dev": [(text_id("q", "three"), "d3")],
+    one, two, three = (text_id("q", query) for query in ("one", "two", "three"))
+    found = {split: sorted(own) for split, own in judged(store).items()}
+    assert found == {"test": [(one, "d1"), (one, "d2")], "dev": [(three, "d3")], "train": [(two, "d3"), (two, "d4")]}
+    assert datasets.columns_of(store.pair_files())["positive"] == ["d"]
+    assert store.manifest.facts["dropped"] == {SHARED: 1}
+
+
+def with_answers(num_queries: int, num_answers: int) -> Rows:
+    return [{"query": f"query {n}", "positive": f"answer {m} of {n}"} for n in range(num_queries) for m in range(num_answers)]
+
+
+def test_queries_with_several_answers_are_split_by_their_shares_and_new_answers_move_none(prepare):
+    few, many = (prepare(with_answers(1_000, number), columns=PairColumns("query", "positive")) for number in (1, 4))
+    assert queries_of(few) == queries_of(many)
+    shares = {split: len(own) / 1_000 for split, own in queries_of(many).items()}
+    assert shares == pytest.approx(FRACTIONS, abs=0.05)
+    assert {split: len(own) for split, own in judged(many).items()} == {
+        split: 4 * len(own) for split, own in queries_of(many).items()
     }
-    assert store.manifest.facts["dropped"] == {"in another split": 2}
+    assert many.num_pairs == len(judged(many)["train"])
 
 
 def distinct(count: int) -> Rows:

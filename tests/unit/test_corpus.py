@@ -199,3 +199,13 @@ def test_how_rows_were_cut_into_batches_leaves_no_trace_in_the_file(sizes: list[
                     writer.add_batch(rows.slice(start, size).combine_chunks().to_batches()[0])
         assert pq.read_table(Path(folder, "cut")).equals(rows)
         assert Path(folder, "cut").read_bytes() == Path(folder, "whole").read_bytes()
+
+
+def test_what_lies_behind_the_last_wanted_row_is_not_read(tmp_path: Path):
+    path = write(tmp_path / "a.parquet", list(range(60_000)), [os.urandom(25).hex() for _ in range(60_000)])
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) * 3 // 4 : len(damaged) * 3 // 4 + 5_000] = bytes(5_000)
+    path.write_bytes(damaged)
+    assert sum(batch.num_rows for batch in corpus.text_batches(path, ["text"], (), 0, 100)) == 100
+    with pytest.raises(ValueError, match="damaged after row"):
+        list(corpus.text_batches(path, ["text"], ()))

@@ -3,13 +3,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets_by_hand as datasets
+import pyarrow as pa
 import pytest
 import texts
 
-from matryoshka import corpus, preparation
+from matryoshka import corpus, positives, preparation
 from matryoshka.cleaning import Rules
 from matryoshka.labelled import LabelColumns
 from matryoshka.pairs import DatasetStore
+from matryoshka.preparation import Finishing
 from matryoshka.splits import SplitRule
 
 RULES = Rules(SplitRule("column", {}, "salt"))
@@ -34,9 +36,32 @@ def test_documents_are_the_train_messages_and_relevant_are_those_of_the_label(tm
     for split in ("train", "test"):
         queries = dict(zip(*store.queries(split), strict=True))
         assert sorted(queries.values()) == sorted(text for text, _, own in messages() if own == split)
-        for query, grades in store.qrels(split).items():
-            same = {name for name, text in documents.items() if label_of[text] == label_of[queries[query]]}
-            assert grades == dict.fromkeys(same, 1)
+    for query, grades in store.qrels("test").items():
+        text = dict(zip(*store.queries("test"), strict=True))[query]
+        same = {name for name, own in documents.items() if label_of[own] == label_of[text]}
+        assert grades == dict.fromkeys(same, 1)
+        assert documents.keys().isdisjoint({f"d{query[1:]}"})  # no text is its own answer
+
+
+def test_nothing_is_judged_for_train_whose_judgements_would_be_the_square_of_its_messages(tmp_path: Path):
+    store = prepare(tmp_path, messages())
+    assert (store.splits, store.judged_splits) == (("test", "train"), ("test",))
+    with pytest.raises(ValueError, match="split 'train' is empty"):
+        store.qrels("train")
+
+
+def test_documents_of_a_label_are_known_for_it_though_their_pairs_leak(tmp_path: Path):
+    long = "a message of twelve words that nobody would take for any other"
+    rows = [*messages(), (f"{long} one", "label 0", "train"), (f"{long} two", "label 0", "test")]
+    store = prepare(tmp_path, rows, finishing=Finishing(None, 0.8))
+    pairs = datasets.columns_of(store.pair_files())
+    assert f"{long} one" not in [*pairs["query"], *pairs["positive"]]
+    documents = dict(zip(*corpus.read_texts(corpus.inspect(store.corpus, corpus.Columns())), strict=True))
+    _, known = positives.read(store, [pa.array(list(documents))])
+    label_of = {text: label for text, label, _ in rows}
+    for label in set(pairs["label"]):
+        held = known.holds(positives.hash_labels([label]), positives.hash_texts(documents.values())[None])[0]
+        assert held.tolist() == [label_of[text] == label for text in documents.values()]
 
 
 @pytest.mark.parametrize("pairs_per_text", [1, 2, 9])

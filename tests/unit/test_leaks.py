@@ -1,3 +1,4 @@
+import json
 import random
 from pathlib import Path
 
@@ -26,6 +27,19 @@ def test_similarity_is_the_share_of_three_word_runs_in_common(left: list[str], r
     assert found == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "expected"),
+    [
+        ("how to sort in C++", "how to sort in C#", 2 / 4),
+        ("what is C", "what is C++", 0),
+        ("\u6211\u4eca\u5929\u5f88\u597d", "\u6211\u4eca\u5929\u5f88\u5fd9", 2 / 4),  # Chinese: five characters, the last differs
+        ("\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "\u0e2a\u0e27\u0e31\u0e2a\u0e14", 3 / 4),  # Thai, with a vowel sign
+    ],
+)
+def test_words_are_what_a_script_and_a_programmer_call_words(left: str, right: str, expected: float):
+    assert leaks.similarity(leaks.shingle(left), leaks.shingle(right)) == pytest.approx(expected)
+
+
 def make_texts(count: int) -> list[str]:
     draw = random.Random(5)
     return [" ".join(draw.choices(texts.WORDS, k=60)) for _ in range(count)]
@@ -39,8 +53,9 @@ def near(text: str, num_changed: int) -> str:
 
 def load(folder: Path, found: list[tuple[str, str]], threshold: float = 0.9) -> References:
     half = len(found) // 2
-    leaks.save(folder / "a.npz", found[:half])
-    leaks.save(folder / "b.npz", found[half:])
+    numbered = [(split, number, text) for number, (split, text) in enumerate(found)]
+    leaks.save(folder / "a.npz", numbered[:half])
+    leaks.save(folder / "b.npz", numbered[half:])
     return References.load(folder, threshold)
 
 
@@ -93,13 +108,25 @@ def test_leaks_leave_the_training_pairs_but_nothing_that_evaluates(tmp_path: Pat
     assert np.all([len(store.qrels("train")) == 4 for store in stores])
 
 
-def test_a_document_of_train_and_test_is_a_leak_of_its_own_kind(tmp_path: Path):
-    rows = texts.pairs(3)
-    beir = texts.write_beir(tmp_path / "beir", num_pairs=3)
-    (beir / "qrels" / "train.tsv").write_text("q0\td0\t1\nq1\td2\t1\n")
+def test_a_text_is_no_near_duplicate_of_itself_but_of_its_copies(tmp_path: Path):
+    known = make_texts(2)
+    references = load(tmp_path, [("test", known[0]), ("dev", known[1]), ("dev", near(known[1], 1))])
+    assert references.find(known[0], 0) is None
+    assert references.find(known[0], 1) == "test"
+    assert references.find(known[1], 1) == "dev"
+
+
+def test_data_with_its_own_splits_keeps_pairs_whose_document_answers_test_too_but_not_its_copies(tmp_path: Path):
+    rows = texts.pairs(4)
+    beir = texts.write_beir(tmp_path / "beir", num_pairs=4)
+    with (beir / "corpus.jsonl").open("a") as file:
+        file.write(json.dumps({"_id": "copy", "title": "", "text": rows["positive"][2]}) + "\n")
+    (beir / "qrels" / "train.tsv").write_text("q0\td0\t1\nq1\td2\t1\nq3\tcopy\t1\n")
     (beir / "qrels" / "test.tsv").write_text("q2\td2\t1\n")
     rules = Rules(SplitRule("hash", {}, "salt"))
     store = datasets.prepare(preparation.from_beir(beir), tmp_path / "out", rules, Finishing(None, 0.9))
-    assert datasets.columns_of(store.pair_files())["positive"] == [rows["positive"][0]]
-    assert store.manifest.facts["dropped"] == {"document that answers dev or test too": 1}
-    assert (store.manifest.facts["documents"], len(store.qrels("train"))) == (3, 2)
+    assert datasets.columns_of(store.pair_files())["document_id"] == ["d0", "d2"]
+    facts = store.manifest.facts
+    assert (facts["dropped"], facts["shared"]) == ({"near-duplicate of dev or test": 1}, 1)
+    assert facts["near_duplicates"] == {"dev near test": 0, "train near test": 1}
+    assert (facts["documents"], len(store.qrels("train"))) == (5, 3)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matryoshka import mining, positives
-from matryoshka.funnel import Searcher, Shard, call_locally
+from matryoshka.funnel import Ranking, Searcher, Shard, call_locally
 from matryoshka.index import CoarseIndex
 from matryoshka.mining import Miner, Rules
 from matryoshka.nested import FunnelPlan, shrink
@@ -148,6 +148,22 @@ def test_pairs_in_batches_get_what_they_get_together(case: Case, own: Rules, siz
     for field in dataclasses.fields(whole):
         together = np.concatenate([getattr(part, field.name) for part in parts])
         np.testing.assert_array_equal(together, getattr(whole, field.name))
+
+
+@given(cases(), rules(), st.tuples(st.integers(1, 49), st.integers(1, 49)), st.sampled_from([1, 40, 100]))
+@settings(deadline=None, max_examples=30)
+def test_less_memory_for_the_candidates_of_all_shards_mines_the_same(case: Case, own: Rules, cuts: tuple[int, ...], most: int):
+    expected, asked, search = mined_ids(case, own), [], Searcher.search
+
+    def watch(self: Searcher, queries: np.ndarray, num_results: int) -> Ranking:
+        asked.append((len(queries), self.count_candidates(num_results)))
+        return search(self, queries, num_results)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mining, "_MOST_CELLS", most)
+        patch.setattr(Searcher, "search", watch)
+        assert mined_ids(case, own, cuts) == expected
+    assert all(num_queries == 1 or num_queries * num_candidates <= most for num_queries, num_candidates in asked)
 
 
 @given(cases(), rules())

@@ -13,7 +13,7 @@ from matryoshka.splits import SplitRule
 
 def test_a_dataset_names_its_splits_when_asked_for_another(tmp_path: Path):
     store = datasets.write(tmp_path, {"d": "x"}, {"dev": {"q": "y"}, "test": {}}, {"dev": {"q": {"d": 1}}, "test": {}})
-    assert store.splits == ("dev", "test")
+    assert store.splits == store.judged_splits == ("dev",)  # 'test' is empty
     with pytest.raises(ValueError, match=rf"{tmp_path}: no split 'eval' \(found: dev, test\)\. Pass --split"):
         store.queries("eval")
     with pytest.raises(ValueError, match=rf"{tmp_path}: split 'test' is empty\. Pass another --split"):

@@ -42,6 +42,11 @@ def test_json_texts_may_be_one_or_several_and_ids_numbers(tmp_path: Path):
     assert read(tmp_path / "p.jsonl", COLUMNS) == [["a", "7", ["x", "y"]], ["", "b", ["z"]]]
 
 
+def test_a_key_may_be_missing_in_the_first_line(tmp_path: Path):
+    (tmp_path / "p.jsonl").write_text('{"query": "a", "id": 7}\n{"query": "b", "id": "x", "negatives": "z"}\n')
+    assert read(tmp_path / "p.jsonl", COLUMNS) == [["a", "7", []], ["b", "x", ["z"]]]
+
+
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 9))
 def test_slices_of_a_file_have_every_row_once_under_its_place(tmp_path: Path, num_rows: int, in_slice: int, in_group: int):

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matryoshka import splits
-from matryoshka.splits import Sample
+from matryoshka.splits import Sample, SplitRule
 
 keys = st.lists(st.text(max_size=5), unique=True, max_size=40)
 
@@ -48,17 +48,28 @@ def test_no_limit_takes_all(names: list[str]):
         ("val_1.jsonl", "dev"),
         ("dev", "dev"),
         ("training.csv", None),
-        ("train/data.csv", None),
+        ("train/data.csv", "train"),
+        ("default/test/0000.parquet", "test"),
+        ("Validation/train/0000.parquet", "train"),
+        ("train/test-0.parquet", "test"),
+        ("training/data.csv", None),
         ("latest.csv", None),
     ],
 )
-def test_the_beginning_of_a_file_name_says_its_split(name: str, split: str | None):
+def test_the_beginning_of_a_file_name_or_else_a_folder_says_its_split(name: str, split: str | None):
     assert splits.of_file(name) == split
+
+
+def test_folders_above_the_input_say_nothing():
+    rule = SplitRule("files", {}, "salt", "/data/train")
+    assert [rule.of_path(f"/data/train/{name}") for name in ("0.csv", "test/0.csv", "train-0.csv")] == ["", "test", "train"]
 
 
 def test_files_with_and_without_split_are_refused():
     splits.check_names(["train.csv", "test.csv"])
-    with pytest.raises(ValueError, match=r"more\.csv: its name says no split\. Begin it with train, dev or test, take it out"):
+    with pytest.raises(
+        ValueError, match=r"more\.csv: neither its name nor its folder's says a split\. Begin one with train, dev"
+    ):
         splits.check_names(["train.csv", "more.csv"])
 
 

@@ -48,7 +48,7 @@ class Settings(StageSettings):
     mini_batch_tokens: int | None = Field(
         None, ge=1, description="Tokens in memory at once, by gradient caching (slower); none: those of the whole batch."
     )
-    learning_rate: float = Field(5e-5, gt=0, description="Highest learning rate; it rises, then falls linearly to 0.")
+    learning_rate: float = Field(1e-4, gt=0, description="Highest learning rate; it rises, then falls linearly to 0.")
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
     max_tokens: int | None = Field(None, ge=8, description="Cut longer texts while training; none: the model's own window.")
     dropout: float | None = Field(

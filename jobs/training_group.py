@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import queue
 import signal
 import threading
 import time
@@ -146,21 +145,27 @@ def _raise_own(mailbox: Any) -> None:
 
 
 def _fit(trainer: TorchTrainer) -> None:
-    """Runs a trainer in a thread of its own: in the main one, Ray Train would take Ctrl-C for itself, and exit."""
-    outcome: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-
-    def run() -> None:
+    """Runs a trainer; Ctrl-C, which Ray Train takes for itself and answers with an exit, is an interrupt as in other jobs."""
+    with _kept_handler(signal.SIGINT):
         try:
             trainer.fit()
-        except Exception as error:
-            outcome.put(error)
-        else:
-            outcome.put(None)
+        except SystemExit:
+            raise KeyboardInterrupt from None
 
-    threading.Thread(target=run, daemon=True).start()
-    error = outcome.get()
-    if error:
-        raise error
+
+@contextlib.contextmanager
+def _kept_handler(number: signal.Signals) -> Iterator[None]:
+    """Gives a signal the handler back that it had before the block."""
+    before = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        if _is_main_thread():
+            signal.signal(number, before)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _adopt(job: Job) -> None:
@@ -191,7 +196,8 @@ class _Listening:
         self._mailbox, self._recipe, self._listener = mailbox, recipe, listener
         self._step = 0
         self._counter = Counter("finetune", recipe.num_steps, "pairs")
-        self._ended, self._told_to_end, self._is_deaf = threading.Event(), threading.Event(), threading.Event()
+        self._ended, self._told_to_end = threading.Event(), threading.Event()
+        self._is_deaf, self._is_leaving = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._stack = contextlib.ExitStack()
 
@@ -215,18 +221,19 @@ class _Listening:
             self._is_deaf.set()
 
     def _tell_to_end(self) -> None:
-        if self._is_deaf.is_set():
+        """Answers SIGTERM: at first, the listener has a checkpoint written; when it has done so, or cannot, the run ends."""
+        if self._is_deaf.is_set() or self._is_leaving.is_set():
             raise KeyboardInterrupt
         self._told_to_end.set()
 
     def _listen_on(self) -> None:
-        is_last = is_leaving = False
+        is_last = is_asked = False
         while not is_last:
             is_last = self._ended.wait(_POLL_SECONDS)
             for entry in ray.get(self._mailbox.take.remote()):
                 self._hear(entry)
-            if self._told_to_end.is_set() and not is_leaving:
-                is_leaving = True
+            if self._told_to_end.is_set() and not is_asked:
+                is_asked = True
                 self._leave()
 
     def _hear(self, entry: Mapping[str, Any]) -> None:
@@ -249,20 +256,19 @@ class _Listening:
             if self._ended.wait(_POLL_SECONDS):
                 return
         say(f"finetune: told to end; a checkpoint of step {step} is kept" if step >= 0 else "finetune: told to end")
-        os.kill(os.getpid(), signal.SIGINT)
+        self._is_leaving.set()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def _on_terminate(act: Callable[[], None]) -> Iterator[None]:
     """Has SIGTERM call a function for as long as the block runs, where this thread may decide on signals."""
-    if threading.current_thread() is not threading.main_thread():
+    if not _is_main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: act())
-    try:
+    with _kept_handler(signal.SIGTERM):
+        signal.signal(signal.SIGTERM, lambda *_: act())
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Observer:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 import texts
 import yaml
@@ -19,6 +20,8 @@ def pytest_configure() -> None:
     """Keeps every process of the session off the network, and on a Ray of its own."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.pop("RAY_ADDRESS", None)
+    hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+    hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

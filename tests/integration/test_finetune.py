@@ -37,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _settings(output: Path, data: Path, model: str, **more: Any) -> finetune.Settings:
-    small = {"batch_size": 16, "max_steps": 60, "epochs": 20, "learning_rate": 3e-3, "precision": "float32", "dims": DIMS}
+    small = {"batch_size": 16, "max_steps": 180, "epochs": 20, "learning_rate": 3e-3, "precision": "float32", "dims": DIMS}
     return finetune.Settings(output=str(output), data=str(data), model=model, **{**small, **more})
 
 
@@ -84,7 +84,7 @@ def test_the_manifest_says_what_was_trained(two_ranks: Path, data: Path) -> None
     assert made["is_complete"]
     assert made["identity"]["dims"] == [64, 32, 8]
     assert made["identity"]["data"] == folders.manifest(data)["fingerprint"]
-    assert (made["facts"]["workers"], made["facts"]["num_steps"]) == (2, 60)
+    assert (made["facts"]["workers"], made["facts"]["num_steps"]) == (2, 180)
     assert set(made["facts"]["trainable"]) == {"embeddings", "layer 0", "layer 1"}
     verify.run(verify.Settings(folder=str(two_ranks)))
 
@@ -98,7 +98,7 @@ def test_nothing_that_only_training_needs_is_left(two_ranks: Path) -> None:
 def test_the_log_has_losses_and_the_dev_split_s_figures_at_every_dim(two_ranks: Path) -> None:
     entries = _log(two_ranks)["entries"]
     looked_at = [entry for entry in entries if "dev_nDCG@10" in entry]
-    assert [entry["step"] for entry in looked_at] == [0, 12, 24, 36, 48, 60]
+    assert [entry["step"] for entry in looked_at] == [0, 36, 72, 108, 144, 180]
     for entry in looked_at:
         assert entry["dev_nDCG@10"] == pytest.approx(np.mean([entry[f"dev_nDCG@10_{dim}"] for dim in DIMS]))
     assert all({"loss", "learning_rate", "grad_norm"} <= entry.keys() for entry in entries if entry not in looked_at)

@@ -12,7 +12,7 @@ from torch import Tensor
 def put(values: npt.NDArray[Any] | Tensor, device: str | torch.device) -> Tensor:
     """Returns values on a device, without waiting for them to be there."""
     tensor = values if isinstance(values, Tensor) else torch.from_numpy(values)
-    return tensor if str(device) == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    return tensor if torch.device(device).type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Fetch:

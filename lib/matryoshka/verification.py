@@ -103,11 +103,10 @@ def _check_dataset(folder: Path, manifest: Manifest) -> Iterator[str]:
     kind = "chunks" if store.is_chunked else "documents"
     if sum(map(len, every_id)) != manifest.facts[kind]:
         yield f"{folder}: {sum(map(len, every_id))} {kind}, the manifest says {manifest.facts[kind]}"
-    for split in manifest.facts["queries"]:
-        if manifest.facts["queries"][split]:
-            strangers = set(store.qrels(split)) - set(store.queries(split)[0])
-            if strangers:
-                yield f"{folder}: split '{split}' judges {len(strangers)} queries that it does not have"
+    for split in (split for split in store.judged_splits if manifest.facts["queries"].get(split)):
+        strangers = set(store.qrels(split)) - set(store.queries(split)[0])
+        if strangers:
+            yield f"{folder}: split '{split}' judges {len(strangers)} queries that it does not have"
 
 
 def _check_negatives(folder: Path, manifest: Manifest) -> Iterator[str]:

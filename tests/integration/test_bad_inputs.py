@@ -164,7 +164,8 @@ def test_prepare_counts_pairs_that_it_leaves_out(tmp_path: Path, capsys: pytest.
     made["query"][3], made["positive"][5], made["positive"][7] = "", " ", made["positive"][8]
     texts.write_parquet(tmp_path / "pairs.parquet", made)
     prepare.run(_prepare(tmp_path))
-    assert "27 documents" in (out := capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert "27 documents" in out
     assert re.search(r"left out: .*2 empty", out)
     # Two questions about one document both stay, be it in two splits.
     queries = out.partition("queries: ")[2].partition(";")[0]

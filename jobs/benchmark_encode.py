@@ -257,12 +257,12 @@ class _Engine:
 
     def flops_per_second(self) -> float:
         """Returns the rate of a large matrix product, measured for so long that all processes measure together."""
-        from matryoshka import calibration
+        from matryoshka import rates as machine
 
         rates: list[float] = []
         start = time.perf_counter()
         while not rates or time.perf_counter() - start < _CEILING_SECONDS:
-            rates.append(calibration.matrix_rate(self._device, self._precision))
+            rates.append(machine.matrix_rate(self._device, self._precision))
         return statistics.median(rates)
 
 

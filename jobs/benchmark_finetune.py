@@ -25,8 +25,8 @@ from matryoshka.recipe import Recipe
 
 if TYPE_CHECKING:
     from jobs.benchmark import Settings
-    from matryoshka.encode import Precision
     from matryoshka.model import ModelInfo
+    from matryoshka.rates import Precision
     from matryoshka.training import Job
 
 Pairs = Mapping[str, Sequence[str]]
@@ -181,7 +181,7 @@ def _plan(
     settings: "Settings", info: "ModelInfo", device: str, recipe: Recipe, texts: Mapping[str, list[str]], folder: Path
 ) -> _Work:
     """Returns the work, its pairs tokenised for ours, and in the order of ours for the script."""
-    from matryoshka import calibration, corpus, examples, model, training
+    from matryoshka import corpus, examples, model, rates, training
     from matryoshka.batches import BatchPlan
 
     shuffled = np.random.default_rng(recipe.seed).permutation(len(texts["query"]))
@@ -191,7 +191,7 @@ def _plan(
     ids = [str(number) for number in range(num_pairs)]
     order = np.concatenate(list(BatchPlan(num_pairs, recipe.batch_size, recipe.seed).batches(0, recipe.num_steps)))
     pairs = {name: [own[row] for row in order] for name, own in chosen["trained"].items()}
-    precision = calibration.best_precision(device) if settings.precision == "auto" else settings.precision
+    precision = rates.best_precision(device) if settings.precision == "auto" else settings.precision
     work = _Work(info, device, precision, recipe, pairs, chosen["held_out"], 0, folder)
     corpus.write_rows(work.pair_file, {"query_id": ids, "document_id": ids, **chosen["trained"]})
     tokeniser = training.make_tokeniser(model.load(info.folder, "cpu"), recipe.max_tokens)

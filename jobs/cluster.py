@@ -17,14 +17,15 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util import metrics
 
 from jobs.terminal import say
-from matryoshka import calibration, embedding, encode, model, storage
+from matryoshka import calibration, embedding, encode, model, rates, storage
 from matryoshka.artifacts import Receipt
 from matryoshka.calibration import Calibration, Choice
 from matryoshka.clock import Clock
 from matryoshka.corpus import Corpus
-from matryoshka.encode import Encoder, Precision
-from matryoshka.funnel import CallShards, Shard
+from matryoshka.encode import Encoder
+from matryoshka.funnel import CallShards, Shard, ShardFiles
 from matryoshka.model import ModelInfo
+from matryoshka.rates import Precision
 from matryoshka.tokens import Long, Role
 from matryoshka.units import Unit
 
@@ -80,7 +81,7 @@ class Session:
         if wanted != "auto":
             return "bf16" if wanted == "bf16" else "float32"
         if self._precision is None:
-            measured: Precision = self._on_worker(calibration.best_precision, capacity().device)
+            measured: Precision = self._on_worker(rates.best_precision, capacity().device)
             self._precision = measured
         return self._precision
 
@@ -115,19 +116,19 @@ class Session:
                 ray.wait(list(window), num_returns=len(window))
 
     @contextlib.contextmanager
-    def shards(self, folders: Sequence[Path], num_workers: int | None) -> "Iterator[CallShards]":
+    def shards(self, files: Sequence[ShardFiles], num_workers: int | None) -> "Iterator[CallShards]":
         """Opens shards in actors, dealt out in turn, and yields the way to call them."""
         self.release()
-        names = [str(folder.resolve()) for folder in folders]
-        num_actors = min(check_workers(num_workers) or capacity().num_cpus, len(names))
+        own = [files_of.resolve() for files_of in files]
+        num_actors = min(check_workers(num_workers) or capacity().num_cpus, len(own))
         actors: list[Any] = [
-            ray.remote(_ShardActor).options(num_cpus=1).remote(names[number::num_actors]) for number in range(num_actors)
+            ray.remote(_ShardActor).options(num_cpus=1).remote(own[number::num_actors]) for number in range(num_actors)
         ]
 
         def call(method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
             references = [
-                actors[number % num_actors].call.remote(name, method, own)
-                for number, (name, own) in enumerate(zip(names, arguments, strict=True))
+                actors[number % num_actors].call.remote(number // num_actors, method, shared)
+                for number, shared in enumerate(arguments)
             ]
             try:
                 return ray.get(references)
@@ -357,12 +358,12 @@ class Encoders:
 class _ShardActor:
     """Holds some open shards."""
 
-    def __init__(self, folders: Sequence[str]) -> None:
-        self._shards = {folder: Shard.open(Path(folder)) for folder in folders}
+    def __init__(self, files: Sequence[ShardFiles]) -> None:
+        self._shards = [Shard.open(own) for own in files]
 
-    def call(self, folder: str, method: str, arguments: tuple[Any, ...]) -> Any:
-        """Calls a method of one shard."""
-        return getattr(self._shards[folder], method)(*arguments)
+    def call(self, number: int, method: str, arguments: tuple[Any, ...]) -> Any:
+        """Calls a method of one of them."""
+        return getattr(self._shards[number], method)(*arguments)
 
 
 @dataclass(frozen=True, slots=True)

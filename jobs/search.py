@@ -84,7 +84,7 @@ def _answer(query: str, index: IndexStore, info: ModelInfo, plan: FunnelPlan, nu
         if document
     ]
     show_table(query, [["rank", "score", "document", "text"], *rows], text_columns=(2, 3))
-    say(f"{searcher.num_documents} documents, {len(index.shard_folders)} shards, funnel {plan.describe()}")
+    say(f"{searcher.num_documents} documents, {len(index.shards)} shards, funnel {plan.describe()}")
 
 
 def _texts(index: IndexStore, ranking: Ranking) -> dict[str, str]:
@@ -114,7 +114,7 @@ def _answer_all(settings: Settings, index: IndexStore, info: ModelInfo, plan: Fu
         tokens_per_step = TOKENS_PER_STEP[cluster.capacity().device]
         pool = session.encoders(info, index.manifest.facts["precision"], tokens_per_step, settings.workers)
         queries = pool.encode(texts, "query")
-        with session.shards(index.shard_folders, settings.workers) as call:
+        with session.shards(index.shards, settings.workers) as call:
             ranking = index.searcher(plan, call).search(queries, settings.results)
     receipts = _write(output, query_ids, ranking)
     dataclasses.replace(manifest, receipts=receipts, is_complete=True).write(output)

@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
 
-from matryoshka.encode import TOKENS_PER_STEP, Encoder, Precision
+from matryoshka import rates
+from matryoshka.encode import TOKENS_PER_STEP, Encoder
+from matryoshka.rates import Precision
 from matryoshka.tokens import Tokens
 
 W = TypeVar("W")
 
-_BF16_MUST_GAIN = 1.3
 _BUDGETS = {"cpu": (1_024, 2_048, 4_096), "cuda": (16_384, 32_768, 65_536)}
-_MATRIX_SIDE = {"cpu": 1_024, "cuda": 8_192}
 _ROUNDS = 2
 _COMPILING_MAY_PAY_AFTER = 300.0  # seconds of a worker's work: for less it is not even tried
-_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +64,11 @@ def calibrate(folder: Path, device: str, choice: Choice, texts: Sequence[str], n
     Args:
         folder: The model.
         device: ``cpu`` or ``cuda``.
-        choice: See ``best_precision``, ``best_budget`` and ``pays_to_compile``.
+        choice: See ``rates.best_precision``, ``best_budget`` and ``pays_to_compile``.
         texts: A sample of the documents.
         num_documents: How many of them a worker will have to do.
     """
-    precision = choice.precision or best_precision(device)
+    precision = choice.precision or rates.best_precision(device)
     budget, is_compiled, notice = choice.tokens_per_step, choice.is_compiled, ""
     texts = [texts[number] for number in np.random.default_rng(0).permutation(len(texts))]  # a file may be sorted by length
     if budget is None or is_compiled is None:
@@ -82,33 +80,7 @@ def calibrate(folder: Path, device: str, choice: Choice, texts: Sequence[str], n
                 is_compiled, notice = pays_to_compile(encoder, folder, device, precision, texts, num_documents)
         except ValueError:  # a document of the sample has no vector: its unit says so, with the document's name
             budget, is_compiled = budget or TOKENS_PER_STEP[device], bool(is_compiled)
-    return Calibration(precision, budget, is_compiled, matrix_rate(device, precision), notice)
-
-
-def best_precision(device: str) -> Precision:
-    """Returns ``bf16`` where a small measurement shows that it pays on this machine, else ``float32``.
-
-    No list of processors decides: bf16 without hardware for it runs, several times slower.
-    """
-    seconds = {name: _product_seconds(device, dtype, 1024, 384, 1536, repeats=30) for name, dtype in _DTYPES.items()}
-    return "bf16" if seconds["float32"] >= _BF16_MUST_GAIN * seconds["bf16"] else "float32"
-
-
-def matrix_rate(device: str, precision: Precision, side: int | None = None) -> float:
-    """Returns the floating-point operations per second of a large square matrix product."""
-    side = side or _MATRIX_SIDE[device]
-    return 2.0 * side**3 / _product_seconds(device, _DTYPES[precision], side, side, side, repeats=10)
-
-
-def _product_seconds(device: str, dtype: torch.dtype, rows: int, inner: int, columns: int, repeats: int) -> float:
-    left = torch.full((rows, inner), 0.01, dtype=dtype, device=device)
-    right = torch.full((inner, columns), 0.01, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(repeats):  # the best of many: other work on the machine must not decide
-        start = time.perf_counter()
-        float((left @ right)[0, 0])  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return best
+    return Calibration(precision, budget, is_compiled, rates.matrix_rate(device, precision), notice)
 
 
 def best_budget(encoder: Encoder, device: str, texts: Sequence[str]) -> int:

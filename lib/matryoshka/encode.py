@@ -9,7 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,9 @@ from torch import Tensor
 
 from matryoshka import model
 from matryoshka.packed import Attention, CannotPackError, PackedModel
+from matryoshka.rates import Precision
 from matryoshka.stream import Fetch, Stream, end_of_step
 from matryoshka.tokens import Long, Role, Tokeniser, TokeniserPool, Tokens
-
-Precision = Literal["float32", "bf16"]
 
 # Tokens per step where nothing was measured. CPU: larger steps fall out of the caches.
 TOKENS_PER_STEP = {"cpu": 2_048, "cuda": 65_536}

@@ -9,7 +9,6 @@ import numpy.typing as npt
 
 from matryoshka import metrics, topk, units
 from matryoshka.funnel import Searcher, Shard
-from matryoshka.index import CoarseIndex
 from matryoshka.nested import Float32Array, shrink
 from matryoshka.topk import IntArray
 from matryoshka.vectors import EmbeddingStore, Float16Array
@@ -92,10 +91,10 @@ def _block_search(ids: Sequence[str], block: Float16Array, cut: Float32Array, *,
     """Returns a search through one unit, and how many documents it has."""
     own = [units.document_of(name) for name in ids] if is_chunked else ids
     documents, names = _number(np.asarray(own, dtype=object))
-    shard = Shard(CoarseIndex.build(shrink(block, cut.shape[1]), "Flat"), block)
+    shard = Shard(block)
 
     def search(rows: IntArray, num_asked: int) -> _Candidates:
-        scores, found = shard.shortlist(cut[rows], num_asked)
+        scores, found = shard.scan(cut[rows], num_asked)
         return _Candidates(scores, documents[found], names)
 
     return search, len(names)
@@ -120,9 +119,8 @@ def _best_documents(search: _Search, num_queries: int, num_rows: int, num_result
             found = search(rows, num_asked)
             best, best_names = _pick(found.scores, found.documents, found.names, num_results)
             scores[rows, : best.shape[1]], names[rows, : best.shape[1]] = best, best_names
-            # Only the rows that were asked for are known to be the best; those beyond them need not be complete.
-            first = topk.once_per_document(found.scores[:, :num_asked], found.documents[:, :num_asked])
-            short.append(rows[np.count_nonzero(first > topk.PADDING, axis=1) < num_results])
+            single = topk.once_per_document(found.scores, found.documents)
+            short.append(rows[np.count_nonzero(single > topk.PADDING, axis=1) < num_results])
         pending = np.concatenate(short) if num_asked < num_rows else np.empty(0, np.int64)
         num_asked = min(2 * num_asked, num_rows)
     return scores, names

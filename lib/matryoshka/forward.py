@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from matryoshka.encode import Precision
 from matryoshka.packed import CannotPackError, PackedModel
+from matryoshka.rates import Precision
 from matryoshka.stream import Stream, end_of_step, put
 
 # Tokens of a forward pass. CPU: larger ones fall out of the caches [measured, AMX].

@@ -1,7 +1,9 @@
-"""The funnel: shortlist every document on a narrow prefix, rerank what is left on wider ones.
+"""The funnel: shortlist every document in a coarse space, rerank what is left on wider prefixes.
 
-Each cut is made over all shards together, by (score, id), so the outcome is that of one unsharded search with the same plan.
-Shards may live anywhere: ``Searcher`` only needs a way to call a method on each of them.
+Each cut is made over all shards together, by score, with everything that ties with the last place; the results are ordered by
+(score, id). So the outcome is that of one unsharded search with the same plan, for every kind of coarse index whose scores are
+a function of query and document: all but graphs, which are another graph in every shard. Shards may live anywhere: ``Searcher``
+only needs a way to call a method on each of them.
 """
 
 import functools
@@ -16,63 +18,136 @@ import pyarrow as pa
 
 from matryoshka import topk, vectors
 from matryoshka.index import CoarseIndex
-from matryoshka.nested import Float32Array, FunnelPlan, shrink
+from matryoshka.nested import Float32Array, FunnelPlan, Step, shrink
+from matryoshka.products import Mask, StoredVectors
+from matryoshka.spaces import Space
 from matryoshka.topk import IntArray
 
 COARSE, VECTORS, IDS = "coarse.faiss", "vectors.npy", "ids.arrow"
 
 # Scores closer than this may have been ordered by rounding; both candidates are then looked at.
 _ROUNDING = 1e-5
-_EXTRA = 8
-_GATHER_BYTES = 64 << 20
+_EXTRA_SHARE, _LEAST_EXTRA = 8, 8
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFiles:
+    """Where a shard is: its folder, and the file with the rows that were removed since it was built, if any were."""
+
+    folder: Path
+    removed: Path | None = None
+
+    def resolve(self) -> "ShardFiles":
+        """Returns the same with absolute paths, for other processes."""
+        return ShardFiles(self.folder.resolve(), self.removed.resolve() if self.removed else None)
 
 
 class Shard:
-    """One part of an index: the coarse index, the full vectors (on disk, mapped), and nothing else."""
+    """One part of an index: a coarse index, the stored vectors, and which rows may be found.
 
-    def __init__(self, coarse: CoarseIndex, full: npt.NDArray[np.float16]) -> None:
+    Args:
+        stored: float16 or int8, up to a factor of each vector's own.
+        coarse: None where every search compares all documents.
+        removed: Rows that are gone from the results.
+        device: Where inner products are computed.
+
+    Shapes: stored [N, D], removed [R].
+    """
+
+    def __init__(
+        self,
+        stored: npt.NDArray[Any],
+        coarse: CoarseIndex | None = None,
+        removed: IntArray | None = None,
+        device: str = "cpu",
+    ) -> None:
         self._coarse = coarse
-        self._full = full
+        self._vectors = StoredVectors(stored, device)
+        self._alive: Mask | None = None
+        if removed is not None and len(removed):
+            self._alive = np.ones(len(stored), dtype=bool)
+            self._alive[removed] = False
 
     @classmethod
-    def open(cls, folder: Path) -> "Shard":
+    def open(cls, files: ShardFiles, device: str = "cpu") -> "Shard":
         """Returns the shard in a folder; vectors stay on disk until they are looked at."""
-        return cls(CoarseIndex.read(folder / COARSE), np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False))
+        coarse = files.folder / COARSE
+        stored = np.load(files.folder / VECTORS, mmap_mode="r", allow_pickle=False)
+        removed = np.load(files.removed, allow_pickle=False) if files.removed else None
+        return cls(stored, CoarseIndex.read(coarse) if coarse.exists() else None, removed, device)
 
     @property
     def num_documents(self) -> int:
-        """Documents in the shard."""
-        return int(self._full.shape[0])
+        """Rows of the shard, those included that were removed."""
+        return len(self._vectors)
 
-    def shortlist(self, queries: Float32Array, num_kept: int) -> tuple[Float32Array, IntArray]:
-        """Returns (scores, rows) of a few more than the best ``num_kept`` documents: every one that could belong to them.
+    def num_allowed(self) -> int:
+        """Returns how many rows may be found."""
+        allowed = self._allowed()
+        return self.num_documents if allowed is None else int(np.count_nonzero(allowed))
+
+    def shortlist(self, queries: Float32Array, step: Step) -> tuple[Float32Array, IntArray]:
+        """Returns (scores, rows) of the best documents by the coarse index, and of all that tie with the last of them.
 
         Where the last places are so close that rounding, or a tie, may have decided, more are fetched until a gap shows.
-        Scores are then computed again, one document at a time, so that equal vectors score equally in every shard.
 
-        Shapes: queries [Q, dim] -> [Q, M], [Q, M].
+        Shapes: queries [Q, dim] (coarse vectors) -> [Q, M], [Q, M]; row -1 pads.
         """
-        num_fetched = min(num_kept + _EXTRA, self.num_documents)
-        while True:
-            scores, rows = self._coarse.search(queries, num_fetched)
-            if num_fetched == self.num_documents or not (scores[:, num_kept - 1] - scores[:, -1] < _ROUNDING).any():
-                return self.score(queries, rows), rows
+        assert self._coarse is not None
+        allowed = self._allowed()
+        num_hidden = 0 if allowed is None else int(np.count_nonzero(~allowed))
+        num_fetched = min(step.keep + max(step.keep // _EXTRA_SHARE, _LEAST_EXTRA) + num_hidden, self.num_documents)
+        found: list[tuple[Float32Array, IntArray]] = []
+        order: list[IntArray] = []
+        pending = np.arange(len(queries))
+        while pending.size and self.num_documents:
+            raw, rows = self._coarse.search(queries[pending], num_fetched, dict(step.parameters))
+            scores = raw if allowed is None else np.where((rows >= 0) & allowed[rows], raw, np.float32(topk.PADDING))
+            is_done = (num_fetched == self.num_documents) | _has_gap(scores, raw, step.keep)
+            found.append(topk.cut(scores[is_done], rows[is_done], step.keep))
+            order.append(pending[is_done])
+            pending = pending[~is_done]
             num_fetched = min(2 * num_fetched, self.num_documents)
+        if not order:
+            return _nothing(len(queries))
+        scores, rows = topk.pad(found)
+        back = np.argsort(np.concatenate(order))
+        return scores[back], rows[back]
 
-    def score(self, queries: Float32Array, rows: IntArray) -> Float32Array:
-        """Returns the inner product of each query with the prefixes of its own candidates; row -1 scores ``PADDING``.
+    def scan(self, queries: Float32Array, num_kept: int) -> tuple[Float32Array, IntArray]:
+        """Returns (scores, rows) of the best documents by a prefix of the stored vectors, every one compared; ties are kept.
 
-        Shapes: queries [Q, dim], rows [Q, M] -> [Q, M].
+        Shapes: queries [Q, dim] -> [Q, M], [Q, M]; row -1 pads.
         """
-        dim = queries.shape[1]
-        prefixes = self._full[:, :dim]
-        scores = np.empty(rows.shape, dtype=np.float32)
-        num_queries = max(_GATHER_BYTES // (4 * dim * max(rows.shape[1], 1)), 1)
-        for start in range(0, len(rows), num_queries):
-            part = slice(start, start + num_queries)
-            candidates = shrink(prefixes[rows[part]], dim)
-            scores[part] = np.einsum("qmd,qd->qm", candidates, queries[part])
-        return np.where(rows >= 0, scores, np.float32(topk.PADDING))
+        return self._vectors.best(queries, num_kept, self._allowed()) if self.num_documents else _nothing(len(queries))
+
+    def score(self, queries: Float32Array, numbers: IntArray, rows: IntArray) -> Float32Array:
+        """Returns the inner products of chosen queries with prefixes of chosen documents, pair by pair.
+
+        Shapes: queries [Q, dim], numbers [P] (of queries), rows [P] -> [P].
+        """
+        return self._vectors.score(queries, numbers, rows)
+
+    def _allowed(self) -> Mask | None:
+        return self._alive
+
+
+def _nothing(num_queries: int) -> tuple[Float32Array, IntArray]:
+    return np.empty((num_queries, 0), np.float32), np.empty((num_queries, 0), np.int64)
+
+
+def _has_gap(scores: Float32Array, fetched: Float32Array, num_kept: int) -> Mask:
+    """Returns for which queries the best so many stand clear of everything that was not fetched.
+
+    Args:
+        scores: Of what may be found, ``PADDING`` elsewhere.
+        fetched: Of all that was fetched; a list with ``PADDING`` came out short, so there is no more.
+        num_kept: How many are wanted.
+    """
+    lowest = fetched.min(axis=1)
+    last = -np.partition(-scores, min(num_kept, scores.shape[1]) - 1, axis=1)[:, min(num_kept, scores.shape[1]) - 1]
+    is_clear: Mask = (lowest == topk.PADDING) | (last >= lowest + _ROUNDING)
+    return is_clear
 
 
 class CallShards(Protocol):
@@ -91,12 +166,12 @@ def call_locally(shards: Sequence[Shard]) -> CallShards:
     return call
 
 
-def call_in_turn(folders: Sequence[Path]) -> CallShards:
+def call_in_turn(files: Sequence[ShardFiles]) -> CallShards:
     """Returns a caller that opens one shard after the other: memory holds one of them, and an only one stays open."""
     open_shard = functools.lru_cache(maxsize=1)(Shard.open)
 
     def call(method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        return [getattr(open_shard(folder), method)(*own) for folder, own in zip(folders, arguments, strict=True)]
+        return [getattr(open_shard(own_files), method)(*own) for own_files, own in zip(files, arguments, strict=True)]
 
     return call
 
@@ -116,23 +191,27 @@ class Ranking:
 class Searcher:
     """Searches the shards of one index with one plan.
 
+    A plan whose first step has the dim of the coarse space starts from the coarse index; with another dim it compares that
+    prefix of every document, so a plan of one step at full width is exact search.
+
     Args:
         call: How to reach the shards.
         ids: The ids of each shard's rows.
         plan: The funnel.
+        space: Of the coarse indexes; None where the shards have none.
 
     >>> full = np.eye(4, 8, dtype=np.float16)
-    >>> shard = Shard(CoarseIndex.build(shrink(full, 4), "Flat"), full)
     >>> plan = FunnelPlan.parse(["4:3", "8:2"])
-    >>> searcher = Searcher(call_locally([shard]), [pa.array(["a", "b", "c", "d"])], plan)
+    >>> searcher = Searcher(call_locally([Shard(full)]), [pa.array(["a", "b", "c", "d"])], plan)
     >>> searcher.search(np.array([[0, 0, 1, 0.5, 0, 0, 0, 0]], dtype=np.float32), num_results=2).ids.tolist()
     [['c', 'd']]
     """
 
-    def __init__(self, call: CallShards, ids: Sequence[pa.Array], plan: FunnelPlan) -> None:
+    def __init__(self, call: CallShards, ids: Sequence[pa.Array], plan: FunnelPlan, space: Space | None = None) -> None:
         self._call = call
         self._ids = ids
         self._plan = plan
+        self._space = space
         self._offsets = np.cumsum([0, *(len(part) for part in ids)])
 
     @property
@@ -154,11 +233,13 @@ class Searcher:
         """
         self._check(queries, num_results)
         plan = self._plan.for_results(num_results)
-        scores, documents = self._shortlist(shrink(queries, plan.shortlist.dim), plan.shortlist.keep)
+        scores, documents = self._shortlist(queries, plan.shortlist)
         for step in plan.reranks:
             scores = self._score(shrink(queries, step.dim), documents)
-            scores, documents = self._cut(scores, documents, step.keep)
-        scores, documents = scores[:, :num_results], documents[:, :num_results]
+            scores, documents = topk.cut(scores, documents, step.keep)
+        columns = topk.rank(scores, documents, num_results, self._look_up)
+        columns = columns[:, : int(np.count_nonzero(documents >= 0, axis=1).max(initial=0))]
+        scores, documents = np.take_along_axis(scores, columns, axis=1), np.take_along_axis(documents, columns, axis=1)
         return Ranking(scores, documents, self._look_up(documents))
 
     def score(self, queries: npt.NDArray[np.floating[Any]], documents: IntArray) -> Float32Array:
@@ -182,25 +263,27 @@ class Searcher:
             rows = np.flatnonzero(~np.isfinite(queries).all(axis=1))[:3].tolist()
             raise ValueError(f"search: queries {rows} are not finite. Check the model that made them.")
 
-    def _shortlist(self, queries: Float32Array, num_kept: int) -> tuple[Float32Array, IntArray]:
-        results = self._call("shortlist", [(queries, num_kept)] * len(self._ids))
+    def _shortlist(self, queries: npt.NDArray[np.floating[Any]], step: Step) -> tuple[Float32Array, IntArray]:
+        """Returns the candidates of all shards together."""
+        if self._space and self._space.dim == step.dim:
+            results = self._call("shortlist", [(self._space.queries(queries), step)] * len(self._ids))
+        else:
+            results = self._call("scan", [(shrink(queries, step.dim), step.keep)] * len(self._ids))
         scores = np.concatenate([part for part, _ in results], axis=1)
         documents = np.concatenate(
             [np.where(rows >= 0, rows + offset, -1) for (_, rows), offset in zip(results, self._offsets, strict=False)], axis=1
         )
-        return self._cut(scores, documents, num_kept)
+        return topk.cut(scores, documents, step.keep)
 
     def _score(self, queries: Float32Array, documents: IntArray) -> Float32Array:
-        """Asks each shard for the scores of its own candidates; together they cover all."""
-        sizes = np.diff(self._offsets)
-        local = [documents - offset for offset in self._offsets[:-1]]
-        own = [np.where((rows >= 0) & (rows < size), rows, -1) for rows, size in zip(local, sizes, strict=True)]
-        scores = self._call("score", [(queries, rows) for rows in own])
-        return np.maximum.reduce(scores) if scores else np.empty(documents.shape, np.float32)
-
-    def _cut(self, scores: Float32Array, documents: IntArray, num_kept: int) -> tuple[Float32Array, IntArray]:
-        columns = topk.rank(scores, documents, num_kept, self._look_up)
-        return np.take_along_axis(scores, columns, axis=1), np.take_along_axis(documents, columns, axis=1)
+        """Asks each shard for the scores of its own candidates, and puts them where they belong."""
+        shards = np.where(documents >= 0, np.searchsorted(self._offsets, documents, side="right") - 1, -1)
+        places = [np.nonzero(shards == number) for number in range(len(self._ids))]
+        arguments = [(queries, place[0], documents[place] - offset) for place, offset in zip(places, self._offsets, strict=False)]
+        scores = np.full(documents.shape, topk.PADDING, dtype=np.float32)
+        for place, own in zip(places, self._call("score", arguments), strict=True):
+            scores[place] = own
+        return scores
 
     def _look_up(self, documents: IntArray) -> npt.NDArray[np.object_]:
         found = np.full(documents.shape, "", dtype=object)

@@ -1,5 +1,6 @@
 """The coarse index of a shard. The only room that knows FAISS."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import faiss
@@ -7,23 +8,47 @@ import numpy as np
 import numpy.typing as npt
 
 from matryoshka.nested import Float32Array
+from matryoshka.topk import PADDING
+
+Parameters = Mapping[str, int]
 
 
 class CoarseIndex:
-    """An inner-product index over prefixes of unit length; documents are rows, numbered from 0."""
+    """An inner-product index over coarse vectors; documents are rows, numbered from 0.
+
+    What comes out is a function of a query and a document alone, so that the results of several shards can be compared.
+    """
 
     def __init__(self, index: faiss.Index) -> None:
         self._index = index
 
     @classmethod
-    def build(cls, prefixes: Float32Array, factory: str) -> "CoarseIndex":
-        """Returns an index of the given kind.
+    def train(cls, sample: Float32Array, factory: str) -> "CoarseIndex":
+        """Returns an empty index of the given kind, trained if the kind needs it.
 
-        Shapes: prefixes [N, dim].
+        Shapes: sample [N, dim].
+
+        Raises:
+            ValueError: FAISS cannot train on this sample.
         """
-        index = faiss.index_factory(prefixes.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-        index.add(np.ascontiguousarray(prefixes))
+        index = faiss.index_factory(sample.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        if not index.is_trained:
+            try:
+                index.train(np.ascontiguousarray(sample))
+            except RuntimeError as error:
+                reason = f"cannot be trained on {len(sample)} documents ({_reason(error)})"
+                raise ValueError(f"--coarse-index {factory}: {reason}. Choose a smaller one, or Flat.") from None
         return cls(index)
+
+    @classmethod
+    def build(cls, vectors: Float32Array, factory: str) -> "CoarseIndex":
+        """Returns an index of the given kind, trained on the very vectors that it holds.
+
+        Shapes: vectors [N, dim].
+        """
+        index = cls.train(vectors, factory)
+        index.add(vectors)
+        return index
 
     @classmethod
     def read(cls, path: Path) -> "CoarseIndex":
@@ -33,45 +58,116 @@ class CoarseIndex:
             ValueError: FAISS cannot read the file.
         """
         try:
-            return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP))
+            return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC))
         except RuntimeError as error:
-            raise ValueError(f"{path}: not a FAISS index ({str(error).splitlines()[0]}). Run python -m jobs.index.") from None
+            raise ValueError(f"{path}: not a FAISS index ({_reason(error)}). Run python -m jobs.index.") from None
 
     def write(self, path: Path) -> None:
         """Writes FAISS's own file format."""
         faiss.write_index(self._index, str(path))
+
+    def copy(self) -> "CoarseIndex":
+        """Returns another index with the same training and the same documents."""
+        return CoarseIndex(faiss.deserialize_index(faiss.serialize_index(self._index)))  # not every kind can be cloned
+
+    def add(self, vectors: Float32Array) -> None:
+        """Adds documents after those that are there.
+
+        Shapes: vectors [N, dim].
+        """
+        self._index.add(np.ascontiguousarray(vectors, dtype=np.float32))
 
     @property
     def ntotal(self) -> int:
         """Documents in the index."""
         return int(self._index.ntotal)
 
-    def search(self, queries: Float32Array, num_results: int) -> tuple[Float32Array, npt.NDArray[np.int64]]:
-        """Returns (scores, rows), best first; row -1 pads lists that came out short.
+    @property
+    def dim(self) -> int:
+        """Width of the coarse vectors."""
+        return int(self._index.d)
+
+    def search(
+        self, queries: Float32Array, num_results: int, parameters: Parameters | None = None
+    ) -> tuple[Float32Array, npt.NDArray[np.int64]]:
+        """Returns (scores, rows), best first as far as rounding goes; row -1 pads lists that came out short.
 
         Shapes: queries [Q, dim] -> [Q, num_results], [Q, num_results].
         """
-        scores, rows = self._index.search(np.ascontiguousarray(queries, dtype=np.float32), num_results)
+        for name, value in (parameters or {}).items():
+            faiss.ParameterSpace().set_index_parameter(self._index, name, value)
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        scores, rows = self._index.search(queries, num_results)
+        if isinstance(self._index, faiss.IndexFlat) and queries.size:
+            # A large batch is one matrix product, whose sums depend on its shape: once more, vector by vector.
+            self._index.compute_distance_subset(  # type: ignore[attr-defined]
+                len(queries), faiss.swig_ptr(queries), num_results, faiss.swig_ptr(scores), faiss.swig_ptr(rows)
+            )
+        scores[rows < 0] = PADDING
         return scores, rows
 
 
-def check_factory(factory: str, dim: int) -> None:
-    """Builds a small index of a kind, to see that it can be done.
+def is_trained(factory: str, dim: int) -> bool:
+    """Returns whether a kind of index takes vectors as they come."""
+    return bool(faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT).is_trained)
+
+
+def check_parameters(factory: str, dim: int, parameters: Parameters) -> None:
+    """Checks that a kind of index has search parameters of these names.
 
     Raises:
-        ValueError: FAISS knows no such index, it must learn from data first, or it cannot hold vectors as they come.
+        ValueError: It has not.
+    """
+    probe = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    for name, value in parameters.items():
+        try:
+            faiss.ParameterSpace().set_index_parameter(probe, name, value)
+        except RuntimeError:
+            raise ValueError(f"plan: an index of kind {factory} has no parameter '{name}'. Leave it out.") from None
+
+
+def check_factory(factory: str, dim: int, num_documents: int) -> None:
+    """Checks that FAISS has such an index, and that so many documents can be put into it.
+
+    Raises:
+        ValueError: It has not, it must learn from more documents than there are, or it loses vectors.
     """
     try:
         probe = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError:
-        raise ValueError(f"--coarse-index {factory}: not a FAISS factory string. Write for example Flat or HNSW32.") from None
+        raise ValueError(
+            f"--coarse-index {factory}: not a FAISS factory string for {dim} dims. Write for example Flat or HNSW32."
+        ) from None
     if not probe.is_trained:
-        raise ValueError(f"--coarse-index {factory}: needs training. Choose one that does not, such as Flat or HNSW32.")
+        needed = _needed_documents(probe)
+        if num_documents < needed:
+            raise ValueError(
+                f"--coarse-index {factory}: needs {needed} documents to learn from, and there are {num_documents}. Choose a"
+                " smaller one, or Flat."
+            )
+        return
     random = np.random.default_rng(0).standard_normal((dim, min(4, dim)))
     known = np.linalg.qr(random).Q.T.astype(np.float32)
     try:
         _, rows = CoarseIndex.build(known, factory).search(known, 1)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         rows = np.empty((0, 1), dtype=np.int64)
     if rows.ravel().tolist() != list(range(len(known))):
         raise ValueError(f"--coarse-index {factory}: does not find unit vectors again. Choose Flat or HNSW32.")
+
+
+def _needed_documents(index: faiss.Index) -> int:
+    """Returns how many documents a kind of index needs to be trained: one for each of its centroids."""
+    needed = 1
+    inner = faiss.downcast_index(index)
+    if isinstance(inner, faiss.IndexPreTransform):
+        inner = faiss.downcast_index(inner.index)
+    if isinstance(inner, faiss.IndexIVF):
+        needed = int(inner.nlist)
+    quantiser = getattr(inner, "pq", None)
+    return max(needed, int(quantiser.ksub) if quantiser is not None else 1)
+
+
+def _reason(error: RuntimeError) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

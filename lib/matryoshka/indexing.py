@@ -4,18 +4,26 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from matryoshka import artifacts, funnel, storage, units, vectors
+from matryoshka import artifacts, funnel, spaces, storage, units, vectors
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
-from matryoshka.funnel import COARSE, IDS, VECTORS, CallShards, Searcher, Shard
-from matryoshka.index import CoarseIndex
-from matryoshka.nested import FunnelPlan, shrink
-from matryoshka.vectors import EmbeddingStore
+from matryoshka.funnel import COARSE, IDS, VECTORS, CallShards, Searcher, Shard, ShardFiles
+from matryoshka.index import CoarseIndex, check_parameters, is_trained
+from matryoshka.nested import FunnelPlan
+from matryoshka.spaces import Kind, Space
+from matryoshka.vectors import EmbeddingStore, Float16Array
 
-SHARDS = "shards"
+SHARDS, TRAINED, SPACE = "shards", "trained", "space.npz"
+NO_INDEX = "none"
+
+Storage = Literal["float16", "int8"]
+
+_DTYPES = {"float16": np.float16, "int8": np.int8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +33,7 @@ class ShardPlan:
     key: str
     store: Path
     files: tuple[FileRecord, ...]
+    num_rows: int
 
 
 def plan_shards(store: EmbeddingStore, num_shards: int, previous: Mapping[str, int]) -> tuple[dict[str, int], list[ShardPlan]]:
@@ -47,28 +56,129 @@ def plan_shards(store: EmbeddingStore, num_shards: int, previous: Mapping[str, i
         own = [receipts[slot] for slot in slots if slots[slot] == shard and receipts[slot].num_rows]
         if own:
             content = storage.digest_json([[receipt.key, receipt.files[0].digest] for receipt in own])
-            files = tuple(receipt.files[0] for receipt in own)
-            plans.append(ShardPlan(f"{shard:05d}-{content[:16]}", store.folder.absolute(), files))
+            files, num_rows = tuple(receipt.files[0] for receipt in own), sum(receipt.num_rows for receipt in own)
+            plans.append(ShardPlan(f"{shard:05d}-{content[:16]}", store.folder.absolute(), files, num_rows))
     return slots, plans
 
 
-def build_shard(plan: ShardPlan, coarse_dim: int, factory: str, folder: Path) -> Receipt:
-    """Builds one shard, publishes its folder, and returns its receipt.
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What an index is made of.
+
+    Attributes:
+        space: Kind of the coarse space.
+        dim: Of coarse vectors.
+        factory: FAISS factory string of the coarse indexes; ``NO_INDEX``: none, every search compares all documents.
+        storage: How full vectors are kept; int8 takes half the room, and has 254 steps up to a vector's largest component.
+    """
+
+    space: Kind
+    dim: int
+    factory: str
+    storage: Storage = "float16"
+
+    @property
+    def has_index(self) -> bool:
+        """Whether shards have a coarse index."""
+        return self.factory != NO_INDEX
+
+
+def needs_training(layout: Layout) -> bool:
+    """Returns whether shards share something that is learned from documents."""
+    return layout.space != "prefix" or (layout.has_index and not is_trained(layout.factory, layout.dim))
+
+
+def train(store: EmbeddingStore, layout: Layout, queries: Float16Array | None, num_sampled: int, folder: Path) -> Receipt:
+    """Learns what all shards share from a sample of documents, drawn evenly from all units; publishes and returns its receipt.
+
+    Args:
+        store: The embeddings.
+        layout: What to learn.
+        queries: Vectors of real queries, for a projection.
+        num_sampled: Documents to learn from, at most.
+        folder: Of the index.
+
+    Raises:
+        ValueError: An embedding file is not what its receipt says, or there are too few documents to learn from.
+    """
+    start = time.perf_counter()
+    sample = _sample(store, num_sampled)
+    space = spaces.learn(layout.space, layout.dim, sample, queries)
+    index = CoarseIndex.train(space.documents(sample), layout.factory)
+    target = folder / TRAINED
+    with storage.publish(target) as temporary:
+        temporary.mkdir()
+        space.write(temporary / SPACE)
+        index.write(temporary / COARSE)
+    files = tuple(FileRecord.of(folder, target / name) for name in (SPACE, COARSE))
+    return Receipt(TRAINED, 0, files, {"num_sampled": len(sample), "seconds": round(time.perf_counter() - start, 3)})
+
+
+def _sample(store: EmbeddingStore, num_sampled: int) -> Float16Array:
+    """Returns the vectors at even distances in the store's order."""
+    num_rows = store.manifest.num_rows
+    wanted = np.unique(np.linspace(0, num_rows - 1, min(num_sampled, num_rows)).astype(np.int64))
+    parts, start = [], 0
+    for _, block in store.blocks():
+        own = wanted[(wanted >= start) & (wanted < start + len(block))] - start
+        parts.append(block[own])
+        start += len(block)
+    return np.concatenate(parts)
+
+
+def build_shard(plan: ShardPlan, layout: Layout, folder: Path) -> Receipt:
+    """Builds one shard, publishes its folder, and returns its receipt; memory holds one unit and the coarse index.
 
     Raises:
         ValueError: An embedding file is missing or not what its receipt says.
     """
     start = time.perf_counter()
-    parts = [vectors.read_unit(artifacts.check_file(plan.store, file)) for file in plan.files]
-    full = np.concatenate([part for _, part in parts])
+    space, index = open_trained(folder, layout)
     target = folder / SHARDS / plan.key
+    all_ids, done = [], 0
     with storage.publish(target) as temporary:
         temporary.mkdir()
-        CoarseIndex.build(shrink(full[:, :coarse_dim], coarse_dim), factory).write(temporary / COARSE)
-        np.save(temporary / VECTORS, full, allow_pickle=False)
-        vectors.write_ids(temporary / IDS, [ids for ids, _ in parts])
-    files = tuple(FileRecord.of(folder, target / name) for name in (COARSE, VECTORS, IDS))
-    return Receipt(plan.key, len(full), files, {"seconds": round(time.perf_counter() - start, 3)})
+        stored: Any = None
+        for file in plan.files:
+            ids, block = vectors.read_unit(artifacts.check_file(plan.store, file))
+            if stored is None:
+                shape = (plan.num_rows, block.shape[1])
+                stored = np.lib.format.open_memmap(temporary / VECTORS, "w+", _DTYPES[layout.storage], shape)
+            stored[done : done + len(block)] = pack(block, layout.storage)
+            if index:
+                index.add(space.documents(block))
+            all_ids.append(ids)
+            done += len(block)
+        stored.flush()
+        vectors.write_ids(temporary / IDS, all_ids)
+        if index:
+            index.write(temporary / COARSE)
+    names = (COARSE, VECTORS, IDS) if index else (VECTORS, IDS)
+    files = tuple(FileRecord.of(folder, target / name) for name in names)
+    return Receipt(plan.key, done, files, {"seconds": round(time.perf_counter() - start, 3)})
+
+
+def open_trained(folder: Path, layout: Layout) -> tuple[Space, CoarseIndex | None]:
+    """Returns the coarse space of an index, and an empty coarse index; what needs no training is made here."""
+    if not (folder / TRAINED).is_dir():
+        space = Space("prefix", layout.dim)
+        return space, CoarseIndex.train(np.empty((0, layout.dim), np.float32), layout.factory) if layout.has_index else None
+    return Space.read(folder / TRAINED / SPACE), CoarseIndex.read(folder / TRAINED / COARSE).copy()
+
+
+def pack(block: Float16Array, storage_kind: Storage) -> npt.NDArray[Any]:
+    """Returns vectors as they are stored; int8 has the direction only, since vectors are brought to unit length when used.
+
+    Shapes: block [N, D] -> [N, D].
+    """
+    if storage_kind == "float16":
+        return block
+    wide = block.astype(np.float32)
+    largest = np.abs(wide).max(axis=1, keepdims=True)
+    packed: npt.NDArray[np.int8] = np.rint(np.divide(127 * wide, largest, out=np.zeros_like(wide), where=largest > 0)).astype(
+        np.int8
+    )
+    return packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,24 +202,35 @@ class IndexStore:
         return cls(folder, manifest)
 
     @property
-    def plan(self) -> FunnelPlan:
-        """The funnel that the index was built for."""
-        return FunnelPlan.parse(self.manifest.identity["plan"])
+    def layout(self) -> Layout:
+        """What the index is made of."""
+        identity = self.manifest.identity
+        return Layout(identity["space"], int(identity["dim"]), identity["coarse_index"], identity["storage"])
 
     @property
-    def shard_folders(self) -> list[Path]:
+    def plan(self) -> FunnelPlan:
+        """The funnel that the index is searched with if nothing else is said."""
+        return FunnelPlan.parse(self.manifest.facts["plan"])
+
+    @property
+    def width(self) -> int:
+        """D, the dims of a full vector."""
+        return int(self.manifest.facts["width"])
+
+    @property
+    def shards(self) -> list[ShardFiles]:
         """Where each shard is, in order."""
-        return [self.folder / SHARDS / receipt.key for receipt in self.manifest.receipts]
+        return [ShardFiles(self.folder / SHARDS / receipt.key) for receipt in self.manifest.receipts if receipt.key != TRAINED]
 
     def open_ids(self) -> list[pa.Array]:
         """Returns the ids of every shard, mapped from disk."""
-        return [vectors.open_ids(folder / IDS) for folder in self.shard_folders]
+        return [vectors.open_ids(shard.folder / IDS) for shard in self.shards]
 
     def searcher(self, plan: FunnelPlan | None = None, call: CallShards | None = None) -> Searcher:
         """Returns a searcher over all shards.
 
         Args:
-            plan: Another funnel than the index's own; its shortlist must be of the dim that the index was built for.
+            plan: Another funnel than the index's own.
             call: How to reach the shards; by default they are opened in this process.
 
         Raises:
@@ -117,8 +238,13 @@ class IndexStore:
         """
         plan = plan or self.plan
         self.check_plan(plan)
-        shards = call or funnel.call_locally([Shard.open(path) for path in self.shard_folders])
-        return Searcher(shards, self.open_ids(), plan)
+        space, index = open_trained(self.folder, self.layout)
+        return Searcher(
+            call or funnel.call_locally([Shard.open(files) for files in self.shards]),
+            self.open_ids(),
+            plan,
+            space if index else None,
+        )
 
     def check_plan(self, plan: FunnelPlan) -> None:
         """Checks that the index can be searched with a plan.
@@ -126,9 +252,13 @@ class IndexStore:
         Raises:
             ValueError: The plan does not fit the index.
         """
-        width = int(self.manifest.facts["width"])
-        if plan.shortlist.dim != self.plan.shortlist.dim or plan.steps[-1].dim > width:
-            raise ValueError(
-                f"{self.folder}: was built for a shortlist of {self.plan.shortlist.dim} of {width} dims, the plan is"
-                f" {plan.describe()}. Change the plan, or build another index."
-            )
+        layout = self.layout
+        if plan.steps[-1].dim > self.width:
+            raise ValueError(f"{self.folder}: vectors have {self.width} dims, the plan is {plan.describe()}. Change the plan.")
+        if plan.shortlist.parameters:
+            if not layout.has_index or plan.shortlist.dim != layout.dim:
+                raise ValueError(
+                    f"{self.folder}: the plan {plan.describe()} has parameters of a coarse index, which this index has for"
+                    f" {layout.dim if layout.has_index else 'no'} dims. Change the plan."
+                )
+            check_parameters(layout.factory, layout.dim, dict(plan.shortlist.parameters))

@@ -305,7 +305,7 @@ class Sources:
 
     def miner(self) -> Miner:
         """Returns the miner; one shard of the index at a time is in memory."""
-        searcher = self.index.searcher(call=funnel.call_in_turn(self.index.shard_folders))
+        searcher = self.index.searcher(call=funnel.call_in_turn(self.index.shards))
         known = Relation.open(self.work / KNOWN)
         return Miner(searcher, Documents.open(self.work / DOCUMENTS), known, self.rules)
 

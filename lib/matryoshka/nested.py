@@ -5,7 +5,7 @@ The only place in the project that cuts and renormalises, and the home of the fu
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,10 +74,15 @@ def check_dims(dims: Iterable[int], width: int, place: str, declared: Sequence[i
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One pass of a funnel: score at ``dim``, keep the best ``keep``."""
+    """One pass of a funnel: score at ``dim``, keep the best ``keep``; ``parameters`` are the coarse index's own (``nprobe``)."""
 
     dim: int
     keep: int
+    parameters: tuple[tuple[str, int], ...] = ()
+
+    def __str__(self) -> str:
+        """The step as it is written on a command line."""
+        return ":".join([str(self.dim), str(self.keep), *(f"{name}={value}" for name, value in self.parameters)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +90,10 @@ class FunnelPlan:
     """How to search coarse to fine: the first step makes the shortlist from all documents, each later one reranks.
 
     Raises:
-        ValueError: There is no step, dims do not grow, or a later step keeps more than the one before it.
+        ValueError: There is no step, dims do not grow, a later step keeps more than the one before it or has parameters.
 
-    >>> FunnelPlan((Step(64, 200), Step(384, 50))).describe()
-    '64d keep 200 > 384d keep 50'
+    >>> FunnelPlan((Step(64, 200, (("nprobe", 16),)), Step(384, 50))).describe()
+    '64d keep 200 (nprobe 16) > 384d keep 50'
     """
 
     steps: tuple[Step, ...]
@@ -96,13 +101,16 @@ class FunnelPlan:
     def __post_init__(self) -> None:
         if not self.steps:
             raise ValueError("funnel: no steps. Give at least one, as dim:keep.")
-        if min(min(step.dim, step.keep) for step in self.steps) < 1:
-            raise ValueError(f"funnel: {self.describe()} has a dim or a shortlist below 1. Give positive numbers.")
+        numbers = [number for step in self.steps for number in (step.dim, step.keep, *(value for _, value in step.parameters))]
+        if min(numbers) < 1:
+            raise ValueError(f"funnel: {self.describe()} has a number below 1. Give positive numbers.")
         for step, later in itertools.pairwise(self.steps):
             if later.dim <= step.dim or later.keep > step.keep:
                 raise ValueError(
                     f"funnel: {self.describe()} does not narrow. Each step needs a larger dim and no longer a shortlist."
                 )
+            if later.parameters:
+                raise ValueError(f"funnel: {self.describe()} has parameters in a later step. They belong to the first one.")
 
     @property
     def shortlist(self) -> Step:
@@ -116,26 +124,40 @@ class FunnelPlan:
 
     def describe(self) -> str:
         """Returns the plan on one line, for people."""
-        return " > ".join(f"{step.dim}d keep {step.keep}" for step in self.steps)
+
+        def words(step: Step) -> str:
+            own = ", ".join(f"{name} {value}" for name, value in step.parameters)
+            return f"{step.dim}d keep {step.keep}{own and f' ({own})'}"
+
+        return " > ".join(map(words, self.steps))
+
+    @property
+    def parts(self) -> list[str]:
+        """The plan as ``parse`` reads it."""
+        return [str(step) for step in self.steps]
 
     def for_results(self, num_results: int) -> "FunnelPlan":
         """Returns the plan with every shortlist at least as long as the results asked for."""
-        return FunnelPlan(tuple(Step(step.dim, max(step.keep, num_results)) for step in self.steps))
+        return FunnelPlan(tuple(replace(step, keep=max(step.keep, num_results)) for step in self.steps))
 
     @classmethod
     def parse(cls, parts: Sequence[str]) -> "FunnelPlan":
-        """Returns the plan that parts such as ``("64:200", "384:50")`` give.
+        """Returns the plan that parts such as ``("64:200:nprobe=16", "384:50")`` give.
 
         Raises:
-            ValueError: A part is not ``dim:keep``, or the plan does not narrow.
+            ValueError: A part is not ``dim:keep`` with parameters after it, or the plan does not narrow.
         """
-        steps = []
-        for part in parts:
-            dim, _, keep = part.partition(":")
-            if not (dim.strip().isdecimal() and keep.strip().isdecimal()):
-                raise ValueError(f"funnel: '{part}' is not dim:keep. Write for example 64:200,384:50.")
-            steps.append(Step(int(dim), int(keep)))
-        return cls(tuple(steps))
+        return cls(tuple(_parse_step(part) for part in parts))
+
+
+def _parse_step(part: str) -> Step:
+    dim, _, rest = part.partition(":")
+    keep, *own = rest.split(":")
+    pairs = [tuple(word.strip() for word in text.split("=")) for text in own]
+    are_numbers = all(text.strip().isdecimal() for text in (dim, keep, *(pair[-1] for pair in pairs)))
+    if not are_numbers or any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"funnel: '{part}' is not dim:keep. Write for example 64:200,384:100 or 64:200:nprobe=16,384:100.")
+    return Step(int(dim), int(keep), tuple((name, int(value)) for name, value in pairs))
 
 
 def default_plan(dims: Sequence[int]) -> FunnelPlan:

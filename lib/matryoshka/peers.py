@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from matryoshka import calibration, model
+from matryoshka import model, rates
 
 Run = Callable[[Mapping[str, npt.NDArray[np.int64]]], npt.NDArray[np.float32]]
 
@@ -140,7 +140,7 @@ def prepare(name: str, folder: Path, device: str, texts: Sequence[str], scratch:
         with _silence():
             setup = Setup(name, folder, device, "int8", sizes[0], _BUILDERS[name](folder, texts, scratch))
     else:
-        precision = calibration.best_precision(device) if name == "tuned" else "float32"
+        precision = rates.best_precision(device) if name == "tuned" else "float32"
         setup = Setup(name, folder, device, precision, sizes[0])
     if len(sizes) == 1:
         return setup

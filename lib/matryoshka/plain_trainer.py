@@ -20,8 +20,8 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, TrainerCallback
 
 from matryoshka import model
-from matryoshka.encode import Precision
 from matryoshka.nested import shrink
+from matryoshka.rates import Precision
 from matryoshka.recipe import Recipe
 
 _SCALE = 20.0  # of cosines, by which sentence-transformers multiplies them

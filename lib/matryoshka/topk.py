@@ -3,7 +3,7 @@
 The order is: higher score first, then smaller id. An entry with score -inf is padding and ranks last.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,46 @@ def rank(scores: npt.NDArray[np.float32], documents: IntArray, num_kept: int, id
         resolved = np.lexsort((keys, -ranked[rows]), axis=1)
         order[rows] = np.take_along_axis(order[rows], resolved, axis=1)
     return order[:, :num_kept]
+
+
+def cut(scores: npt.NDArray[np.float32], documents: IntArray, num_kept: int) -> tuple[npt.NDArray[np.float32], IntArray]:
+    """Returns the best ``num_kept`` candidates of each query and all that tie with the last of them, in no order; -1 pads.
+
+    Without an order among equals no id is looked up, and the outcome is the same however documents were sharded.
+
+    Shapes: scores [Q, M], documents [Q, M] -> [Q, L], [Q, L].
+
+    >>> cut(np.array([[0.5, 0.9, 0.5, 0.1]], np.float32), np.array([[4, 8, 5, 6]]), 2)[1].tolist()
+    [[8, 4, 5]]
+    """
+    num_columns = scores.shape[1]
+    if num_columns <= num_kept:
+        return scores, documents
+    order = np.argpartition(-scores, num_kept - 1, axis=1)
+    last = np.take_along_axis(scores, order[:, num_kept - 1 : num_kept], axis=1)
+    width = max(int(np.count_nonzero((scores >= last) & (scores > PADDING), axis=1).max(initial=0)), num_kept)
+    if num_kept < width < num_columns:
+        order = np.argpartition(-scores, width - 1, axis=1)
+    order = order[:, :width]
+    best, found = np.take_along_axis(scores, order, axis=1), np.take_along_axis(documents, order, axis=1)
+    is_kept = (best >= last) & (best > PADDING)
+    return np.where(is_kept, best, np.float32(PADDING)), np.where(is_kept, found, -1)
+
+
+def pad(parts: Sequence[tuple[npt.NDArray[np.float32], IntArray]]) -> tuple[npt.NDArray[np.float32], IntArray]:
+    """Returns the candidates of several lots of queries as one, padded to the longest list.
+
+    Shapes: each [Q, M] with a Q and an M of its own.
+    """
+    width = max((scores.shape[1] for scores, _ in parts), default=0)
+    num_queries = sum(len(scores) for scores, _ in parts)
+    all_scores, all_documents = np.full((num_queries, width), PADDING, np.float32), np.full((num_queries, width), -1)
+    start = 0
+    for scores, documents in parts:
+        all_scores[start : start + len(scores), : scores.shape[1]] = scores
+        all_documents[start : start + len(scores), : scores.shape[1]] = documents
+        start += len(scores)
+    return all_scores, all_documents
 
 
 def once_per_document(scores: npt.NDArray[np.float32], documents: IntArray) -> npt.NDArray[np.float32]:

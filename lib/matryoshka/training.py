@@ -25,9 +25,9 @@ from transformers import PrinterCallback, TrainerCallback
 from matryoshka import batches, checkpoints, examples, layers, losses, model
 from matryoshka.batches import BatchPlan
 from matryoshka.dev import HEADLINE, DevEvaluator, DevSet
-from matryoshka.encode import Precision
 from matryoshka.examples import Examples
 from matryoshka.forward import TrainingForward, features_of
+from matryoshka.rates import Precision
 from matryoshka.recipe import Recipe
 from matryoshka.stream import Fetch, put
 from matryoshka.tokens import Role, Tokeniser, Tokens

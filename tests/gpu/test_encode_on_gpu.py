@@ -10,8 +10,9 @@ import torch
 
 from matryoshka import calibration, model
 from matryoshka.calibration import Choice
-from matryoshka.encode import Encoder, Precision
+from matryoshka.encode import Encoder
 from matryoshka.model import ModelInfo
+from matryoshka.rates import Precision
 from matryoshka.tokens import Long
 
 TEXTS = ["one", "", *(" ".join(texts.WORDS[: 1 + number % len(texts.WORDS)]) for number in range(300)), "word " * 2_000]

@@ -12,9 +12,9 @@ import tiny_model
 import torch
 
 from matryoshka import model, training
-from matryoshka.encode import Precision
 from matryoshka.forward import TrainingForward, features_of
 from matryoshka.model import ModelInfo
+from matryoshka.rates import Precision
 
 TEXTS = [" ".join(texts.WORDS[: 1 + number % 200]) for number in range(48)]
 

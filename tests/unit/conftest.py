@@ -11,7 +11,7 @@ import pytest
 from matryoshka import indexing, model, vectors
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.encode import Encoder
-from matryoshka.indexing import IndexStore
+from matryoshka.indexing import IndexStore, Layout
 from matryoshka.model import ModelInfo
 from matryoshka.nested import shrink
 from matryoshka.vectors import EmbeddingStore
@@ -80,9 +80,9 @@ def make_index(tmp_path: Path) -> Callable[..., IndexStore]:
     def make(store: EmbeddingStore, num_shards: int = 2, name: str = "index") -> IndexStore:
         folder = tmp_path / name
         slots, plans = indexing.plan_shards(store, num_shards, {})
-        receipts = tuple(indexing.build_shard(plan, 4, "Flat", folder) for plan in plans)
-        identity = {"model": "m", "plan": ["4:5", f"{store.width}:3"]}
-        facts = {"slots": slots, "width": store.width}
+        receipts = tuple(indexing.build_shard(plan, Layout("prefix", 4, "Flat"), folder) for plan in plans)
+        identity = {"model": "m", "space": "prefix", "dim": 4, "coarse_index": "Flat", "storage": "float16"}
+        facts = {"slots": slots, "width": store.width, "plan": ["4:5", f"{store.width}:3"]}
         Manifest("index", identity, {"embeddings": "e"}, facts, receipts, is_complete=True).write(folder)
         return IndexStore.open(folder)
 

@@ -37,8 +37,8 @@ PURE = ("units", "nested", "topk", "clock", "batches")
 LAYERS = [
     {"config", "units", "nested", "topk", "clock", "batches"},
     {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves"}
-    | {"splits", "sources", "partitions", "leaks", "chunks"},
-    {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "funnel"}
+    | {"splits", "sources", "partitions", "leaks", "chunks", "rates"},
+    {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "products", "spaces", "funnel"}
     | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"},
     {"preparation", "mining", "training", "card", "embedding", "indexing", "evaluation", "report", "verification"}
     | {"calibration", "peers", "plain_trainer"},

@@ -84,19 +84,3 @@ def test_a_sample_is_as_large_as_asked_for_or_holds_the_texts_several_times(fold
 
 def test_without_documents_nothing_is_compiled(folder: Path):
     assert not calibration.calibrate(folder, "cpu", Choice("float32", 512), [], 10**9).is_compiled
-
-
-def test_bf16_must_pay_to_be_chosen(monkeypatch: pytest.MonkeyPatch):
-    def pretend(_device: str, dtype: object, *_: int, **__: int) -> float:
-        return {"torch.float32": 1.0, "torch.bfloat16": ratio}[str(dtype)]
-
-    monkeypatch.setattr(calibration, "_product_seconds", pretend)
-    ratio = 0.9
-    assert calibration.best_precision("cpu") == "float32"
-    ratio = 0.5
-    assert calibration.best_precision("cpu") == "bf16"
-
-
-def test_the_matrix_rate_counts_a_multiplication_and_an_addition_per_element(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(calibration, "_product_seconds", lambda *_, **__: 2.0)
-    assert calibration.matrix_rate("cpu", "float32", side=10) == 1000.0

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from matryoshka.funnel import Ranking, Searcher, Shard, call_locally
 from matryoshka.index import CoarseIndex
-from matryoshka.nested import FunnelPlan, shrink
+from matryoshka.nested import FunnelPlan, Step, shrink
+from matryoshka.spaces import Space
 
 Make = Callable[..., np.ndarray]
 WIDTH = 12
@@ -30,8 +31,10 @@ def corpora(draw: st.DrawFn) -> tuple[np.ndarray, list[str], np.ndarray]:
 def search(full: np.ndarray, ids: list[str], cuts: Sequence[int], plan: FunnelPlan, queries: np.ndarray, k: int) -> Ranking:
     edges = sorted({0, len(full), *(cut for cut in cuts if cut < len(full))})
     parts = [(full[start:stop], pa.array(ids[start:stop])) for start, stop in pairwise(edges)]
-    shards = [Shard(CoarseIndex.build(shrink(block, plan.shortlist.dim), "Flat"), block) for block, _ in parts]
-    return Searcher(call_locally(shards), [names for _, names in parts], plan).search(queries, k)
+    shards = [Shard(block, CoarseIndex.build(shrink(block, plan.shortlist.dim), "Flat")) for block, _ in parts]
+    return Searcher(call_locally(shards), [names for _, names in parts], plan, Space("prefix", plan.shortlist.dim)).search(
+        queries, k
+    )
 
 
 def brute_force(full: np.ndarray, ids: list[str], plan: FunnelPlan, query: np.ndarray, k: int) -> list[str]:
@@ -40,7 +43,9 @@ def brute_force(full: np.ndarray, ids: list[str], plan: FunnelPlan, query: np.nd
         prefixes, prefix = full[:, : step.dim].astype(np.float64), query[: step.dim].astype(np.float64)
         scores = prefixes @ prefix / np.linalg.norm(prefixes, axis=1)
         # Equal vectors score equally, but for the order of their sums; different ones differ by far more than 1e-9.
-        kept = sorted(kept, key=lambda row, scores=scores: (-round(scores[row], 9), ids[row]))[: step.keep]
+        kept = sorted(kept, key=lambda row, scores=scores: (-round(scores[row], 9), ids[row]))
+        last = round(scores[kept[: step.keep][-1]], 9)
+        kept = [row for row in kept if round(scores[row], 9) >= last]
     return [ids[row] for row in kept[:k]]
 
 
@@ -96,13 +101,13 @@ def test_scores_are_inner_products_of_unit_vectors_best_first(
 
 @pytest.mark.parametrize("dim", [3, 37, 384, 1000])
 def test_equal_vectors_score_equally_wherever_they_stand(random_vectors: Make, dim: int):
-    full = random_vectors(3, dim)[np.arange(2000) % 3]
-    shard = Shard(CoarseIndex.build(shrink(full[:1], dim), "Flat"), full)
+    shard = Shard(random_vectors(3, dim)[np.arange(2000) % 3])
     queries = shrink(random_vectors(2, dim, 1), dim)
-    whole = shard.score(queries, np.tile(np.arange(2000), (2, 1)))
+    numbers, rows = np.repeat([0, 1], 2000), np.tile(np.arange(2000), 2)
+    whole = shard.score(queries, numbers, rows).reshape(2, 2000)
     assert all(len(np.unique(whole[query, start::3])) == 1 for query in range(2) for start in range(3))
-    alone = shard.score(queries[1:], np.array([[5]]))
-    assert alone[0, 0] == whole[1, 5]
+    alone = shard.score(queries[1:], np.array([0]), np.array([5]))
+    assert alone[0] == whole[1, 5]
 
 
 def test_equal_vectors_tie_in_a_shortlist_whatever_the_size_of_their_shards(random_vectors: Make):
@@ -114,26 +119,55 @@ def test_equal_vectors_tie_in_a_shortlist_whatever_the_size_of_their_shards(rand
     assert found == [brute_force(full, ids, plan, query, 30) for query in queries]
 
 
-def test_scores_are_exact_where_the_coarse_index_only_rounds(random_vectors: Make):
-    full, queries = random_vectors(50, 8), shrink(random_vectors(4, 8, 1), 4)
-    scores, rows = Shard(CoarseIndex.build(shrink(full, 4), "SQfp16"), full).shortlist(queries, 5)
-    exact = np.take_along_axis(queries @ shrink(full, 4).T, rows, axis=1)
-    # Four float32 products; the index itself keeps 11 bits of each component and is off by up to 5e-4.
-    np.testing.assert_allclose(scores, exact, atol=1e-6)
+INNER = ["Flat", "SQ8", "PQ11x4fs", "RaBitQ", "RaBitQfs"]
+KINDS = [*INNER, "SQfp16", "PQ11x4", *(f"IVF3,{kind}" for kind in INNER)]
 
 
-def test_padding_rows_score_below_everything(random_vectors: Make):
-    shard = Shard(CoarseIndex.build(shrink(random_vectors(2, 8), 8), "Flat"), random_vectors(2, 8))
-    scores = shard.score(shrink(random_vectors(1, 8), 8), np.array([[-1, 0]]))
-    assert scores[0, 0] == -np.inf
-    assert np.isfinite(scores[0, 1])
+@given(corpora(), st.sampled_from(KINDS), st.integers(1, 20), st.lists(st.integers(1, 59), max_size=4))
+@settings(max_examples=150)
+def test_shards_of_one_training_give_what_one_shard_gives(
+    case: tuple[np.ndarray, list[str], np.ndarray], factory: str, keep: int, cuts: list[int]
+):
+    full, ids, queries = case
+    sample = np.random.default_rng(0).standard_normal((200, WIDTH)).astype(np.float32)
+    plan = FunnelPlan((Step(WIDTH - 1, keep), Step(WIDTH, keep)))
+    space = Space("rotation", WIDTH - 1, *2 * [np.eye(WIDTH, WIDTH - 1, dtype=np.float32)])
+    trained = CoarseIndex.train(space.documents(sample), factory)
+
+    def found(cuts: Sequence[int]) -> list[list[str]]:
+        shards, names = [], []
+        for start, stop in pairwise(sorted({0, len(full), *(cut for cut in cuts if cut < len(full))})):
+            coarse = trained.copy()
+            coarse.add(space.documents(full[start:stop]))
+            shards.append(Shard(full[start:stop], coarse))
+            names.append(pa.array(ids[start:stop]))
+        return Searcher(call_locally(shards), names, plan, space).search(queries, keep).ids.tolist()
+
+    assert found(cuts) == found([])
+
+
+@given(corpora(), st.integers(1, 20), st.data())
+def test_removed_documents_are_never_found_and_hide_no_others(
+    case: tuple[np.ndarray, list[str], np.ndarray], keep: int, data: st.DataObject
+):
+    full, ids, queries = case
+    removed = np.array(sorted(data.draw(st.sets(st.integers(0, len(full) - 1)))), dtype=np.int64)
+    left = np.setdiff1d(np.arange(len(full)), removed)
+    coarse, space = CoarseIndex.build(shrink(full, 4), "Flat"), Space("prefix", 4)
+    for plan in (FunnelPlan.parse([f"4:{keep + 5}", "12:5"]), FunnelPlan.parse(["12:5"])):
+        found = Searcher(call_locally([Shard(full, coarse, removed)]), [pa.array(ids)], plan, space).search(queries, 5)
+        rebuilt = Shard(full[left], CoarseIndex.build(shrink(full[left], 4), "Flat"))
+        without = Searcher(call_locally([rebuilt]), [pa.array([ids[row] for row in left])], plan, space).search(queries, 5)
+        assert found.ids.tolist() == without.ids.tolist()
 
 
 def test_an_approximate_index_returns_no_padding_as_documents(random_vectors: Make):
     full = random_vectors(40, 8)
-    shards = [Shard(CoarseIndex.build(shrink(full[part], 4), "HNSW4"), full[part]) for part in (slice(0, 3), slice(3, 40))]
+    shards = [Shard(full[part], CoarseIndex.build(shrink(full[part], 4), "HNSW4")) for part in (slice(0, 3), slice(3, 40))]
     ids = [pa.array([f"d{n}" for n in range(3)]), pa.array([f"d{n}" for n in range(3, 40)])]
-    ranking = Searcher(call_locally(shards), ids, FunnelPlan.parse(["4:40", "8:40"])).search(random_vectors(5, 8, 1), 40)
+    ranking = Searcher(call_locally(shards), ids, FunnelPlan.parse(["4:40", "8:40"]), Space("prefix", 4)).search(
+        random_vectors(5, 8, 1), 40
+    )
     assert ((ranking.ids == "") == (ranking.documents < 0)).all()
     assert (np.isneginf(ranking.scores) == (ranking.documents < 0)).all()
     assert all(len(set(found) - {""}) == len([name for name in found if name]) for found in ranking.ids.tolist())

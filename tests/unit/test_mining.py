@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from matryoshka import mining, positives
 from matryoshka.funnel import Ranking, Searcher, Shard, call_locally
-from matryoshka.index import CoarseIndex
 from matryoshka.mining import Miner, Rules
 from matryoshka.nested import FunnelPlan, shrink
 from matryoshka.positives import Documents, Relation
@@ -75,7 +74,7 @@ def fold(text: str) -> str:
 def miner_of(case: Case, own: Rules, cuts: tuple[int, ...] = ()) -> Miner:
     edges = sorted({0, len(case.ids), *(cut for cut in cuts if cut < len(case.ids))})
     parts = list(pairwise(edges))
-    shards = [Shard(CoarseIndex.build(shrink(case.full[a:b], WIDTH), "Flat"), case.full[a:b]) for a, b in parts]
+    shards = [Shard(case.full[a:b]) for a, b in parts]
     searcher = Searcher(call_locally(shards), [pa.array(case.ids[a:b]) for a, b in parts], PLAN)
     documents = Documents(positives.hash_ids(case.ids), positives.hash_texts(case.texts))
     known, labelled = (list(zip(*pairs, strict=True)) or [(), ()] for pairs in (case.known, case.labelled))

@@ -64,7 +64,7 @@ def test_the_default_peer_is_as_it_comes(minilm: ModelInfo, tmp_path: Path):
 def test_the_tuned_peer_takes_the_precision_and_the_batch_size_that_were_measured(
     minilm: ModelInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(peers.calibration, "best_precision", lambda _device: "bf16")
+    monkeypatch.setattr(peers.rates, "best_precision", lambda _device: "bf16")
     setup = peers.prepare("tuned", minilm.folder, "cpu", TEXTS, tmp_path)
     assert setup == Setup("tuned", minilm.folder, "cpu", "bf16", 256)
 

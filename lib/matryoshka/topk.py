@@ -58,7 +58,7 @@ def cut(scores: npt.NDArray[np.float32], documents: IntArray, num_kept: int) -> 
     """
     num_columns = scores.shape[1]
     if num_columns <= num_kept:
-        return scores, documents
+        return scores, np.where(scores > PADDING, documents, -1)
     order = np.argpartition(-scores, num_kept - 1, axis=1)
     last = np.take_along_axis(scores, order[:, num_kept - 1 : num_kept], axis=1)
     width = max(int(np.count_nonzero((scores >= last) & (scores > PADDING), axis=1).max(initial=0)), num_kept)

@@ -6,7 +6,7 @@ import pytest
 
 from matryoshka import indexing, storage
 from matryoshka.funnel import COARSE, IDS, VECTORS, Shard
-from matryoshka.indexing import SHARDS, IndexStore
+from matryoshka.indexing import SHARDS, IndexStore, Layout
 from matryoshka.nested import FunnelPlan
 from matryoshka.vectors import EmbeddingStore
 
@@ -28,7 +28,7 @@ def test_shards_cover_every_document_once(make_store: MakeStore, make_index: Mak
     index = make_index(make_store(parts), num_shards=4)
     ids = [name for shard in index.open_ids() for name in shard.to_pylist()]
     assert sorted(ids) == sorted(name for names, _ in parts.values() for name in names)
-    assert [Shard.open(folder).num_documents for folder in index.shard_folders] == [len(shard) for shard in index.open_ids()]
+    assert [Shard.open(files).num_documents for files in index.shards] == [len(shard) for shard in index.open_ids()]
 
 
 def test_only_shards_whose_units_changed_get_another_key(make_store: MakeStore, random_vectors: Make, parts: dict):
@@ -59,7 +59,7 @@ def test_a_shard_without_documents_is_not_built(make_store: MakeStore, random_ve
 
 def test_building_a_shard_twice_gives_the_same_bytes(tmp_path: Path, make_store: MakeStore, parts: dict):
     _, (plan, *_) = indexing.plan_shards(make_store(parts), 3, {})
-    first, again = (indexing.build_shard(plan, 4, "Flat", tmp_path / name).files for name in ("one", "two"))
+    first, again = (indexing.build_shard(plan, Layout("prefix", 4, "Flat"), tmp_path / name).files for name in ("one", "two"))
     assert first == again
     assert [Path(file.path).name for file in first] == [COARSE, VECTORS, IDS]
 
@@ -74,7 +74,7 @@ def test_shards_that_are_rebuilt_leave_nothing_but_themselves(make_store: MakeSt
     store = make_store(parts)
     for _ in range(2):
         index = make_index(store)
-    assert sorted(path.name for path in (index.folder / SHARDS).iterdir()) == sorted(path.name for path in index.shard_folders)
+    assert sorted(path.name for path in (index.folder / SHARDS).iterdir()) == sorted(files.folder.name for files in index.shards)
     assert not list(index.folder.rglob(f"{storage.TEMPORARY}*"))
 
 
@@ -84,7 +84,7 @@ def test_an_index_with_a_missing_truncated_or_altered_file_is_not_opened(
     make_store: MakeStore, make_index: MakeIndex, parts: dict, name: str, fault: str
 ):
     index = make_index(make_store(parts))
-    path = index.shard_folders[1] / name
+    path = index.shards[1].folder / name
     data = path.read_bytes()
     path.unlink()
     if fault != "missing":
@@ -93,11 +93,30 @@ def test_an_index_with_a_missing_truncated_or_altered_file_is_not_opened(
         IndexStore.open(index.folder)
 
 
-@pytest.mark.parametrize("plan", [["2:5", "8:3"], ["4:5", "9:3"]])
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (["4:5", "9:3"], r"vectors have 8 dims, the plan is 4d keep 5 > 9d keep 3\. Change the plan"),
+        (["4:5:nprobe=3", "8:3"], r"kind Flat has no parameter 'nprobe'\. Leave it out"),
+        (["2:5:nprobe=3", "8:3"], r"has parameters of a coarse index, which this index has for 4 dims\. Change the plan"),
+    ],
+)
 def test_a_plan_that_does_not_fit_the_index_is_refused(
-    make_store: MakeStore, make_index: MakeIndex, parts: dict, plan: list[str]
+    make_store: MakeStore, make_index: MakeIndex, parts: dict, plan: list[str], message: str
 ):
     index = make_index(make_store(parts))
-    assert index.plan == FunnelPlan.parse(["4:5", "8:3"])
-    with pytest.raises(ValueError, match=r"was built for a shortlist of 4 of 8 dims, the plan is .*Change the plan, or build"):
+    with pytest.raises(ValueError, match=message):
         index.searcher(FunnelPlan.parse(plan))
+
+
+def test_a_plan_that_starts_at_other_dims_than_the_coarse_index_scans_them(
+    make_store: MakeStore, make_index: MakeIndex, parts: dict, random_vectors: Make
+):
+    index, queries = make_index(make_store(parts)), random_vectors(4, 8, 50)
+    assert index.plan == FunnelPlan.parse(["4:5", "8:3"])
+    names = [name for own, _ in parts.values() for name in own]
+    full = np.concatenate([block for _, block in parts.values()]).astype(np.float64)
+    for plan, dim in ((["8:3"], 8), (["2:30", "8:3"], 8), (["5:4"], 5)):
+        scores = queries[:, :dim].astype(np.float64) @ (full[:, :dim] / np.linalg.norm(full[:, :dim], axis=1)[:, None]).T
+        expected = np.asarray(names)[np.argsort(-scores, axis=1)[:, :3]]
+        assert index.searcher(FunnelPlan.parse(plan)).search(queries, 3).ids.tolist() == expected.tolist()

@@ -1,13 +1,16 @@
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from matryoshka import indexing, storage
+from matryoshka import artifacts, indexing, removals, storage, verification
+from matryoshka.artifacts import Manifest, Receipt
 from matryoshka.funnel import COARSE, IDS, VECTORS, Shard
-from matryoshka.indexing import SHARDS, IndexStore, Layout
+from matryoshka.indexing import SHARDS, SPACE, TRAINED, IndexStore, Layout
 from matryoshka.nested import FunnelPlan
+from matryoshka.spaces import Kind
 from matryoshka.vectors import EmbeddingStore
 
 Make = Callable[..., np.ndarray]
@@ -18,6 +21,9 @@ MakeIndex = Callable[..., IndexStore]
 @pytest.fixture
 def parts(random_vectors: Make) -> dict[str, tuple[list[str], np.ndarray]]:
     return {f"{n}.parquet:0": ([f"d{n}-{i}" for i in range(5)], random_vectors(5, 8, n)) for n in range(6)}
+
+
+FAULTS = ("missing", "bytes, the receipt says", "its bytes were altered")
 
 
 def keys(plans: list[indexing.ShardPlan]) -> dict[str, str]:
@@ -78,8 +84,10 @@ def test_shards_that_are_rebuilt_leave_nothing_but_themselves(make_store: MakeSt
     assert not list(index.folder.rglob(f"{storage.TEMPORARY}*"))
 
 
-@pytest.mark.parametrize("name", [COARSE, VECTORS, IDS])
-@pytest.mark.parametrize("fault", ["missing", "bytes, the receipt says", "its bytes were altered"])
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [(name, fault) for name in (COARSE, VECTORS, IDS) for fault in FAULTS if (name, fault) != (VECTORS, FAULTS[-1])],
+)
 def test_an_index_with_a_missing_truncated_or_altered_file_is_not_opened(
     make_store: MakeStore, make_index: MakeIndex, parts: dict, name: str, fault: str
 ):
@@ -120,3 +128,170 @@ def test_a_plan_that_starts_at_other_dims_than_the_coarse_index_scans_them(
         scores = queries[:, :dim].astype(np.float64) @ (full[:, :dim] / np.linalg.norm(full[:, :dim], axis=1)[:, None]).T
         expected = np.asarray(names)[np.argsort(-scores, axis=1)[:, :3]]
         assert index.searcher(FunnelPlan.parse(plan)).search(queries, 3).ids.tolist() == expected.tolist()
+
+
+def test_altered_vectors_are_opened_and_left_to_verify_to_find(make_store: MakeStore, make_index: MakeIndex, parts: dict):
+    index = make_index(make_store(parts))
+    path = index.shards[1].folder / VECTORS
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    IndexStore.open(index.folder)
+    assert [line.partition(": ")[::2] for line in verification.verify(index.folder)[1]] == [
+        (str(path), "its bytes were altered (another SHA-256 than the receipt's)")
+    ]
+
+
+ROTATION = Layout("rotation", 4, "Flat")
+
+
+def test_what_is_learned_is_learned_from_documents_at_even_distances_in_all_units(make_store: MakeStore, tmp_path: Path):
+    blocks = [np.eye(8, dtype=np.float16)[[unit] * 50] for unit in range(4)]
+    store = make_store({f"{unit}:0": ([f"{unit}-{n}" for n in range(50)], block) for unit, block in enumerate(blocks)})
+    receipt = indexing.train(store, ROTATION, None, 40, tmp_path / "index")
+    assert {"num_sampled": 40, "num_documents": 200, "num_queries": 0}.items() <= receipt.details.items()
+    # Ten documents of each unit: the four directions have equal energy, and the space holds them all.
+    space = indexing.open_space(tmp_path / "index", ROTATION, receipt)
+    np.testing.assert_allclose(np.linalg.norm(space.documents(np.eye(8)), axis=1), [1] * 4 + [0] * 4, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [4, 5])
+def test_a_training_is_outgrown_by_more_than_four_times_the_documents(
+    make_store: MakeStore, tmp_path: Path, parts: dict, factor: int
+):
+    receipt = indexing.train(make_store(parts), ROTATION, None, 99, tmp_path)
+    assert indexing.outgrown(receipt, factor * 30) == (factor > 4)
+
+
+@pytest.fixture
+def two_trainings(make_store: MakeStore, tmp_path: Path, parts: dict) -> tuple[Path, Manifest, list, dict[str, Receipt]]:
+    """A folder in which one run had built all shards, and another had trained anew and built one when it was killed."""
+    store, folder = make_store(parts), tmp_path / "index"
+    slots, plans = indexing.plan_shards(store, 3, {})
+    manifest, journal = Manifest("index", {}, facts={"slots": slots}), artifacts.Journal(folder)
+    manifest.write(folder)
+    last = {}
+    for sample, num_built in ((30, 3), (9, 1)):
+        training = indexing.train(store, ROTATION, None, sample, folder)
+        for receipt in (training, *(indexing.build_shard(plan, ROTATION, folder, training) for plan in plans[:num_built])):
+            journal.add(receipt)
+            last[receipt.key] = receipt
+    journal.flush()
+    return folder, manifest, plans, last
+
+
+def test_shards_of_another_training_are_never_taken_up(two_trainings: tuple):
+    folder, manifest, plans, last = two_trainings
+    found = indexing.finished(folder, manifest, plans, 30, replace=False)
+    assert found == {key: last[key] for key in (TRAINED, plans[0].key)}
+
+
+def test_without_the_training_no_shard_is_taken_up(two_trainings: tuple):
+    folder, manifest, plans, _ = two_trainings
+    (folder / TRAINED / SPACE).unlink()
+    assert indexing.finished(folder, manifest, plans, 30, replace=False) == {}
+
+
+def test_an_altered_training_of_the_same_size_is_none(two_trainings: tuple):
+    folder, manifest, plans, _ = two_trainings
+    data = (folder / TRAINED / SPACE).read_bytes()
+    (folder / TRAINED / SPACE).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert indexing.finished(folder, manifest, plans, 30, replace=False) == {}
+
+
+def test_an_outgrown_training_is_kept_until_replace(two_trainings: tuple):
+    folder, manifest, plans, _ = two_trainings
+    assert TRAINED in indexing.finished(folder, manifest, plans, 1000, replace=False)
+    assert TRAINED in indexing.finished(folder, manifest, plans, 120, replace=True)
+    assert indexing.finished(folder, manifest, plans, 121, replace=True) == {}
+
+
+def test_a_shard_is_not_built_with_an_altered_training(two_trainings: tuple):
+    folder, _, plans, last = two_trainings
+    path = folder / TRAINED / COARSE
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"coarse\.faiss: its bytes were altered"):
+        indexing.build_shard(plans[1], ROTATION, folder, last[TRAINED])
+
+
+@pytest.mark.parametrize("space", ["rotation", "projection"])
+@pytest.mark.parametrize("factory", ["Flat", "PQ4x4fs", "IVF2,PQ4x4fs"])
+def test_learned_spaces_and_kinds_search_sharded_as_unsharded(
+    make_store: MakeStore, make_index: MakeIndex, random_vectors: Make, space: Kind, factory: str
+):
+    parts = {f"{n}:0": ([f"d{n}-{i}" for i in range(9)], random_vectors(9, 16, n)) for n in range(6)}
+    store, layout, queries = make_store(parts), Layout(space, 8, factory), random_vectors(20, 16, 99)
+    found = [
+        make_index(store, num_shards, f"index-{num_shards}", layout, ["8:12", "16:5"], queries).searcher().search(queries, 5).ids
+        for num_shards in (1, 3)
+    ]
+    assert found[0].tolist() == found[1].tolist()
+
+
+REMOVED_IDS = ["d0-1", "d3-0", "d3-1", "d3-2", "d3-3", "d3-4", "nobody"]
+
+
+def test_documents_that_are_removed_are_gone_from_results_and_counts_and_then_from_disk(
+    make_store: MakeStore, make_index: MakeIndex, parts: dict, random_vectors: Make
+):
+    store, queries = make_store(parts), random_vectors(7, 8, 77)
+    marked = make_index(store, 3, removed=REMOVED_IDS)
+    assert marked.manifest.num_rows == 24
+    assert indexing.count_missing(marked.manifest) == 6
+    assert verification.verify(marked.folder)[1] == []
+    found = marked.searcher().search(queries, 30).ids
+    _, plans = indexing.plan_shards(store, 3, {})
+    listed = removals.known_list(marked.folder, marked.manifest)
+    receipts = [indexing.build_shard(plan, marked.layout, marked.folder, None, listed) for plan in plans]
+    manifest = dataclasses.replace(marked.manifest, receipts=(*receipts, listed))
+    manifest.write(marked.folder)
+    rebuilt = IndexStore.open(marked.folder)
+    assert (rebuilt.manifest.num_rows, indexing.count_missing(rebuilt.manifest)) == (24, 6)
+    assert [len(ids) for ids in rebuilt.open_ids()] == [receipt.num_rows for receipt in receipts]
+    assert verification.verify(rebuilt.folder)[1] == []
+    assert set(found[0]) == {name for names, _ in parts.values() for name in names} - set(REMOVED_IDS)
+    assert rebuilt.searcher().search(queries, 30).ids.tolist() == found.tolist()
+    assert len({manifest.fingerprint, marked.manifest.fingerprint, make_index(store, 3, "all").manifest.fingerprint}) == 3
+
+
+def test_a_shard_of_which_every_document_is_removed_is_empty_and_finds_nothing(
+    make_store: MakeStore, make_index: MakeIndex, parts: dict, random_vectors: Make
+):
+    store = make_store(dict(list(parts.items())[:1]))
+    marked = make_index(store, 1, removed=parts["0.parquet:0"][0])
+
+    def finds_nothing(index: IndexStore) -> bool:
+        plans = (index.plan, FunnelPlan.parse(["8:3"]))
+        found = [index.searcher(own).search(random_vectors(2, 8), 3).ids.shape for own in plans]
+        return (index.manifest.num_rows, found) == (0, [(2, 0)] * 2)
+
+    assert finds_nothing(marked)
+    _, (plan,) = indexing.plan_shards(store, 1, {})
+    listed = removals.known_list(marked.folder, marked.manifest)
+    receipt = indexing.build_shard(plan, marked.layout, marked.folder, None, listed)
+    dataclasses.replace(marked.manifest, receipts=(receipt, listed)).write(marked.folder)
+    assert finds_nothing(IndexStore.open(marked.folder))
+    assert verification.verify(marked.folder)[1] == []
+
+
+def test_what_int8_loses_is_measured_as_brute_force_measures_it(make_store: MakeStore, random_vectors: Make):
+    full = random_vectors(300, 16)
+    store = make_store({"a:0": ([f"a{n}" for n in range(200)], full[:200]), "b:0": ([f"b{n}" for n in range(100)], full[200:])})
+    loss = indexing.measure_loss(store, Layout("prefix", 4, "Flat", "int8"))
+    assert (loss["num_documents"], loss["num_queries"]) == (300, 200)
+    unit = full.astype(np.float64) / np.linalg.norm(full.astype(np.float64), axis=1, keepdims=True)
+    steps = np.abs(unit).max(axis=1, keepdims=True) / 127
+    rounded = np.rint(unit / steps)
+    rounded /= np.linalg.norm(rounded, axis=1, keepdims=True)
+    rows = np.unique(np.linspace(0, 299, 200).astype(int))
+    exact, stored = unit[rows] @ unit.T, unit[rows] @ rounded.T
+    assert loss["mean_score_error"] == pytest.approx(np.abs(exact - stored).mean(), abs=1e-6)
+    for scores in (exact, stored):
+        scores[np.arange(200), rows] = -2
+    tops = [np.argsort(-scores, axis=1)[:, :10] for scores in (exact, stored)]
+    kept = np.mean([len(set(one) & set(two)) / 10 for one, two in zip(*tops, strict=True)])
+    assert loss["top_10_kept"] == pytest.approx(kept, abs=2e-3)  # one of 2,000 places may go the other way in float32
+    assert indexing.measure_loss(store, Layout("prefix", 4, "Flat"))["top_10_kept"] == 1.0
+
+
+def test_a_single_document_loses_nothing(make_store: MakeStore, random_vectors: Make):
+    store = make_store({"a:0": (["a"], random_vectors(1, 16))})
+    assert indexing.measure_loss(store, Layout("prefix", 4, "Flat", "int8"))["top_10_kept"] == 1.0

@@ -150,6 +150,7 @@ _MAKERS = {
     "model": "finetune",
     "embeddings": "embed",
     "index": "index",
+    "export": "export",
     "evaluation": "evaluate",
 }
 

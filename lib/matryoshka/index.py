@@ -145,7 +145,8 @@ def _set_parameters(index: faiss.Index, parameters: Parameters) -> None:
 
 def bytes_per_document(factory: str, dim: int) -> float:
     """Returns how many bytes a kind of index takes for one more document: its code, its links, and its number in a list."""
-    index, num_bytes = faiss.downcast_index(faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)), 0.0
+    whole = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)  # owns its parts: they must not outlive it
+    index, num_bytes = faiss.downcast_index(whole), 0.0
     if isinstance(index, faiss.IndexPreTransform):
         index = faiss.downcast_index(index.index)
     if isinstance(index, faiss.IndexHNSW):

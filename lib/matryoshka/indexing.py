@@ -308,6 +308,17 @@ def _check_trained(folder: Path, training: Receipt, name: str) -> Path:
     return artifacts.check_file(folder, next(file for file in training.files if Path(file.path).name == name))
 
 
+def export_keys(index: "IndexStore", plan: FunnelPlan) -> list[str]:
+    """Returns the key of each shard's export, which changes with anything that the export is made of."""
+    shards, keys = shard_receipts(index.manifest), []
+    tombstones = {receipt.key: receipt for receipt in index.manifest.receipts}
+    for shard in shards:
+        own = [shard, *filter(None, [index.training, tombstones.get(removals.key_of(shard))])]
+        content = [[file.digest for file in receipt.files] for receipt in own]
+        keys.append(f"{shard.key}-{storage.digest_json([content, str(plan.shortlist)])[:16]}")
+    return keys
+
+
 def export_shard(index: "IndexStore", number: int, plan: FunnelPlan, folder: Path, key: str) -> Receipt:
     """Writes one shard as a plain FAISS index that searches with the shortlist of a plan and reranks at full width.
 

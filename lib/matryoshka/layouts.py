@@ -18,6 +18,7 @@ _CODES = 500_000  # up to so many, codes of all documents are scanned; beyond, o
 _LEARNED_SHARE, _LEARNED_STEP = 3, 8  # a learned space has a third of the full width, in steps of eight dims
 _DOCUMENTS_PER_DIM = 50  # fewer, and a learned space is that of the sample
 _LISTS_PER_ROOT, _LISTS_PER_PROBE = 4, 16
+_LEAST_FOR_CODES = 1_000  # codebooks of fewer documents are those of the sample
 _SHORTLIST, _KEPT = 200, 100
 _BYTES = {"float16": 2, "int8": 1}
 _GB = 1e9
@@ -171,8 +172,10 @@ def _dim(given: Given, wanted: Wanted, space: Kind) -> int:
 
 
 def _factory(given: Given, dim: int, reasons: list[str]) -> str:
-    if given.num_documents <= _SCANNED["cpu"]:
+    if given.num_documents <= _SCANNED["cpu"] and given.memory_bytes is None:
         reasons.append(f"{given.num_documents} documents are few enough to keep coarse vectors as they are")
+        return "Flat"
+    if given.num_documents < _LEAST_FOR_CODES:
         return "Flat"
     codes = f"PQ{dim // 2 if dim % 2 == 0 else dim}x4fs"
     if given.num_documents <= _CODES:

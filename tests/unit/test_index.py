@@ -96,3 +96,19 @@ def test_parameters_that_a_kind_does_not_have_are_named(factory: str, name: str)
 def test_parameters_that_a_kind_has_pass():
     index.check_parameters("IVF4,PQ4x4fs", 8, {"nprobe": 3})
     index.check_parameters("HNSW32", 8, {"efSearch": 30})
+
+
+@pytest.mark.parametrize(
+    "factory",
+    ["Flat", "SQfp16", "SQ8", "PQ8x4fs", "PQ8x4", "RaBitQ", "RaBitQfs", "HNSW16", "IVF4,Flat", "IVF4,PQ8x4fs",
+     "IVF4,RaBitQfs", "PCA8,SQ8"],
+)  # fmt: skip
+def test_the_bytes_of_a_document_are_those_that_files_grow_by(tmp_path: Path, random_vectors: Make, factory: str):
+    full = shrink(random_vectors(1024, 16), 16)
+    built, sizes = CoarseIndex.train(full[:300], factory), []
+    for _ in range(2):
+        built.add(full)
+        built.write(tmp_path / "coarse.faiss")
+        sizes.append((tmp_path / "coarse.faiss").stat().st_size)
+    # Higher levels of a graph are drawn by lot; blocks of fast codes are filled up.
+    assert index.bytes_per_document(factory, 16) == pytest.approx((sizes[1] - sizes[0]) / 1024, rel=0.02, abs=0.2)

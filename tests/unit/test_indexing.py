@@ -2,14 +2,16 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import faiss
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from matryoshka import artifacts, indexing, removals, storage, verification
 from matryoshka.artifacts import Manifest, Receipt
 from matryoshka.funnel import COARSE, IDS, VECTORS, Shard
 from matryoshka.indexing import SHARDS, SPACE, TRAINED, IndexStore, Layout
-from matryoshka.nested import FunnelPlan
+from matryoshka.nested import FunnelPlan, shrink
 from matryoshka.spaces import Kind
 from matryoshka.vectors import EmbeddingStore
 
@@ -295,3 +297,82 @@ def test_what_int8_loses_is_measured_as_brute_force_measures_it(make_store: Make
 def test_a_single_document_loses_nothing(make_store: MakeStore, random_vectors: Make):
     store = make_store({"a:0": (["a"], random_vectors(1, 16))})
     assert indexing.measure_loss(store, Layout("prefix", 4, "Flat", "int8"))["top_10_kept"] == 1.0
+
+
+def export(index: IndexStore, folder: Path, plan: FunnelPlan) -> list[tuple[str, list[str], int]]:
+    """Exports all shards; returns the file, the ids and the documents of each."""
+    keys = indexing.export_keys(index, plan)
+    receipts = [indexing.export_shard(index, number, plan, folder, key) for number, key in enumerate(keys)]
+    found = []
+    for receipt in receipts:
+        plain, ids = (folder / file.path for file in receipt.files)
+        found.append((str(plain), pq.read_table(ids)["id"].to_pylist(), receipt.num_rows))
+    return found
+
+
+EXPORTED = {
+    "prefix, flat": (Layout("prefix", 8, "Flat"), ["8:40", "24:20"]),
+    "prefix, graph": (Layout("prefix", 8, "HNSW16"), ["8:40", "24:20"]),
+    "prefix, codes": (Layout("prefix", 8, "PQ4x4fs"), ["8:60", "24:20"]),
+    "rotation, codes in lists": (Layout("rotation", 8, "IVF4,PQ4x4fs"), ["8:60:nprobe=3", "24:20"]),
+    "projection, flat": (Layout("projection", 8, "Flat"), ["8:40", "24:20"]),
+    "projection, codes, int8": (Layout("projection", 8, "SQ8", "int8"), ["8:40", "24:20"]),
+    "a scan": (Layout("prefix", 24, indexing.NO_INDEX), ["6:40", "24:20"]),
+    "a scan beside a coarse index": (Layout("rotation", 8, "Flat"), ["12:40", "24:20"]),
+    "one step": (Layout("prefix", 24, indexing.NO_INDEX), ["24:20"]),
+}
+
+
+@pytest.mark.parametrize("removed", [(), [f"a{n}" for n in range(0, 200, 3)]], ids=["all", "some removed"])
+@pytest.mark.parametrize("case", EXPORTED)
+def test_an_exported_file_gives_what_the_funnel_gives_without_code_of_this_project(
+    tmp_path: Path, make_store: MakeStore, make_index: MakeIndex, random_vectors: Make, case: str, removed: list[str]
+):
+    layout, parts = EXPORTED[case]
+    if removed and layout.factory.startswith("HNSW"):
+        pytest.skip("a graph without the removed documents is another graph")
+    plan, queries = FunnelPlan.parse(parts), random_vectors(25, 24, 9)
+    store = make_store({"a:0": ([f"a{n}" for n in range(200)], random_vectors(200, 24))})
+    index = make_index(store, 1, "index", layout, parts, queries, removed)
+    ((path, ids, num_rows),) = export(index, tmp_path / "export", plan)
+    scores, rows = faiss.read_index(path).search(shrink(queries, 24), 10)
+    assert num_rows == len(ids) == index.manifest.num_rows
+    expected = index.searcher().search(queries, 10)
+    last = tied_with_the_last(index, queries)
+    for number, found in enumerate(rows):
+        # The funnel keeps all documents that tie with the last of the shortlist; FAISS keeps some of them.
+        plain, own = (
+            [name for name in names if name not in last[number]] for names in ([ids[row] for row in found], expected.ids[number])
+        )
+        assert min(len(plain), len(own)) >= 8
+        assert all(one == two for one, two in zip(plain, own, strict=False))
+    same = np.asarray(ids, dtype=object)[rows] == expected.ids
+    assert same.mean() > 0.9
+    np.testing.assert_allclose(scores[same], expected.scores[same], atol=1e-6)
+
+
+def tied_with_the_last(index: IndexStore, queries: np.ndarray) -> list[set[str]]:
+    """Returns, for each query, the documents at the edge of the shortlist."""
+    if index.plan.shortlist.dim != index.layout.dim or not index.layout.has_index:
+        return [set()] * len(queries)
+    space = indexing.open_space(index.folder, index.layout, index.training)
+    scores, rows = Shard.open(index.shards[0]).shortlist(space.queries(queries), index.plan.shortlist)
+    last = np.where(rows >= 0, scores, np.inf).min(axis=1, keepdims=True)
+    names = np.asarray(index.open_ids()[0].to_pylist(), dtype=object)
+    return [set(names[own[edge]]) for own, edge in zip(rows, (scores <= last + 1e-5) & (rows >= 0), strict=True)]
+
+
+def test_an_export_has_another_key_for_anything_that_it_is_made_of(
+    make_store: MakeStore, make_index: MakeIndex, parts: dict, random_vectors: Make
+):
+    plan = FunnelPlan.parse(["4:5", "8:3"])
+    changed = {**parts, "5.parquet:0": (["x"], random_vectors(1, 8, 55))}
+    indexes = [
+        make_index(make_store(parts), 1),
+        make_index(make_store(parts), 1, "removed", removed=["d0-1"]),
+        make_index(make_store(parts), 1, "learned", ROTATION),
+        make_index(make_store(changed, "changed"), 1, "changed-index"),
+    ]
+    keys = [indexing.export_keys(index, plan)[0] for index in indexes]
+    assert len({*keys, indexing.export_keys(indexes[0], FunnelPlan.parse(["4:6", "8:3"]))[0]}) == 5
+    assert indexing.export_keys(make_index(make_store(parts), 1, "again"), plan) == keys[:1]

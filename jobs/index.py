@@ -197,7 +197,8 @@ def _choose(
 ) -> Choice:
     """Returns what the index is made of: what was asked for, then what it was made of before, then what the rule says."""
     plan = check_plan(settings, store.width)
-    before = indexing.layout_of(known) if known and not settings.replace else None
+    there = indexing.layout_of(known) if known else None
+    before = None if settings.replace else there
     asked: dict[str, Any] = {
         name: None if value == _AUTO else value
         for name, value in (("space", settings.space), ("factory", settings.coarse_index), ("storage", settings.storage))
@@ -218,7 +219,7 @@ def _choose(
     choice = layouts.choose(given, wanted)
     check_plan(settings, store.width, store.dims if given.is_tuned else (), choice.layout.space)
     indexing.check_layout(choice.layout, choice.plan, min(given.num_documents, settings.sample))
-    if before == choice.layout and known and not settings.plan:
+    if known and there == choice.layout and not settings.plan:
         choice = dataclasses.replace(choice, plan=FunnelPlan.parse(known.facts["plan"]))
     if before is None:
         for sentence in (choice.describe(), *choice.reasons, choice.weigh(given.num_documents)):
@@ -261,7 +262,7 @@ def _identity(
         "dim": layout.dim,
         "coarse_index": layout.factory,
         "storage": layout.storage,
-        "shards": settings.shards,
+        "shards": settings.shards or (known.identity.get("shards") if known and not settings.replace else None),
         "queries": learned,
     }
 
@@ -299,6 +300,8 @@ def _build(
     """Does what is left to do, with a receipt for each part on disk as soon as it is done; commits the manifest."""
     output = storage.local_path(settings.output).resolve()
     journal, todo = Journal(output), state.todo
+    if state.training:
+        _tell_age(state.training, store.manifest.num_rows)
     try:
         listed = removals.remember(output, removed.ids) if len(removed.ids) else None
         for receipt in (listed, _train(session, settings, store, state, queries)):
@@ -306,17 +309,12 @@ def _build(
                 state.finished[receipt.key] = receipt
                 journal.add(receipt)
         journal.flush()
-        if state.training and indexing.outgrown(state.training, store.manifest.num_rows):
-            say(
-                f"index: what shards share was learned from {state.training.details['num_documents']} documents, and there are"
-                f" {store.manifest.num_rows} now; --replace learns it anew and builds all shards"
-            )
         calls = [(shard, state.layout, output, state.training, listed) for shard in todo]
         with Counter("index", len(todo), "documents") as counter:
             for receipt in session.run_tasks(indexing.build_shard, calls):
                 journal.add(receipt)
                 state.finished[receipt.key] = receipt
-                counter.advance(receipt.num_rows, shard=receipt.key, **receipt.details)
+                counter.advance(receipt.num_rows, shard=receipt.key, seconds=receipt.details["seconds"])
         for receipt in session.run_tasks(removals.bury, [(output, shard, listed) for shard in state.unburied(listed)]):
             journal.add(receipt)
             state.finished[receipt.key] = receipt
@@ -336,6 +334,14 @@ def _build(
         f" {len(state.shards)} shards built; {FunnelPlan.parse(facts['plan']).describe()}"
     )
     return manifest
+
+
+def _tell_age(training: Receipt, num_documents: int) -> None:
+    advice = f"; there are {num_documents} now: --replace learns it anew, and builds all shards"
+    say(
+        f"index: what shards share is kept as it was learned from {training.details['num_documents']} documents"
+        + (advice if indexing.outgrown(training, num_documents) else "")
+    )
 
 
 def _train(

@@ -366,9 +366,11 @@ def count_missing(manifest: Manifest) -> int:
     return left_out - sum(min(receipt.num_rows, 0) for receipt in manifest.receipts)
 
 
-def layout_of(manifest: Manifest) -> Layout:
-    """Returns what an index is made of, finished or not."""
+def layout_of(manifest: Manifest) -> Layout | None:
+    """Returns what an index is made of, finished or not; None where it was made before there was a choice."""
     identity = manifest.identity
+    if "space" not in identity:
+        return None
     return Layout(identity["space"], int(identity["dim"]), identity["coarse_index"], identity["storage"])
 
 
@@ -397,6 +399,8 @@ class IndexStore:
         """
         manifest = artifacts.read_complete(folder, "index")
         faults = artifacts.find_faults(folder, manifest, only_sizes=(VECTORS,))
+        if layout_of(manifest) is None:
+            faults = [f"{folder}: was made by an earlier version, and is laid out otherwise"]
         if faults:
             raise ValueError(f"{faults[0]}. Build the index anew: python -m jobs.index with --replace.")
         return cls(folder, manifest)
@@ -404,7 +408,9 @@ class IndexStore:
     @property
     def layout(self) -> Layout:
         """What the index is made of."""
-        return layout_of(self.manifest)
+        layout = layout_of(self.manifest)
+        assert layout is not None
+        return layout
 
     @property
     def plan(self) -> FunnelPlan:

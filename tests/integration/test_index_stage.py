@@ -75,14 +75,14 @@ def test_what_is_not_asked_for_is_chosen_once_with_its_reasons_and_its_weight(
 
 def test_what_was_asked_for_once_holds_until_it_is_asked_for_otherwise(root: Path, tmp_path: Path) -> None:
     asked = index.run(_settings(root, tmp_path, coarse_index="HNSW8", dim=24, storage="int8"))
-    again = index.run(_settings(root, tmp_path, "large"))
-    kept = ("space", "dim", "coarse_index", "storage")
-    assert [again.identity[key] for key in kept] == [asked.identity[key] for key in kept] == ["prefix", 24, "HNSW8", "int8"]
+    again = index.run(_settings(root, tmp_path, "large", shards=None))
+    kept = ("space", "dim", "coarse_index", "storage", "shards")
+    assert [again.identity[key] for key in kept] == [asked.identity[key] for key in kept] == ["prefix", 24, "HNSW8", "int8", 3]
     assert again.facts["plan"] == asked.facts["plan"]
     with pytest.raises(ValueError, match="coarse_index: HNSW8 there, Flat now"):
         index.run(_settings(root, tmp_path, "large", coarse_index="Flat"))
     chosen = index.run(_settings(root, tmp_path, "large", replace=True))
-    assert [chosen.identity[key] for key in kept] == ["prefix", 64, "none", "float16"]
+    assert [chosen.identity[key] for key in kept] == ["prefix", 64, "none", "float16", 3]
     verify.run(verify.Settings(folder=str(tmp_path)))
 
 
@@ -118,7 +118,7 @@ def test_a_projection_is_learned_once_from_texts_or_from_their_vectors(
     capsys.readouterr()
     index.run(_settings(root, folder, "large"))  # another night: no queries are needed
     assert folders.times(folder / "trained") == trained
-    assert "was learned from 120 documents, and there are 500 now; --replace learns it anew" in capsys.readouterr().out
+    assert "is kept as it was learned from 120 documents; there are 500 now: --replace learns it anew" in capsys.readouterr().out
     shutil.rmtree(folder / "trained")
     with pytest.raises(ValueError, match=r"--space projection: needs queries to learn from\. Pass --queries"):
         index.run(_settings(root, folder, "large"))

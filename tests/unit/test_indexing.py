@@ -132,6 +132,14 @@ def test_a_plan_that_starts_at_other_dims_than_the_coarse_index_scans_them(
         assert index.searcher(FunnelPlan.parse(plan)).search(queries, 3).ids.tolist() == expected.tolist()
 
 
+def test_an_index_of_an_earlier_version_is_refused(make_store: MakeStore, make_index: MakeIndex, parts: dict):
+    index = make_index(make_store(parts))
+    identity = {"model": "m", "plan": ["4:5"], "coarse_index": "Flat", "shards": None}
+    dataclasses.replace(index.manifest, identity=identity).write(index.folder)
+    with pytest.raises(ValueError, match=r"was made by an earlier version, and is laid out otherwise\. Build the index anew"):
+        IndexStore.open(index.folder)
+
+
 def test_altered_vectors_are_opened_and_left_to_verify_to_find(make_store: MakeStore, make_index: MakeIndex, parts: dict):
     index = make_index(make_store(parts))
     path = index.shards[1].folder / VECTORS

@@ -79,6 +79,7 @@ class StoredVectors:
         dtype = _scan_dtype(device.type)
         rounded = queries.to(dtype)
         group = max(min(_GROUP, len(self) // _ENOUGH_GROUPS), 1)
+        group = 1 << (group.bit_length() - 1)  # divides a block, so that every block but the last has as many groups
         bar = None if allowed is None else torch.where(torch.from_numpy(allowed), 0.0, PADDING).to(device, dtype)
         maxima, starts = [], list(range(0, len(self), _BLOCK_DOCUMENTS))
         for start in starts:

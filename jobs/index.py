@@ -81,6 +81,7 @@ def run(settings: Settings) -> Manifest:
         "precision": store.manifest.identity["precision"],
         "corpus": store.manifest.facts["corpus"],
         "run": describe_run("index", settings),
+        **indexing.tuning_of(previous, plan),
     }
     if previous and previous.is_complete and not todo and previous.inputs == inputs and previous.facts["plan"] == plan.parts:
         say(f"index: nothing to do, {output} is complete ({previous.num_rows} documents)")

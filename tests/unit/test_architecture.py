@@ -35,13 +35,13 @@ DOORS = {
 }
 PURE = ("units", "nested", "topk", "clock", "batches")
 LAYERS = [
-    {"config", "units", "nested", "topk", "clock", "batches"},
+    {"config", "units", "nested", "topk", "clock", "batches", "frontier"},
     {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves"}
     | {"splits", "sources", "partitions", "leaks", "chunks", "rates"},
     {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "products", "spaces", "funnel"}
     | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"},
     {"preparation", "mining", "training", "card", "embedding", "indexing", "evaluation", "report", "verification"}
-    | {"calibration", "peers", "plain_trainer"},
+    | {"calibration", "peers", "plain_trainer", "answers", "tuning"},
 ]
 
 

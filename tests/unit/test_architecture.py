@@ -35,7 +35,7 @@ DOORS = {
 }
 PURE = ("units", "nested", "topk", "clock", "batches")
 LAYERS = [
-    {"config", "units", "nested", "topk", "clock", "batches"},
+    {"config", "units", "nested", "topk", "clock", "batches", "frontier"},
     {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves"}
     | {"splits", "sources", "partitions", "leaks", "chunks", "rates"},
     {
@@ -55,7 +55,7 @@ LAYERS = [
     }
     | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"},
     {"preparation", "mining", "training", "card", "embedding", "indexing", "layouts", "evaluation", "report", "verification"}
-    | {"calibration", "peers", "plain_trainer"},
+    | {"calibration", "peers", "plain_trainer", "answers", "tuning"},
 ]
 
 

@@ -219,7 +219,7 @@ def _choose(
     )
     choice = layouts.choose(given, wanted)
     check_plan(settings, store.width, store.dims if given.is_tuned else (), choice.layout.space)
-    indexing.check_layout(choice.layout, choice.plan, given.num_documents)
+    indexing.check_layout(choice.layout, choice.plan, min(given.num_documents, settings.sample))
     if before == choice.layout and known and not settings.plan:
         choice = dataclasses.replace(choice, plan=FunnelPlan.parse(known.facts["plan"]))
     if before is None:

@@ -111,7 +111,7 @@ def needs_training(layout: Layout) -> bool:
 
 
 def check_layout(layout: Layout, plan: FunnelPlan, num_documents: int) -> None:
-    """Checks that an index of this layout can be built of so many documents, and searched with a plan.
+    """Checks that an index of this layout can be learned from so many documents, and searched with a plan.
 
     Raises:
         ValueError: There are too few documents, FAISS has no such index, or the plan has parameters that it does not have.
@@ -331,7 +331,7 @@ def _check_trained(folder: Path, training: Receipt, name: str) -> Path:
 def export_keys(index: "IndexStore", plan: FunnelPlan) -> list[str]:
     """Returns the key of each shard's export, which changes with anything that the export is made of."""
     shards, keys = shard_receipts(index.manifest), []
-    tombstones = {receipt.key: receipt for receipt in index.manifest.receipts}
+    tombstones = {receipt.key: receipt for receipt in index.manifest.receipts if receipt.num_rows < 0}
     for shard in shards:
         own = [shard, *filter(None, [index.training, tombstones.get(removals.key_of(shard))])]
         content = [[file.digest for file in receipt.files] for receipt in own]

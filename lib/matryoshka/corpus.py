@@ -160,6 +160,15 @@ def text_batches(
     """
     file = open_parquet(path)
     check_columns(path, file.schema_arrow, columns, id_columns, list_columns)
+    for row, batch in _rows(path, file, columns, start, stop):
+        arrays = [_as_text(path, column, batch.column(column), row) for column in columns]
+        yield pa.record_batch(arrays, names=list(columns))
+
+
+def _rows(
+    path: Path, file: pq.ParquetFile, columns: Sequence[str], start: int, stop: int | None
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Yields (number of the first row, rows) of rows ``start`` to ``stop``; row groups that lie outside are not read."""
     groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
     edges = list(itertools.accumulate(groups, initial=0))
     stop = edges[-1] if stop is None else stop
@@ -169,9 +178,7 @@ def text_batches(
         for batch in file.iter_batches(_BATCH_ROWS, row_groups=wanted, columns=list(dict.fromkeys(columns))):
             first, last = max(start - row, 0), min(stop - row, batch.num_rows)
             if first < last:
-                part = batch.slice(first, last - first)
-                arrays = [_as_text(path, column, part.column(column), row + first) for column in columns]
-                yield pa.record_batch(arrays, names=list(columns))
+                yield row + first, batch.slice(first, last - first)
             row += batch.num_rows
             if row >= stop:
                 break
@@ -379,13 +386,38 @@ def read_unit(path: Path, columns: Columns, unit: Unit) -> tuple[list[str], list
     Raises:
         ValueError: The file is not the one that was planned with, or not readable.
     """
-    status = path.stat()
-    if _digest_once(path, status.st_size, status.st_mtime_ns) != unit.digest:
+    if not _is_as_planned(path, unit):
         raise ValueError(f"{path}: changed since this run began. Run the same command again.")
     batches = text_batches(path, [columns.id, columns.text], [columns.id], unit.start, unit.stop)
     parts = [batch.filter(has_text(batch.column(1))) for batch in batches]
     table = pa.Table.from_batches(parts) if parts else pa.table({columns.id: [], columns.text: []})
     return table.column(0).to_pylist(), table.column(1).to_pylist()
+
+
+def read_metadata(path: Path, columns: Columns, unit: Unit, names: Sequence[str], ids: pa.Array) -> pa.Table:
+    """Returns further columns of the documents of one unit that have these ids, in the order of the ids, as they are stored.
+
+    Raises:
+        ValueError: The file is not the one that the unit was planned with, or not readable, or lacks a column or an id.
+    """
+    if not _is_as_planned(path, unit):
+        raise ValueError(f"{path}: is gone, or changed since it was embedded. Run python -m jobs.embed again.")
+    file = open_parquet(path)
+    check_names(path, file.schema_arrow.names, names)
+    parts = [batch for _, batch in _rows(path, file, [columns.id, *names], unit.start, unit.stop)]
+    table = pa.Table.from_batches(parts, None if parts else file.schema_arrow)
+    rows = pc.index_in(ids, pc.cast(table.column(columns.id), ids.type))
+    if rows.null_count:
+        raise ValueError(f"{path}: {rows.null_count} documents of {unit.title} are not there. Run python -m jobs.embed again.")
+    return table.select(list(names)).take(rows)
+
+
+def _is_as_planned(path: Path, unit: Unit) -> bool:
+    """Returns whether a file is there and the one that a unit was planned with."""
+    if not path.is_file():
+        return False
+    status = path.stat()
+    return _digest_once(path, status.st_size, status.st_mtime_ns) == unit.digest
 
 
 def _digest_once(path: Path, size: int, mtime_ns: int) -> str:

@@ -20,6 +20,7 @@ Mask = npt.NDArray[np.bool_]
 
 _PAIR_BYTES = 1 << 20  # float32 vectors of candidates at once: they stay in a core's cache
 _BLOCK_DOCUMENTS = 8_192
+_GATHERED_DOCUMENTS = 16 * _BLOCK_DOCUMENTS
 _QUERIES_AT_ONCE = 1_024
 _GROUP = 16
 _ENOUGH_GROUPS = 4_096
@@ -33,15 +34,15 @@ class StoredVectors:
     """The vectors of a shard on a device, each up to a factor of its own: they are brought to unit length when they are used.
 
     Args:
-        stored: float16, or int8; may be mapped from disk.
+        stored: float16, or int8; may be mapped from disk, or be on the device already.
         device: ``cpu`` or ``cuda``.
 
     Shapes: stored [N, D].
     """
 
-    def __init__(self, stored: Stored, device: str = "cpu") -> None:
+    def __init__(self, stored: Stored | torch.Tensor, device: str | torch.device = "cpu") -> None:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # it may not be written to; nothing here does
-            self._vectors = torch.from_numpy(stored).to(device)
+            self._vectors = torch.as_tensor(stored).to(device)
 
     def __len__(self) -> int:
         return int(self._vectors.shape[0])
@@ -72,6 +73,20 @@ class StoredVectors:
             for start in range(0, len(queries), _QUERIES_AT_ONCE)
         ]
         return topk.pad(parts)
+
+    def best_of(self, queries: Float32Array, num_kept: int, chosen: IntArray) -> tuple[Float32Array, IntArray]:
+        """Returns what ``best`` does where only some rows are allowed, for the cost of looking at these rows alone.
+
+        Shapes: queries [Q, dim], chosen [R] -> [Q, M], [Q, M].
+        """
+        prefixes, parts = self._vectors[:, : queries.shape[1]], []
+        for start in range(0, max(len(chosen), 1), _GATHERED_DOCUMENTS):
+            own = chosen[start : start + _GATHERED_DOCUMENTS]
+            gathered = StoredVectors(prefixes[self._move(own)], self._vectors.device)
+            scores, places = gathered.best(queries, num_kept)
+            parts.append((scores, np.where(places >= 0, own[places], -1)))
+        scores, rows = (np.concatenate(lists, axis=1) for lists in zip(*parts, strict=True))
+        return topk.cut(scores, rows, num_kept)
 
     def _best(self, queries: torch.Tensor, num_kept: int, allowed: Mask | None) -> tuple[Float32Array, IntArray]:
         device, dim = self._vectors.device, queries.shape[1]

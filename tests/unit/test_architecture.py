@@ -27,18 +27,18 @@ DOORS = {
     "datasketch": ("lib/matryoshka/leaks.py",),
     "pyarrow": tuple(
         f"lib/matryoshka/{room}.py"
-        for room in ("corpus", "sources", "partitions", "vectors", "funnel", "indexing", "verification")
+        for room in ("corpus", "sources", "partitions", "vectors", "filters", "funnel", "indexing", "verification")
     ),
     **dict.fromkeys(("nncf", "onnxruntime", "openvino"), ("lib/matryoshka/peers.py",)),
     "rich": ("jobs/terminal.py",),
     "jobs": ("jobs/",),
 }
-PURE = ("units", "nested", "topk", "clock", "batches")
+PURE = ("units", "nested", "topk", "conditions", "clock", "batches")
 LAYERS = [
-    {"config", "units", "nested", "topk", "clock", "batches"},
+    {"config", "units", "nested", "topk", "conditions", "clock", "batches"},
     {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves"}
     | {"splits", "sources", "partitions", "leaks", "chunks", "rates"},
-    {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "products", "spaces", "funnel"}
+    {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "products", "spaces", "filters", "funnel"}
     | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"},
     {"preparation", "mining", "training", "card", "embedding", "indexing", "evaluation", "report", "verification"}
     | {"calibration", "peers", "plain_trainer"},

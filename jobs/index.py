@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from jobs import cluster
 from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import Counter, say
-from matryoshka import artifacts, index, indexing, nested, storage
+from matryoshka import artifacts, corpus, filters, index, indexing, nested, storage
 from matryoshka.artifacts import Journal, Manifest
 from matryoshka.config import Field, FolderPath
 from matryoshka.indexing import SHARDS, TRAINED, Layout, Storage
@@ -29,6 +29,7 @@ class Settings(StageSettings):
     plan: tuple[str, ...] = Field((), description="Funnel as dim:keep steps, for example 64:200,384:100; none: a cautious one.")
     coarse_index: str = Field("Flat", description="FAISS factory string of the shortlist's index; none: compare all documents.")
     storage: Storage = Field("float16", description="Of full vectors; int8 takes half the room and loses a little.")
+    filter_columns: tuple[str, ...] = Field((), description="Columns of the corpus that searches can be restricted by.")
     sample: int = Field(200_000, ge=1, description="Documents, at most, that spaces and coarse indexes are trained on.")
 
 
@@ -62,10 +63,14 @@ def run(settings: Settings) -> Manifest:
         "coarse_index": layout.factory,
         "storage": layout.storage,
         "shards": settings.shards,
+        "filter_columns": list(settings.filter_columns) or None,
     }
     previous = artifacts.claim(output, "index", identity, settings.replace)
     num_shards = settings.shards or max(-(-store.manifest.num_rows // _ROWS_PER_SHARD), 1)
     slots, plans = indexing.plan_shards(store, num_shards, previous.facts["slots"] if previous else {})
+    kinds = filters.find_kinds(corpus.recall(store.manifest.facts["corpus"]), settings.filter_columns)
+    if kinds:
+        plans = indexing.find_origins(plans, store, kinds)
     keys = [*([TRAINED] if indexing.needs_training(layout) else []), *(shard.key for shard in plans)]
     finished = artifacts.finished_receipts(output, previous, keys, compare_digests=settings.replace)
     if TRAINED in keys and TRAINED not in finished:
@@ -80,6 +85,7 @@ def run(settings: Settings) -> Manifest:
         "model": store.manifest.facts["model"],
         "precision": store.manifest.identity["precision"],
         "corpus": store.manifest.facts["corpus"],
+        "filter_columns": kinds,
         "run": describe_run("index", settings),
     }
     if previous and previous.is_complete and not todo and previous.inputs == inputs and previous.facts["plan"] == plan.parts:

@@ -7,7 +7,7 @@ Keywords are read in any case, names of columns as they are written; double quot
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal, NoReturn, get_args
+from typing import Literal
 
 Constant = str | int | float | bool
 Operator = Literal["=", "<>", "<", "<=", ">", ">="]
@@ -26,6 +26,7 @@ _TOKENS = re.compile(
     )""",
     re.VERBOSE,
 )
+_OPERATORS: dict[str, Operator] = {"!=": "<>", "=": "=", "<>": "<>", "<": "<", "<=": "<=", ">": ">", ">=": ">="}
 _MIRRORED: dict[Operator, Operator] = {"=": "=", "<>": "<>", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
 
 
@@ -142,7 +143,7 @@ class _Parser:
         """Returns the whole condition."""
         term = self._either()
         if self._peek().kind != "end":
-            self._fail("AND, OR or the end")
+            raise self._fault("AND, OR or the end")
         return term
 
     def _either(self) -> Term:
@@ -201,27 +202,25 @@ class _Parser:
         if self._take("like"):
             pattern = self._peek()
             if pattern.kind != "text":
-                self._fail("a pattern in single quotes")
+                raise self._fault("a pattern in single quotes")
             return Likeness(column, str(self._constant("a pattern")))
         if is_negated:
-            self._fail("IN, BETWEEN or LIKE")
+            raise self._fault("IN, BETWEEN or LIKE")
         return Comparison(column, self._operator("=, <>, <, <=, >, >=, IN, BETWEEN, LIKE or IS"), self._constant("a constant"))
 
     def _column(self) -> str:
         token = self._peek()
         if token.kind not in ("name", "quoted"):
-            self._fail("a column")
+            raise self._fault("a column")
         self._next += 1
         return token.text if token.kind == "name" else token.text[1:-1].replace('""', '"')
 
     def _operator(self, expected: str) -> Operator:
         token = self._peek()
-        for operator in get_args(Operator):
-            if token.kind == "operator" and token.text.replace("!=", "<>") == operator:
-                self._next += 1
-                found: Operator = operator
-                return found
-        self._fail(expected)
+        if token.kind != "operator":
+            raise self._fault(expected)
+        self._next += 1
+        return _OPERATORS[token.text]
 
     def _constant(self, expected: str) -> Constant:
         token = self._peek()
@@ -233,7 +232,7 @@ class _Parser:
         if token.kind == "keyword" and token.text in ("true", "false"):
             return token.text == "true"
         self._next -= 1
-        self._fail(expected)
+        raise self._fault(expected)
 
     def _peek(self) -> _Token:
         return self._tokens[self._next]
@@ -246,10 +245,12 @@ class _Parser:
 
     def _expect(self, word: str) -> None:
         if not self._take(word):
-            self._fail(word.upper())
+            raise self._fault(word.upper())
 
-    def _fail(self, expected: str) -> NoReturn:
+    def _fault(self, expected: str) -> ValueError:
         token = self._peek()
         hints = {"null": "Write IS NULL or IS NOT NULL.", "quoted": "Texts stand in single quotes."}
         advice = hints.get(token.text, hints.get(token.kind, _EXAMPLE))
-        raise ValueError(f"--where: character {token.place} of {self._text!r} should be {expected} (found {token.text}). {advice}")
+        raise ValueError(
+            f"--where: character {token.place} of {self._text!r} should be {expected} (found {token.text}). {advice}"
+        )

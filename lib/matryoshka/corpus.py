@@ -217,6 +217,7 @@ def check_names(path: Path, names: Sequence[str], columns: Iterable[str]) -> Non
         ValueError: It does not.
     """
     flags = {name: f"--{name}-column" for name in ("id", "text", "query", "positive", "title", "body", "label")}
+    flags["embedding"] = "--vector-column"
     for column in columns:
         if names.count(column) > 1:
             raise ValueError(f"{path}: column '{column}' is there more than once. Rename or drop all but one of them.")
@@ -386,7 +387,7 @@ def read_unit(path: Path, columns: Columns, unit: Unit) -> tuple[list[str], list
     Raises:
         ValueError: The file is not the one that was planned with, or not readable.
     """
-    if not _is_as_planned(path, unit):
+    if not is_as_planned(path, unit):
         raise ValueError(f"{path}: changed since this run began. Run the same command again.")
     batches = text_batches(path, [columns.id, columns.text], [columns.id], unit.start, unit.stop)
     parts = [batch.filter(has_text(batch.column(1))) for batch in batches]
@@ -394,25 +395,22 @@ def read_unit(path: Path, columns: Columns, unit: Unit) -> tuple[list[str], list
     return table.column(0).to_pylist(), table.column(1).to_pylist()
 
 
-def read_metadata(path: Path, columns: Columns, unit: Unit, names: Sequence[str], ids: pa.Array) -> pa.Table:
-    """Returns further columns of the documents of one unit that have these ids, in the order of the ids, as they are stored.
+def read_columns(path: Path, unit: Unit, names: Sequence[str]) -> pa.Table:
+    """Returns columns of all rows of one unit, as they are stored.
 
     Raises:
-        ValueError: The file is not the one that the unit was planned with, or not readable, or lacks a column or an id.
+        ValueError: The file is not the one that was planned with, or not readable, or lacks a column.
     """
-    if not _is_as_planned(path, unit):
-        raise ValueError(f"{path}: is gone, or changed since it was embedded. Run python -m jobs.embed again.")
+    if not is_as_planned(path, unit):
+        raise ValueError(f"{path}: changed since this run began. Run the same command again.")
     file = open_parquet(path)
     check_names(path, file.schema_arrow.names, names)
-    parts = [batch for _, batch in _rows(path, file, [columns.id, *names], unit.start, unit.stop)]
-    table = pa.Table.from_batches(parts, None if parts else file.schema_arrow)
-    rows = pc.index_in(ids, pc.cast(table.column(columns.id), ids.type))
-    if rows.null_count:
-        raise ValueError(f"{path}: {rows.null_count} documents of {unit.title} are not there. Run python -m jobs.embed again.")
-    return table.select(list(names)).take(rows)
+    parts = [batch for _, batch in _rows(path, file, names, unit.start, unit.stop)]
+    schema = pa.schema([file.schema_arrow.field(name) for name in dict.fromkeys(names)])
+    return pa.Table.from_batches([batch.select(schema.names) for batch in parts], schema)
 
 
-def _is_as_planned(path: Path, unit: Unit) -> bool:
+def is_as_planned(path: Path, unit: Unit) -> bool:
     """Returns whether a file is there and the one that a unit was planned with."""
     if not path.is_file():
         return False
@@ -459,6 +457,13 @@ def find_texts_in(paths: Iterable[Path], ids: Iterable[str], columns: Columns) -
             hits = batch.filter(pc.is_in(batch.column(0), wanted))
             found.update(zip(hits.column(0).to_pylist(), hits.column(1).to_pylist(), strict=True))
     return found
+
+
+def find_rows(source: Corpus, ids: pa.Array) -> Iterator[pa.RecordBatch]:
+    """Yields ids and texts of the documents with these ids, in the order of the corpus."""
+    for file in source.files:
+        for batch in text_batches(source.path_of(file.name), [source.columns.id, source.columns.text], [source.columns.id]):
+            yield batch.filter(pc.is_in(batch.column(0), ids)).rename_columns(["id", "text"])
 
 
 def read_ids(paths: Iterable[Path]) -> Iterator[str]:

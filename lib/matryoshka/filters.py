@@ -85,7 +85,7 @@ def find_kinds(source: Corpus, names: Sequence[str]) -> dict[str, Kind]:
         ValueError: A column is not in every file, holds what no condition can compare, or something else in another file.
     """
     kinds: dict[str, Kind] = {}
-    for path in (source.path_of(file.name) for file in source.files):
+    for path in (source.path_of(file.name) for file in source.files if names):
         schema = corpus.open_parquet(path).schema_arrow
         for name in names:
             if schema.names.count(name) != 1:
@@ -120,7 +120,10 @@ def read_columns(origin: Origin, position: int, ids: pa.Array) -> pa.Table:
         ValueError: The file changed since it was embedded, or a value is out of range.
     """
     path, unit = origin.units[position]
-    table = corpus.read_metadata(path, origin.columns, unit, list(origin.kinds), ids)
+    if not corpus.is_as_planned(path, unit):
+        raise ValueError(f"{path}: is gone, or changed since it was embedded. Run python -m jobs.embed again.")
+    table = corpus.read_columns(path, unit, [origin.columns.id, *origin.kinds])
+    table = table.take(pc.index_in(ids, pc.cast(table.column(origin.columns.id), ids.type)))  # rows without text have no vector
     try:
         arrays = [pc.cast(table.column(name), _STORED[kind], safe=kind == "integer") for name, kind in origin.kinds.items()]
     except pa.ArrowInvalid as error:

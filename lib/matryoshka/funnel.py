@@ -103,9 +103,7 @@ class Shard:
         allowed = self._allowed(condition)
         return self.num_documents if allowed is None else int(np.count_nonzero(allowed))
 
-    def shortlist(
-        self, queries: Float32Array, step: Step, condition: Condition | None = None
-    ) -> tuple[Float32Array, IntArray]:
+    def shortlist(self, queries: Float32Array, step: Step, condition: Condition | None = None) -> tuple[Float32Array, IntArray]:
         """Returns (scores, rows) of the best documents by the coarse index, and of all that tie with the last of them.
 
         Where the last places are so close that rounding, or a tie, may have decided, or too many rows were hidden, more are
@@ -141,9 +139,7 @@ class Shard:
         back = np.argsort(np.concatenate(order))
         return scores[back], rows[back]
 
-    def scan(
-        self, queries: Float32Array, num_kept: int, condition: Condition | None = None
-    ) -> tuple[Float32Array, IntArray]:
+    def scan(self, queries: Float32Array, num_kept: int, condition: Condition | None = None) -> tuple[Float32Array, IntArray]:
         """Returns (scores, rows) of the best documents by a prefix of the stored vectors, every one compared; ties are kept.
 
         Shapes: queries [Q, dim] -> [Q, M], [Q, M]; row -1 pads.

@@ -1,7 +1,8 @@
 """The index stage's work: which units make which shard, and one shard of it."""
 
+import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,12 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from matryoshka import artifacts, funnel, spaces, storage, units, vectors
+from matryoshka import artifacts, conditions, corpus, filters, funnel, spaces, storage, units, vectors
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
+from matryoshka.filters import COLUMNS, Kinds, Origin
 from matryoshka.funnel import COARSE, IDS, VECTORS, CallShards, Searcher, Shard, ShardFiles
 from matryoshka.index import CoarseIndex, check_parameters, is_trained
 from matryoshka.nested import FunnelPlan
 from matryoshka.spaces import Kind, Space
+from matryoshka.units import Unit
 from matryoshka.vectors import EmbeddingStore, Float16Array
 
 SHARDS, TRAINED, SPACE = "shards", "trained", "space.npz"
@@ -28,12 +31,13 @@ _DTYPES = {"float16": np.float16, "int8": np.int8}
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """One shard to build: its key (which changes with its content), and the embedding files that it covers."""
+    """One shard to build: its key (which changes with its content), the embedding files that it covers, and their origin."""
 
     key: str
     store: Path
     files: tuple[FileRecord, ...]
     num_rows: int
+    origin: Origin | None = None
 
 
 def plan_shards(store: EmbeddingStore, num_shards: int, previous: Mapping[str, int]) -> tuple[dict[str, int], list[ShardPlan]]:
@@ -59,6 +63,20 @@ def plan_shards(store: EmbeddingStore, num_shards: int, previous: Mapping[str, i
             files, num_rows = tuple(receipt.files[0] for receipt in own), sum(receipt.num_rows for receipt in own)
             plans.append(ShardPlan(f"{shard:05d}-{content[:16]}", store.folder.absolute(), files, num_rows))
     return slots, plans
+
+
+def find_origins(plans: Sequence[ShardPlan], store: EmbeddingStore, kinds: Kinds) -> list[ShardPlan]:
+    """Returns the plans with the places where the columns that shards are to keep come from."""
+    source = corpus.recall(store.manifest.facts["corpus"])
+    digests = {file.name: file.digest for file in source.files}
+    receipts = {receipt.files[0].path: receipt for receipt in store.manifest.receipts}
+    found = []
+    for plan in plans:
+        slots = [(receipts[file.path].key, str(receipts[file.path].details["slot"])) for file in plan.files]
+        own = [Unit.of(key, slot, digests[slot.rpartition(":")[0]]) for key, slot in slots]
+        origin = Origin(source.columns, kinds, tuple((source.path_of(unit.name), unit) for unit in own))
+        found.append(dataclasses.replace(plan, origin=origin))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,16 +148,17 @@ def build_shard(plan: ShardPlan, layout: Layout, folder: Path) -> Receipt:
     """Builds one shard, publishes its folder, and returns its receipt; memory holds one unit and the coarse index.
 
     Raises:
-        ValueError: An embedding file is missing or not what its receipt says.
+        ValueError: An embedding file is missing or not what its receipt says, or the corpus is not what it was made from.
     """
     start = time.perf_counter()
     space, index = open_trained(folder, layout)
     target = folder / SHARDS / plan.key
     all_ids, done = [], 0
+    columns: list[pa.Table] = []
     with storage.publish(target) as temporary:
         temporary.mkdir()
         stored: Any = None
-        for file in plan.files:
+        for position, file in enumerate(plan.files):
             ids, block = vectors.read_unit(artifacts.check_file(plan.store, file))
             if stored is None:
                 shape = (plan.num_rows, block.shape[1])
@@ -147,13 +166,17 @@ def build_shard(plan: ShardPlan, layout: Layout, folder: Path) -> Receipt:
             stored[done : done + len(block)] = pack(block, layout.storage)
             if index:
                 index.add(space.documents(block))
+            if plan.origin:
+                columns.append(filters.read_columns(plan.origin, position, ids))
             all_ids.append(ids)
             done += len(block)
         stored.flush()
         vectors.write_ids(temporary / IDS, all_ids)
+        if columns:
+            filters.write_columns(temporary / COLUMNS, columns)
         if index:
             index.write(temporary / COARSE)
-    names = (COARSE, VECTORS, IDS) if index else (VECTORS, IDS)
+    names = [*([COARSE] if index else []), VECTORS, IDS, *([COLUMNS] if columns else [])]
     files = tuple(FileRecord.of(folder, target / name) for name in names)
     return Receipt(plan.key, done, files, {"seconds": round(time.perf_counter() - start, 3)})
 
@@ -183,10 +206,31 @@ def pack(block: Float16Array, storage_kind: Storage) -> npt.NDArray[Any]:
 
 @dataclass(frozen=True, slots=True)
 class IndexStore:
-    """A finished index artifact."""
+    """A finished index artifact.
+
+    Attributes:
+        folder: Of the artifact.
+        manifest: Its own.
+        missing: Keys of shards that are left out.
+
+    >>> import tempfile
+    >>> made = tempfile.TemporaryDirectory()
+    >>> folder = Path(made.name)
+    >>> vectors.write_unit(folder / "unit.parquet", ["a", "b", "c"], np.eye(3, 8, dtype=np.float16))
+    >>> plan = ShardPlan("0-abc", folder, (FileRecord.of(folder, folder / "unit.parquet"),), 3)
+    >>> receipt = build_shard(plan, Layout("prefix", 4, "Flat"), folder / "index")
+    >>> identity = {"model": "m", "space": "prefix", "dim": 4, "coarse_index": "Flat", "storage": "float16"}
+    >>> facts = {"width": 8, "plan": ["4:2", "8:2"]}
+    >>> Manifest("index", identity, facts=facts, receipts=(receipt,), is_complete=True).write(folder / "index")
+    >>> searcher = IndexStore.open(folder / "index").searcher()
+    >>> searcher.search(np.array([[0, 1, 0.5, 0, 0, 0, 0, 0]]), num_results=2).ids.tolist()
+    [['b', 'c']]
+    >>> made.cleanup()
+    """
 
     folder: Path
     manifest: Manifest
+    missing: frozenset[str] = frozenset()
 
     @classmethod
     def open(cls, folder: Path) -> "IndexStore":
@@ -200,6 +244,41 @@ class IndexStore:
         if faults:
             raise ValueError(f"{faults[0]}. Build the index anew: python -m jobs.index with --replace.")
         return cls(folder, manifest)
+
+    @classmethod
+    def open_partial(cls, folder: Path) -> tuple["IndexStore", dict[str, str]]:
+        """Returns the index without the shards that cannot be read, and what is wrong with each of these.
+
+        Raises:
+            ValueError: There is no index, it is not finished, or what all shards share cannot be read.
+        """
+        manifest = artifacts.read_complete(folder, "index")
+        parts = {receipt.key: dataclasses.replace(manifest, receipts=(receipt,)) for receipt in manifest.receipts}
+        faults = {key: found[0] for key, part in parts.items() if (found := artifacts.find_faults(folder, part))}
+        if TRAINED in faults:
+            raise ValueError(f"{faults[TRAINED]}. Build the index anew: python -m jobs.index with --replace.")
+        return cls(folder, manifest).without(faults), faults
+
+    def without(self, keys: Collection[str]) -> "IndexStore":
+        """Returns the index with more of its shards left out.
+
+        Raises:
+            ValueError: None is left.
+        """
+        rest = dataclasses.replace(self, missing=self.missing | set(keys))
+        if not rest.shards:
+            raise ValueError(f"{self.folder}: none of its {len(rest.missing)} shards can be searched. Build the index anew.")
+        return rest
+
+    @property
+    def coverage(self) -> float:
+        """The share of the index's documents that is in shards which are not left out."""
+        return sum(receipt.num_rows for receipt in self._parts) / max(self.manifest.num_rows, 1)
+
+    @property
+    def _parts(self) -> list[Receipt]:
+        """The receipts of shards that are not left out."""
+        return [receipt for receipt in self.manifest.receipts if receipt.key not in {TRAINED, *self.missing}]
 
     @property
     def layout(self) -> Layout:
@@ -220,7 +299,22 @@ class IndexStore:
     @property
     def shards(self) -> list[ShardFiles]:
         """Where each shard is, in order."""
-        return [ShardFiles(self.folder / SHARDS / receipt.key) for receipt in self.manifest.receipts if receipt.key != TRAINED]
+        return [ShardFiles(self.folder / SHARDS / receipt.key) for receipt in self._parts]
+
+    @property
+    def filter_columns(self) -> Kinds:
+        """What conditions can ask for, and what it is."""
+        kinds: Kinds = self.manifest.facts.get("filter_columns", {})
+        return kinds
+
+    def check_where(self, where: str | None) -> None:
+        """Checks that a search can be restricted by a condition.
+
+        Raises:
+            ValueError: It is not a condition, or the index has not kept its columns.
+        """
+        if where is not None:
+            filters.check(conditions.parse(where), self.filter_columns)
 
     def open_ids(self) -> list[pa.Array]:
         """Returns the ids of every shard, mapped from disk."""

@@ -27,7 +27,7 @@ DOORS = {
     "datasketch": ("lib/matryoshka/leaks.py",),
     "pyarrow": tuple(
         f"lib/matryoshka/{room}.py"
-        for room in ("corpus", "sources", "partitions", "vectors", "filters", "funnel", "indexing", "verification")
+        for room in "corpus sources partitions vectors filters funnel indexing verification queries results".split()
     ),
     **dict.fromkeys(("nncf", "onnxruntime", "openvino"), ("lib/matryoshka/peers.py",)),
     "rich": ("jobs/terminal.py",),
@@ -38,9 +38,23 @@ LAYERS = [
     {"config", "units", "nested", "topk", "conditions", "clock", "batches"},
     {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves"}
     | {"splits", "sources", "partitions", "leaks", "chunks", "rates"},
-    {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "products", "spaces", "filters", "funnel"}
+    {
+        "artifacts",
+        "model",
+        "pairs",
+        "positives",
+        "sts",
+        "encode",
+        "tokens",
+        "packed",
+        "vectors",
+        "products",
+        "spaces",
+        "filters",
+        "funnel",
+    }
     | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"},
-    {"preparation", "mining", "training", "card", "embedding", "indexing", "evaluation", "report", "verification"}
+    {"preparation", "mining", "training", "card", "embedding", "indexing", "evaluation", "report", "verification", "results"}
     | {"calibration", "peers", "plain_trainer"},
 ]
 

@@ -70,7 +70,8 @@ def write_results(folder: Path, rows: Iterator[Rows]) -> Receipt:
 def _trec_lines(rows: Rows) -> bytes:
     columns = [pc.cast(rows.column(name), pa.large_string()) for name in ("query_id", "document_id", "rank", "score")]
     query, document, rank, score = columns
-    lines = pc.binary_join_element_wise(query, "Q0", document, rank, score, f"{_TREC_TAG}\n", pa.scalar(" ", pa.large_string()))
+    constant, tag, blank = (pa.scalar(text, pa.large_string()) for text in ("Q0", f"{_TREC_TAG}\n", " "))
+    lines = pc.binary_join_element_wise(query, constant, document, rank, score, tag, blank)
     num_bytes = pc.sum(pc.binary_length(lines)).as_py() or 0
     return bytes(lines.buffers()[2][:num_bytes]) if num_bytes else b""  # a column of texts is one text after the other
 

@@ -27,7 +27,8 @@ DOORS = {
     "datasketch": ("lib/matryoshka/leaks.py",),
     "pyarrow": tuple(
         f"lib/matryoshka/{room}.py"
-        for room in "corpus sources partitions vectors filters funnel indexing verification queries results".split()
+        for room in {"corpus", "sources", "partitions", "vectors", "filters", "funnel", "indexing", "verification"}
+        | {"queries", "results"}
     ),
     **dict.fromkeys(("nncf", "onnxruntime", "openvino"), ("lib/matryoshka/peers.py",)),
     "rich": ("jobs/terminal.py",),
@@ -38,22 +39,9 @@ LAYERS = [
     {"config", "units", "nested", "topk", "conditions", "clock", "batches"},
     {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves"}
     | {"splits", "sources", "partitions", "leaks", "chunks", "rates"},
-    {
-        "artifacts",
-        "model",
-        "pairs",
-        "positives",
-        "sts",
-        "encode",
-        "tokens",
-        "packed",
-        "vectors",
-        "products",
-        "spaces",
-        "filters",
-        "funnel",
-    }
-    | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"},
+    {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "products", "spaces", "funnel"}
+    | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"}
+    | {"filters", "queries"},
     {"preparation", "mining", "training", "card", "embedding", "indexing", "evaluation", "report", "verification", "results"}
     | {"calibration", "peers", "plain_trainer"},
 ]

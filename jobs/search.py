@@ -114,9 +114,8 @@ def _texts(index: IndexStore, ranking: Ranking) -> dict[str, str]:
 
 def _report_missing(index: IndexStore, faults: Mapping[str, str]) -> None:
     """Says which shards were left out, and why."""
-    rows = {receipt.key: receipt.num_rows for receipt in index.manifest.receipts}
     for key, fault in faults.items():
-        say(f"search: without shard {key} ({rows[key]} documents): {fault}")
+        say(f"search: without shard {key} ({index.num_documents_of[key]} documents): {fault}")
     if faults:
         say(f"search: {index.coverage:.2%} of the documents were searched")
 

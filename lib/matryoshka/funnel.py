@@ -26,7 +26,7 @@ from matryoshka.products import Mask, StoredVectors
 from matryoshka.spaces import Space
 from matryoshka.topk import IntArray
 
-COARSE, VECTORS, IDS = "coarse.faiss", "vectors.npy", "ids.arrow"
+COARSE, DENSE, VECTORS, IDS = "coarse.faiss", "coarse.npy", "vectors.npy", "ids.arrow"
 
 # Scores closer than this may have been ordered by rounding; both candidates are then looked at.
 _ROUNDING = 1e-5
@@ -56,7 +56,7 @@ class Shard:
 
     Args:
         stored: float16 or int8, up to a factor of each vector's own.
-        coarse: None where every search compares all documents.
+        coarse: A FAISS index, or coarse vectors that are all compared; None where every search compares full vectors.
         removed: Rows that are gone from the results.
         device: Where inner products are computed.
         columns: What conditions may ask for.
@@ -67,7 +67,7 @@ class Shard:
     def __init__(
         self,
         stored: npt.NDArray[Any],
-        coarse: CoarseIndex | None = None,
+        coarse: CoarseIndex | StoredVectors | None = None,
         removed: IntArray | None = None,
         device: str = "cpu",
         columns: pa.RecordBatch | None = None,
@@ -83,11 +83,15 @@ class Shard:
     @classmethod
     def open(cls, files: ShardFiles, device: str = "cpu") -> "Shard":
         """Returns the shard in a folder; vectors stay on disk until they are looked at."""
-        coarse = files.folder / COARSE
         stored = np.load(files.folder / VECTORS, mmap_mode="r", allow_pickle=False)
         removed = np.load(files.removed, allow_pickle=False) if files.removed else None
         columns = filters.open_columns(files.folder / COLUMNS) if (files.folder / COLUMNS).exists() else None
-        return cls(stored, CoarseIndex.read(coarse) if coarse.exists() else None, removed, device, columns)
+        coarse: CoarseIndex | StoredVectors | None = None
+        if (files.folder / COARSE).exists():
+            coarse = CoarseIndex.read(files.folder / COARSE)
+        elif (files.folder / DENSE).exists():
+            coarse = StoredVectors(np.load(files.folder / DENSE, mmap_mode="r", allow_pickle=False), device)
+        return cls(stored, coarse, removed, device, columns)
 
     @property
     def num_documents(self) -> int:
@@ -113,6 +117,8 @@ class Shard:
         """
         assert self._coarse is not None
         allowed, num_allowed = self._allowed(condition), self.num_allowed(condition)
+        if isinstance(self._coarse, StoredVectors):
+            return _best(self._coarse, queries, step.keep, allowed)
         if not num_allowed:
             return _nothing(len(queries))
         num_wanted = step.keep + max(step.keep // _EXTRA_SHARE, _LEAST_EXTRA)
@@ -144,10 +150,7 @@ class Shard:
 
         Shapes: queries [Q, dim] -> [Q, M], [Q, M]; row -1 pads.
         """
-        allowed, num_allowed = self._allowed(condition), self.num_allowed(condition)
-        if allowed is not None and num_allowed < _GATHERED_SHARE * self.num_documents:
-            return self._vectors.best_of(queries, num_kept, np.flatnonzero(allowed)) if num_allowed else _nothing(len(queries))
-        return self._vectors.best(queries, num_kept, allowed) if self.num_documents else _nothing(len(queries))
+        return _best(self._vectors, queries, num_kept, self._allowed(condition))
 
     def score(self, queries: Float32Array, numbers: IntArray, rows: IntArray) -> Float32Array:
         """Returns the inner products of chosen queries with prefixes of chosen documents, pair by pair.
@@ -167,6 +170,14 @@ class Shard:
 
 def _nothing(num_queries: int) -> tuple[Float32Array, IntArray]:
     return np.empty((num_queries, 0), np.float32), np.empty((num_queries, 0), np.int64)
+
+
+def _best(stored: StoredVectors, queries: Float32Array, num_kept: int, allowed: Mask | None) -> tuple[Float32Array, IntArray]:
+    """Returns the best of the vectors that may be found; where these are few, no other is looked at."""
+    num_allowed = len(stored) if allowed is None else int(np.count_nonzero(allowed))
+    if allowed is not None and num_allowed < _GATHERED_SHARE * len(stored):
+        return stored.best_of(queries, num_kept, np.flatnonzero(allowed))
+    return stored.best(queries, num_kept, allowed)
 
 
 def _at_once(num_fetched: int) -> int:

@@ -28,7 +28,7 @@ DOORS = {
     "pyarrow": tuple(
         f"lib/matryoshka/{room}.py"
         for room in {"corpus", "sources", "partitions", "vectors", "filters", "funnel", "indexing", "verification"}
-        | {"queries", "results"}
+        | {"removals", "queries", "results"}
     ),
     **dict.fromkeys(("nncf", "onnxruntime", "openvino"), ("lib/matryoshka/peers.py",)),
     "rich": ("jobs/terminal.py",),
@@ -41,8 +41,9 @@ LAYERS = [
     | {"splits", "sources", "partitions", "leaks", "chunks", "rates"},
     {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "products", "spaces", "funnel"}
     | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"}
-    | {"filters", "queries"},
-    {"preparation", "mining", "training", "card", "embedding", "indexing", "evaluation", "report", "verification", "results"}
+    | {"removals", "filters", "queries"},
+    {"preparation", "mining", "training", "card", "embedding", "indexing", "layouts", "evaluation", "report", "verification"}
+    | {"results"}
     | {"calibration", "peers", "plain_trainer"},
 ]
 

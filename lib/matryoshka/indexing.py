@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from matryoshka import artifacts, conditions, corpus, filters, funnel, removals, spaces, storage, units, vectors
+from matryoshka import artifacts, conditions, corpus, filters, funnel, products, removals, spaces, storage, units, vectors
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.filters import COLUMNS, Kinds, Origin
-from matryoshka.funnel import COARSE, IDS, VECTORS, CallShards, Searcher, Shard, ShardFiles
+from matryoshka.funnel import COARSE, DENSE, IDS, VECTORS, CallShards, Searcher, Shard, ShardFiles
 from matryoshka.index import CoarseIndex, check_factory, check_parameters, is_trained
 from matryoshka.nested import FunnelPlan, shrink
+from matryoshka.products import CoarseVectors
 from matryoshka.removals import REMOVED
 from matryoshka.spaces import Kind, Space
 from matryoshka.topk import IntArray
@@ -25,7 +26,7 @@ from matryoshka.vectors import EmbeddingStore, Float16Array
 
 SHARDS, TRAINED, SPACE = "shards", "trained", "space.npz"
 PLAIN, PLAIN_IDS = "index.faiss", "ids.parquet"
-NO_INDEX = "none"
+NO_INDEX, DENSE_INDEX = "none", "dense"
 
 _OUTGROWN = 4  # a training serves until there are so many times the documents that it was made for
 _LOSS_DOCUMENTS, _LOSS_QUERIES, _LOSS_RESULTS = 20_000, 200, 10
@@ -92,7 +93,8 @@ class Layout:
     Attributes:
         space: Kind of the coarse space.
         dim: Of coarse vectors.
-        factory: FAISS factory string of the coarse indexes; ``NO_INDEX``: none, every search compares all documents.
+        factory: FAISS factory string of the coarse indexes; ``DENSE_INDEX``: coarse vectors as bfloat16, all compared by matrix
+            products; ``NO_INDEX``: none, every search compares full vectors.
         storage: How full vectors are kept; int8 takes half the room, and has 254 steps up to a vector's largest component.
     """
 
@@ -106,10 +108,21 @@ class Layout:
         """Whether shards have a coarse index."""
         return self.factory != NO_INDEX
 
+    @property
+    def has_faiss(self) -> bool:
+        """Whether it is one of FAISS."""
+        return self.factory not in (NO_INDEX, DENSE_INDEX)
+
+    @property
+    def coarse_name(self) -> str:
+        """The file of a shard's coarse index."""
+        return COARSE if self.has_faiss else DENSE
+
 
 def needs_training(layout: Layout) -> bool:
     """Returns whether shards share something that is learned from documents."""
-    return layout.has_index and (layout.space != "prefix" or not is_trained(layout.factory, layout.dim))
+    is_learned = layout.has_faiss and not is_trained(layout.factory, layout.dim)
+    return layout.has_index and (layout.space != "prefix" or is_learned)
 
 
 def check_layout(layout: Layout, plan: FunnelPlan, num_documents: int) -> None:
@@ -118,14 +131,15 @@ def check_layout(layout: Layout, plan: FunnelPlan, num_documents: int) -> None:
     Raises:
         ValueError: There are too few documents, FAISS has no such index, or the plan has parameters that it does not have.
     """
+    if not layout.has_faiss and plan.shortlist.parameters:
+        raise ValueError(f"plan: {plan.describe()} has parameters of a FAISS index, and there is none. Leave them out.")
     if not layout.has_index:
-        if plan.shortlist.parameters:
-            raise ValueError(f"plan: {plan.describe()} has parameters of a coarse index, and there is none. Leave them out.")
         return
     if layout.space != "prefix" and num_documents < layout.dim:
         raise ValueError(f"--space {layout.space}: {num_documents} documents, too few for {layout.dim} dims. Choose prefix.")
-    check_factory(layout.factory, layout.dim, num_documents)
-    if plan.shortlist.dim == layout.dim:
+    if layout.has_faiss:
+        check_factory(layout.factory, layout.dim, num_documents)
+    if layout.has_faiss and plan.shortlist.dim == layout.dim:
         check_parameters(layout.factory, layout.dim, dict(plan.shortlist.parameters))
 
 
@@ -169,13 +183,14 @@ def train(store: EmbeddingStore, layout: Layout, queries: Float16Array | None, n
     start = time.perf_counter()
     sample = _sample(store, num_sampled)
     space = spaces.learn(layout.space, layout.dim, sample, queries)
-    index = CoarseIndex.train(space.documents(sample), layout.factory)
+    index = CoarseIndex.train(space.documents(sample), layout.factory) if layout.has_faiss else None
     target = folder / TRAINED
     with storage.publish(target) as temporary:
         temporary.mkdir()
         space.write(temporary / SPACE)
-        index.write(temporary / COARSE)
-    files = tuple(FileRecord.of(folder, target / name) for name in (SPACE, COARSE))
+        if index:
+            index.write(temporary / COARSE)
+    files = tuple(FileRecord.of(folder, target / name) for name in ((SPACE, COARSE) if index else (SPACE,)))
     details = {
         "num_sampled": len(sample),
         "num_documents": store.manifest.num_rows,
@@ -272,8 +287,8 @@ def build_shard(
         if columns:
             filters.write_columns(temporary / COLUMNS, columns)
         if index:
-            index.write(temporary / COARSE)
-    names = [*([COARSE] if index else []), VECTORS, IDS, *([COLUMNS] if columns else [])]
+            index.write(temporary / layout.coarse_name)
+    names = [*([layout.coarse_name] if index else []), VECTORS, IDS, *([COLUMNS] if columns else [])]
     files = tuple(FileRecord.of(folder, target / name) for name in names)
     details = {
         "num_left_out": plan.num_rows - num_rows,
@@ -306,15 +321,17 @@ def training_of(training: Receipt | None) -> str | None:
     return storage.digest_json([file.digest for file in training.files]) if training else None
 
 
-def open_trained(folder: Path, layout: Layout, training: Receipt | None) -> tuple[Space, CoarseIndex | None]:
+def open_trained(folder: Path, layout: Layout, training: Receipt | None) -> tuple[Space, CoarseIndex | CoarseVectors | None]:
     """Returns the coarse space of an index, and an empty coarse index; what needs no training is made here.
 
     Raises:
         ValueError: What was trained is missing or not what its receipt says.
     """
     space = open_space(folder, layout, training)
+    if not layout.has_faiss:
+        return space, CoarseVectors() if layout.has_index else None
     if training is None:
-        return space, CoarseIndex.train(np.empty((0, layout.dim), np.float32), layout.factory) if layout.has_index else None
+        return space, CoarseIndex.train(np.empty((0, layout.dim), np.float32), layout.factory)
     return space, CoarseIndex.read(_check_trained(folder, training, COARSE)).copy()
 
 
@@ -356,6 +373,8 @@ def export_shard(index: "IndexStore", number: int, plan: FunnelPlan, folder: Pat
     space, coarse = open_trained(index.folder, layout, index.training)
     if coarse is None or plan.shortlist.dim != layout.dim:  # the plan scans a prefix
         space, coarse = Space("prefix", plan.shortlist.dim), CoarseIndex.build(shrink(full, plan.shortlist.dim), "Flat")
+    elif isinstance(coarse, CoarseVectors):
+        coarse = CoarseIndex.build(np.delete(products.read_coarse(files.folder / DENSE), removed, axis=0), "SQbf16")
     elif len(removed):
         coarse.add(space.documents(full))
     else:
@@ -568,9 +587,9 @@ class IndexStore:
         if plan.steps[-1].dim > self.width:
             raise ValueError(f"{self.folder}: vectors have {self.width} dims, the plan is {plan.describe()}. Change the plan.")
         if plan.shortlist.parameters:
-            if not layout.has_index or plan.shortlist.dim != layout.dim:
+            if not layout.has_faiss or plan.shortlist.dim != layout.dim:
                 raise ValueError(
-                    f"{self.folder}: the plan {plan.describe()} has parameters of a coarse index, which this index has for"
-                    f" {layout.dim if layout.has_index else 'no'} dims. Change the plan."
+                    f"{self.folder}: the plan {plan.describe()} has parameters of a FAISS index, which this index has for"
+                    f" {layout.dim if layout.has_faiss else 'no'} dims. Change the plan."
                 )
             check_parameters(layout.factory, layout.dim, dict(plan.shortlist.parameters))

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,9 +90,9 @@ class StoredVectors:
         Shapes: queries [Q, dim], numbers [P] (of queries), rows [P] -> [P].
         """
         if self._vectors.device.type == "cpu":
-            return self._score_in_threads(self._as_compared(queries), numbers, rows)
+            return self._score_in_threads(queries, numbers, rows)
         on_device = [torch.from_numpy(np.ascontiguousarray(own)).to(self._vectors.device) for own in (numbers, rows)]
-        wide = torch.from_numpy(self._as_compared(queries)).to(self._vectors.device)
+        wide = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32)).to(self._vectors.device)
         return self._score_on_gpu(wide, *on_device).cpu().numpy()
 
     def best(self, queries: Float32Array, num_kept: int, allowed: Mask | None = None) -> Lists:
@@ -104,7 +105,7 @@ class StoredVectors:
         """
         if not len(self) or not len(queries):
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-        compared = torch.from_numpy(self._as_compared(queries)).to(self._vectors.device)
+        compared = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32)).to(self._vectors.device)
         scan = _Scan(compared, num_kept, len(self), self._tiles)
         for start in range(0, len(self), self._tiles.segment):
             part = slice(start, min(start + self._tiles.segment, len(self)))
@@ -129,11 +130,6 @@ class StoredVectors:
     def _finish(self, queries: Float32Array, numbers: IntArray, rows: IntArray, num_kept: int) -> Lists:
         scores = self.score(queries, numbers, rows)
         return topk.cut(*topk.line_up(len(queries), numbers, rows, scores), num_kept)
-
-    def _as_compared(self, queries: Float32Array) -> Float32Array:
-        """Returns queries as they are multiplied: with vectors that are bfloat16 themselves, as bfloat16."""
-        queries = np.ascontiguousarray(queries, dtype=np.float32)
-        return torch.from_numpy(queries).bfloat16().float().numpy() if self._is_plain else queries
 
     def _rounded(self, part: slice, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
         """Returns prefixes, at unit length unless they are plain, in another dtype; and how far any of them is off by that."""
@@ -178,6 +174,38 @@ class StoredVectors:
             norms = 1.0 if self._is_plain else candidates.square_().sum(1).sqrt_().clamp_min_(1e-30)
             scores[part] = products / norms
         return scores
+
+
+class CoarseVectors:
+    """Collects coarse vectors, block by block, as the bits of bfloat16."""
+
+    def __init__(self) -> None:
+        self._parts: list[npt.NDArray[np.uint16]] = []
+
+    def add(self, vectors: Float32Array) -> None:
+        """Adds documents after those that are there.
+
+        Shapes: vectors [N, dim].
+        """
+        self._parts.append(torch.from_numpy(vectors).bfloat16().view(torch.int16).numpy().view(np.uint16))
+
+    def stored(self) -> StoredVectors:
+        """Returns them in a form that can be searched."""
+        return StoredVectors(np.concatenate(self._parts))
+
+    def write(self, path: Path) -> None:
+        """Writes what ``StoredVectors`` takes, as a file that can be mapped into memory."""
+        np.save(path, np.concatenate(self._parts), allow_pickle=False)
+
+
+def read_coarse(path: Path) -> Float32Array:
+    """Returns the coarse vectors that ``CoarseVectors`` wrote, as float32.
+
+    Shapes: [N, dim].
+    """
+    bits = np.load(path, allow_pickle=False)
+    vectors: Float32Array = (bits.astype(np.uint32) << 16).view(np.float32)
+    return vectors
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from jobs import cluster
 from jobs.cluster import Session
 from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import Counter, say
-from matryoshka import artifacts, corpus, indexing, layouts, model, nested, removals, storage, vectors
+from matryoshka import artifacts, corpus, filters, indexing, layouts, model, nested, removals, storage, vectors
 from matryoshka.artifacts import Journal, Manifest, Receipt
 from matryoshka.config import Field, FolderPath, InputPath, check_settings
 from matryoshka.corpus import Columns
@@ -55,6 +55,7 @@ class Settings(StageSettings):
         None, description="Parquet files with real queries, as text or as vectors in column 'embedding', for a projection."
     )
     text_column: str = Field("text", description="Column of --queries with the query's text.")
+    filter_columns: tuple[str, ...] = Field((), description="Columns of the corpus that searches can be restricted by.")
     remove: InputPath | None = Field(
         None, description="Parquet files with ids of documents to take out, now and in every later build."
     )
@@ -173,9 +174,13 @@ def run(settings: Settings) -> Manifest:
         previous = artifacts.claim(output, "index", identity, settings.replace)
         num_shards = settings.shards or _default_shards(store)
         slots, plans = indexing.plan_shards(store, num_shards, previous.facts["slots"] if previous else {})
+        kinds = filters.find_kinds(corpus.recall(store.manifest.facts["corpus"]), settings.filter_columns)
+        if kinds:
+            plans = indexing.find_origins(plans, store, kinds)
         finished = indexing.finished(output, previous, plans, store.manifest.num_rows, replace=settings.replace)
         state = _State(finished, plans, choice.layout)
-        manifest = Manifest("index", identity, {"embeddings": store.manifest.fingerprint}, _facts(settings, store, choice, slots))
+        facts = {**_facts(settings, store, choice, slots), "filter_columns": kinds}
+        manifest = Manifest("index", identity, {"embeddings": store.manifest.fingerprint}, facts)
         if previous and _is_current(previous, manifest, state, removed):
             say(f"index: nothing to do, {output} is complete ({previous.num_rows} documents)")
             return previous
@@ -265,6 +270,7 @@ def _identity(
         "storage": layout.storage,
         "shards": settings.shards,
         "queries": learned,
+        "filter_columns": list(settings.filter_columns) or None,
     }
 
 

@@ -5,6 +5,7 @@ on what else is in the batch: sums of float32 run over each vector by itself, in
 such an order, only choose what is scored.
 """
 
+import copy
 import functools
 import threading
 import warnings
@@ -124,6 +125,20 @@ class StoredVectors:
             part = slice(start, min(start + size, len(self)))
             scan.look_through(self._block(part, room), start, None if allowed is None else allowed[part])
         return topk.pad([self._finish(queries[part], numbers, rows, num_kept) for part, numbers, rows in scan.noted()])
+
+    def best_of(self, queries: Float32Array, num_kept: int, chosen: IntArray) -> Lists:
+        """Returns what ``best`` does where only some rows are allowed, for the cost of looking at these rows alone.
+
+        Shapes: queries [Q, dim], chosen [R] -> [Q, M], [Q, M]; in no order.
+        """
+        prefixes, parts = self._vectors[:, : queries.shape[1]], []
+        for start in range(0, max(len(chosen), 1), self._tiles.segment):
+            own, gathered = chosen[start : start + self._tiles.segment], copy.copy(self)
+            gathered._vectors = prefixes.index_select(0, torch.from_numpy(own).to(prefixes.device))
+            scores, places = gathered.best(queries, num_kept)
+            parts.append((scores, np.where(places >= 0, own[places], -1)))
+        scores, rows = (np.concatenate(lists, axis=1) for lists in zip(*parts, strict=True))
+        return topk.cut(scores, rows, num_kept)
 
     def _finish(self, queries: Float32Array, numbers: IntArray, rows: IntArray, num_kept: int) -> Lists:
         scores = self.score(queries, numbers, rows)

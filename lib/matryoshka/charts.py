@@ -7,7 +7,7 @@ import importlib.util
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 from xml.sax.saxutils import escape
@@ -162,7 +162,7 @@ def _draw_axes(canvas: _Canvas, frame: _Frame, title: str) -> None:
     for recall in [recall for recall in _RECALLS if recall >= frame.recalls[0]]:
         x = frame.spot(recall, frame.rates[0])[0]
         canvas.line([(x, top), (x, bottom)], _GRID, 1)
-        canvas.text((x, bottom + 16), f"{recall:g}", _INK, 13, "middle")
+        canvas.text((x, bottom + 16), f"{recall:g}" if recall < 1 else f"{1 - _LEAST_MISSING:g}+", _INK, 13, "middle")
     for rate in _rate_ticks(*frame.rates):
         y = frame.spot(frame.recalls[0], rate)[1]
         canvas.line([(left, y), (right, y)], _GRID, 1)
@@ -182,7 +182,9 @@ def _rate_ticks(low: float, high: float) -> list[float]:
 
 def _draw_system(canvas: _Canvas, frame: _Frame, points: Sequence[Point], colour: str, *, is_ours: bool) -> Spot:
     """Draws a system's points; returns where its line ends."""
-    best = [frame.spot(point.recall, point.queries_per_second) for point in envelope(points)]
+    # What is drawn at one recall has one best.
+    drawn = [replace(point, recall=min(point.recall, 1 - _LEAST_MISSING)) for point in points]
+    best = [frame.spot(point.recall, point.queries_per_second) for point in envelope(drawn)]
     for point in points:
         canvas.dot(frame.spot(point.recall, point.queries_per_second), _lighten(colour), 2)
     if len(best) > 1:

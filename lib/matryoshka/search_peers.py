@@ -20,7 +20,8 @@ Parameters = Mapping[str, int]
 IntArray = npt.NDArray[np.int64]
 
 _EFFORTS = (10, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
-_FACTORS = (1, 2, 4, 8, 16, 32)
+_FACTORS = (2, 4, 8, 16, 32)
+_MOST_PROBES = 256  # or a quarter of the lists
 _POINTS_PER_CENTROID = 64  # FAISS takes 256 by default, for four times the time and the same lists but for chance
 _SUBSPACE_DIMS = 2
 
@@ -158,7 +159,8 @@ class _Usearch:
 
 
 def _probes(num_documents: int) -> list[int]:
-    return [1 << power for power in range(num_lists(num_documents).bit_length()) if 1 << power <= num_lists(num_documents)]
+    most = max(min(num_lists(num_documents), _MOST_PROBES), num_lists(num_documents) // 4)
+    return [1 << power for power in range(most.bit_length())]
 
 
 def _graph_bytes(width: int, num_links: int) -> int:

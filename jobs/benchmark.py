@@ -7,7 +7,6 @@ from jobs.entry import main
 from jobs.terminal import say
 from matryoshka import storage
 from matryoshka.config import Field, FolderPath, InputPath, JobSettings, Metavar, Positional, check_settings
-from matryoshka.spaces import Kind
 
 _OWN = {
     "encode": ("corpus", "id_column", "text_column", "documents", "compile"),
@@ -81,11 +80,9 @@ class Settings(JobSettings):
     peers: tuple[str, ...] = Field((), description="search: peers to measure beside exact search; none: all.")
     scale: tuple[int, ...] = Field((), description="search: also measure the first so many documents, for example 10000,100000.")
     shards: tuple[int, ...] = Field((1,), description="search: shards of what is built; several go with --scale.")
-    space: Kind = Field("prefix", description="search: coarse space of what is built.")
+    space: Literal["auto", "prefix", "rotation"] = Field("auto", description="search: coarse space of what is built.")
     plan: tuple[str, ...] = Field((), description="search: funnel of what is built; its first dim is that of the coarse space.")
-    coarse_index: str | None = Field(
-        None, description="search: FAISS factory string of what is built; none: IVF over 4-bit PQ of a quarter of the dims."
-    )
+    coarse_index: str = Field("auto", description="search: FAISS factory string of what is built, as the index job takes it.")
 
     @check_settings
     def _options_of_the_work(self) -> "Settings":

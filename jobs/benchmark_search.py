@@ -49,9 +49,11 @@ MADE_QUERIES = 2_048
 _PAIR_ROWS = 4_096
 _FLOORS = (0.9, 0.95, 0.985, 0.99, 0.995)
 _SLACK = 1.15  # of the estimate of memory
-_PROBES, _PROBE_KEEPS = (4, 8, 16, 32, 64, 128, 256), (20, 50, 100, 200, 400)
-_EFFORTS, _EFFORT_KEEPS = (32, 64, 128, 256, 512), (20, 50, 100, 200, 400)
-_KEEPS = (10, 20, 30, 50, 100, 150, 200, 300, 400, 600, 800)
+_KEEPS = (10, 20, 50, 100, 150, 200, 300, 400, 600, 800)
+_DIALS = (
+    ("IVF", "nprobe", (4, 8, 16, 32, 64, 128, 256), (20, 50, 100, 200, 400)),
+    ("HNSW", "efSearch", (32, 64, 128, 256, 512), (20, 50, 100, 200, 400)),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,24 +178,13 @@ def _make(settings: "Settings", spectrum: "Spectrum", scratch: Path) -> "tuple[I
 
 
 def build_index(settings: "Settings", store: "EmbeddingStore", folder: Path, num_shards: int) -> "IndexStore":
-    """Returns an index that the index job builds, as the settings have it or as is usual for so many documents."""
+    """Returns an index that the index job builds: what was asked for, and else what that job chooses."""
     from jobs import index as index_job
     from matryoshka.indexing import IndexStore
-    from matryoshka.search_peers import num_lists
 
-    width = store.width
-    dim = FunnelPlan.parse(settings.plan).shortlist.dim if settings.plan else max(width // 8 * 2, min(width, 2))
-    usual = f"IVF{num_lists(store.manifest.num_rows)},PQ{dim // 2}x4fs" if dim % 2 == 0 else "Flat"
-    index_job.run(
-        index_job.Settings(
-            embeddings=str(store.folder),
-            output=str(folder),
-            shards=num_shards,
-            space=settings.space,
-            plan=settings.plan or tuple(_funnel(dim, 10 * _RESULTS, (), width).parts),
-            coarse_index=settings.coarse_index or usual,
-        )
-    )
+    own = {name: getattr(settings, name) for name in ("space", "plan", "coarse_index")}
+    folders = {"embeddings": str(store.folder), "output": str(folder)}
+    index_job.run(index_job.Settings(**folders, **own, shards=num_shards, device="cpu"))
     return IndexStore.open(folder)
 
 
@@ -376,28 +367,17 @@ def _plans(index: "IndexStore", num_results: int) -> list[FunnelPlan]:
     if tuned:
         return [FunnelPlan.parse(point["plan"]) for point in tuned]
     dim, width = index.layout.dim, index.width
-    for name, values, keeps in (("nprobe", _PROBES, _PROBE_KEEPS), ("efSearch", _EFFORTS, _EFFORT_KEEPS)):
-        if _has_parameter(index, name):
+    for kind, name, values, keeps in _DIALS:
+        if kind in index.layout.factory:
             pairs = [(((name, value),), keep) for value in values for keep in keeps]
             return [_funnel(dim, keep, own, width, num_results) for own, keep in pairs]
-    return [_funnel(dim, keep, (), width, num_results) for keep in (_KEEPS if dim < width else (num_results,))]
+    dims = [dim] if index.layout.has_index else [own for own in index.manifest.facts["dims"] if own < width]
+    return [_funnel(own, keep, (), width, num_results) for own in dims or [width] for keep in _KEEPS]
 
 
 def _funnel(dim: int, keep: int, parameters: tuple[tuple[str, int], ...], width: int, num_results: int = _RESULTS) -> FunnelPlan:
     steps = (Step(dim, keep, parameters), Step(width, num_results)) if dim < width else (Step(width, keep, parameters),)
     return FunnelPlan(steps)
-
-
-def _has_parameter(index: "IndexStore", name: str) -> bool:
-    from matryoshka.index import check_parameters
-
-    if not index.layout.has_index:
-        return False
-    try:
-        check_parameters(index.layout.factory, index.layout.dim, {name: 1})
-    except ValueError:
-        return False
-    return True
 
 
 def build_peer(name: str, vectors: Vectors, scratch: Path) -> System:

@@ -166,6 +166,7 @@ def _evaluate(settings: Settings) -> Manifest:
         "system": system,
         "embeddings": store.manifest.fingerprint if store else None,
         "index": index.manifest.fingerprint if index else None,
+        "plan": index.plan.describe() if index else None,
         "compare": _fingerprint(settings.compare),
     }
     if isinstance(source, _Retrieval):

@@ -1,113 +1,368 @@
 """Builds a sharded index from embeddings: a coarse FAISS index in a narrow space, and full vectors for reranking."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
 
 from jobs import cluster
+from jobs.cluster import Session
 from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import Counter, say
-from matryoshka import artifacts, index, indexing, nested, storage
-from matryoshka.artifacts import Journal, Manifest
-from matryoshka.config import Field, FolderPath
-from matryoshka.indexing import SHARDS, TRAINED, Layout, Storage
+from matryoshka import artifacts, corpus, indexing, layouts, model, nested, removals, storage, vectors
+from matryoshka.artifacts import Journal, Manifest, Receipt
+from matryoshka.config import Field, FolderPath, InputPath, check_settings
+from matryoshka.corpus import Columns
+from matryoshka.encode import TOKENS_PER_STEP
+from matryoshka.indexing import SHARDS, TRAINED, Layout, ShardPlan
+from matryoshka.layouts import Choice, Given, Wanted
 from matryoshka.nested import FunnelPlan
-from matryoshka.spaces import Kind
-from matryoshka.vectors import EmbeddingStore
+from matryoshka.removals import REMOVED, Removed
+from matryoshka.vectors import EmbeddingStore, Float16Array
 
 _ROWS_PER_SHARD = 1_000_000
+_SHOWN = 3
+_AUTO = "auto"
+_GB = 1e9
 
 
 class Settings(StageSettings):
     """Builds a sharded index from embeddings: a coarse FAISS index in a narrow space, and full vectors for reranking.
 
-    What must be trained is trained once, and shards whose documents did not change since the last build are kept as they are.
+    What is not asked for is chosen by the number of documents, the device and the memory limit, and stays as it was chosen
+    until --replace. What must be trained is trained once, and shards whose documents did not change are kept as they are.
     """
 
     embeddings: FolderPath = Field(description="Folder that the embed job wrote.")
     shards: int | None = Field(None, ge=1, description="Shards of the first build; none: one per million documents.")
-    space: Kind = Field("prefix", description="Of the shortlist: the trained prefix, a rotation, or a query-aware projection.")
+    space: Literal["auto", "prefix", "rotation", "projection"] = Field(
+        "auto", description="Of the shortlist: the trained prefix, a rotation, or a projection that looks at queries too."
+    )
+    dim: int | None = Field(None, ge=1, description="Of the shortlist's space; none: the first of --plan, or chosen.")
     plan: tuple[str, ...] = Field((), description="Funnel as dim:keep steps, for example 64:200,384:100; none: a cautious one.")
-    coarse_index: str = Field("Flat", description="FAISS factory string of the shortlist's index; none: compare all documents.")
-    storage: Storage = Field("float16", description="Of full vectors; int8 takes half the room and loses a little.")
-    sample: int = Field(200_000, ge=1, description="Documents, at most, that spaces and coarse indexes are trained on.")
+    coarse_index: str = Field(
+        "auto", description="FAISS factory string of the shortlist's index; none: no index, all documents are compared."
+    )
+    storage: Literal["auto", "float16", "int8"] = Field(
+        "auto", description="Of full vectors; int8 takes half the room, and what it loses is measured."
+    )
+    sample: int = Field(200_000, ge=1, description="Documents (and queries), at most, that is learned from.")
+    queries: InputPath | None = Field(
+        None, description="Parquet files with real queries, as text or as vectors in column 'embedding', for a projection."
+    )
+    text_column: str = Field("text", description="Column of --queries with the query's text.")
+    remove: InputPath | None = Field(
+        None, description="Parquet files with ids of documents to take out, now and in every later build."
+    )
+    id_column: str = Field("id", description="Column of --queries and --remove with ids.")
+    memory_limit: float | None = Field(
+        None, gt=0, description="GB of memory of a process that holds a shard, which what is chosen respects; none: no limit."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where it will be searched; auto: what the cluster has.")
+    workers: int | None = Field(None, ge=1, description="Encoder processes for --queries; none: one per GPU, or per CPU.")
+
+    @check_settings
+    def _usable_space(self) -> "Settings":
+        if self.queries and self.space not in (_AUTO, "projection"):
+            raise ValueError(f"--queries goes with --space projection, not {self.space}. Drop one of them.")
+        if self.coarse_index == indexing.NO_INDEX and (self.queries or self.space not in (_AUTO, "prefix")):
+            raise ValueError("--coarse-index none compares prefixes: it has no --space and no --queries. Drop one of them.")
+        return self
 
 
-def check_plan(settings: Settings, dims: Sequence[int], width: int, declared: Sequence[int] = ()) -> FunnelPlan:
-    """Returns the funnel that the settings give, or else a cautious one for the dims of the model.
+def check_plan(settings: Settings, width: int, declared: Sequence[int] = (), space: str = "prefix") -> FunnelPlan | None:
+    """Returns the funnel that the settings give, if they give one.
 
     Raises:
-        ValueError: The funnel or the kind of coarse index is not usable with vectors of this width.
+        ValueError: The funnel is not usable with vectors of this width, or a prefix is none that the model was trained for.
     """
-    plan = FunnelPlan.parse(settings.plan) if settings.plan else nested.default_plan(dims)
+    if settings.dim and settings.dim > width:
+        raise ValueError(f"--dim {settings.dim}: does not fit vectors of width {width}. Choose from 1 to {width}.")
+    if not settings.plan:
+        return None
+    plan = FunnelPlan.parse(settings.plan)
     own = [step.dim for step in plan.steps]
     nested.check_dims(own, width, "--plan")
-    nested.check_dims(own if settings.space == "prefix" else own[1:] or [width], width, "--plan", declared)
+    nested.check_dims(own if space == "prefix" else own[1:] or [width], width, "--plan", declared)
     return plan
 
 
+@dataclass(frozen=True, slots=True)
+class _Queries:
+    """Real queries to learn a projection from: texts, or vectors."""
+
+    fingerprint: str
+    num_rows: int
+    texts: tuple[str, ...] = ()
+    vectors: Float16Array | None = None
+
+    @classmethod
+    def open(cls, settings: Settings, store: EmbeddingStore) -> "_Queries | None":
+        if settings.queries is None:
+            return None
+        _, paths = corpus.find_files(settings.queries)
+        if corpus.has_column(paths[0], "embedding"):
+            found = vectors.read_embeddings(paths, store.width)
+            return cls(storage.digest_json([storage.digest_file(path) for path in paths]), len(found), vectors=found)
+        source = corpus.inspect(settings.queries, Columns(settings.id_column, settings.text_column))
+        _, texts = corpus.read_texts(source)
+        return cls(source.fingerprint, len(texts), tuple(texts))
+
+    def encode(self, session: Session, settings: Settings, store: EmbeddingStore) -> Float16Array:
+        """Returns the vectors of as many as are learned from, at even distances."""
+        rows = np.unique(np.linspace(0, self.num_rows - 1, min(settings.sample, self.num_rows)).astype(np.int64))
+        if self.vectors is not None:
+            return self.vectors[rows]
+        info = model.describe(str(store.manifest.facts["model"]))
+        if info.fingerprint != store.manifest.identity["model"]:
+            raise ValueError(f"{info.folder}: is not the model that made {store.folder}. Pass --queries with vectors.")
+        tokens_per_step = TOKENS_PER_STEP[cluster.capacity().device]
+        pool = session.encoders(info, store.manifest.identity["precision"], tokens_per_step, settings.workers)
+        return pool.encode([self.texts[row] for row in rows], "query")
+
+
+@dataclass
+class _State:
+    """What is finished, by key, and what is left to do."""
+
+    finished: dict[str, Receipt]
+    shards: list[ShardPlan]
+    layout: Layout
+
+    @property
+    def training(self) -> Receipt | None:
+        return self.finished.get(TRAINED)
+
+    @property
+    def must_train(self) -> bool:
+        return indexing.needs_training(self.layout) and self.training is None
+
+    @property
+    def todo(self) -> list[ShardPlan]:
+        return [shard for shard in self.shards if shard.key not in self.finished]
+
+    def unburied(self, listed: Receipt | None) -> list[Receipt]:
+        """Returns the shards whose tombstones are not those of the list."""
+        built = [self.finished[shard.key] for shard in self.shards if shard.key in self.finished]
+        return [shard for shard in built if listed and not removals.is_clean(shard, listed, self.finished)]
+
+    def receipts(self, listed: Receipt | None) -> tuple[Receipt, ...]:
+        """Returns what the finished index is made of."""
+        built = [self.finished[shard.key] for shard in self.shards]
+        marks = [removals.key_of(shard) for shard in built if listed and not removals.leaves_out(shard, listed)]
+        own = [*filter(None, [self.training]), *built, *filter(None, [listed])]
+        return (*own, *(self.finished[key] for key in marks))
+
+
 def run(settings: Settings) -> Manifest:
-    """Builds the shards that the output lacks."""
+    """Builds the shards that the output lacks, and marks in the others what is to be gone."""
     output = storage.local_path(settings.output)
     store = EmbeddingStore.open(storage.local_path(settings.embeddings))
     storage.keep_apart(output, store.folder)
-    plan = check_plan(settings, store.dims, store.width, store.dims if store.manifest.facts["is_tuned"] else ())
-    layout = Layout(settings.space, plan.shortlist.dim, settings.coarse_index, settings.storage)
-    if layout.has_index:
-        index.check_factory(layout.factory, layout.dim, store.manifest.num_rows)
-        index.check_parameters(layout.factory, layout.dim, dict(plan.shortlist.parameters))
-    identity = {
+    artifacts.check_owner(output, "index")
+    known = artifacts.peek(output, "index")
+    queries = _Queries.open(settings, store)
+    removed = _removed(settings, output, known, store)
+    with contextlib.ExitStack() as stack:
+        choice = _choose(settings, store, known, stack, has_queries=queries is not None)
+        identity = _identity(settings, store, choice.layout, queries, known)
+        previous = artifacts.claim(output, "index", identity, settings.replace)
+        num_shards = settings.shards or _default_shards(store)
+        slots, plans = indexing.plan_shards(store, num_shards, previous.facts["slots"] if previous else {})
+        finished = indexing.finished(output, previous, plans, store.manifest.num_rows, replace=settings.replace)
+        state = _State(finished, plans, choice.layout)
+        manifest = Manifest("index", identity, {"embeddings": store.manifest.fingerprint}, _facts(settings, store, choice, slots))
+        if previous and _is_current(previous, manifest, state, removed):
+            say(f"index: nothing to do, {output} is complete ({previous.num_rows} documents)")
+            return previous
+        if state.must_train and choice.layout.space == "projection" and queries is None:
+            raise ValueError("--space projection: needs queries to learn from. Pass --queries, or choose rotation.")
+        if previous:
+            manifest = dataclasses.replace(manifest, facts={**previous.facts, **manifest.facts})
+        artifacts.begin(output, manifest, previous)
+        session = stack.enter_context(cluster.connected())
+        return _build(session, settings, store, state, removed, manifest, queries)
+
+
+def _default_shards(store: EmbeddingStore) -> int:
+    return max(-(-store.manifest.num_rows // _ROWS_PER_SHARD), 1)
+
+
+def _choose(
+    settings: Settings, store: EmbeddingStore, known: Manifest | None, stack: contextlib.ExitStack, *, has_queries: bool
+) -> Choice:
+    """Returns what the index is made of: what was asked for, then what it was made of before, then what the rule says."""
+    plan = check_plan(settings, store.width)
+    before = indexing.layout_of(known) if known and not settings.replace else None
+    asked: dict[str, Any] = {
+        name: None if value == _AUTO else value
+        for name, value in (("space", settings.space), ("factory", settings.coarse_index), ("storage", settings.storage))
+    }
+    wanted = Wanted(**asked, dim=settings.dim, plan=plan)
+    if before:
+        wanted = _as_before(wanted, before)
+    given = Given(
+        store.manifest.num_rows,
+        settings.shards or _default_shards(store),
+        store.dims,
+        bool(store.manifest.facts["is_tuned"]),
+        has_queries,
+        vectors.mean_id_bytes(store),
+        _device(stack) if settings.device == _AUTO and wanted.factory is None else settings.device.replace(_AUTO, "cpu"),
+        settings.memory_limit and settings.memory_limit * _GB,
+    )
+    choice = layouts.choose(given, wanted)
+    check_plan(settings, store.width, store.dims if given.is_tuned else (), choice.layout.space)
+    indexing.check_layout(choice.layout, choice.plan, given.num_documents)
+    if before == choice.layout and known and not settings.plan:
+        choice = dataclasses.replace(choice, plan=FunnelPlan.parse(known.facts["plan"]))
+    if before is None:
+        for sentence in (choice.describe(), *choice.reasons, choice.weigh(given.num_documents)):
+            say(f"index: {sentence}")
+    return choice
+
+
+def _as_before(wanted: Wanted, before: Layout) -> Wanted:
+    """Returns what was asked for, and what the index has where nothing was."""
+    dim = wanted.dim or (None if wanted.plan or not before.has_index else before.dim)
+    factory = wanted.factory or before.factory
+    space = wanted.space or (before.space if factory != indexing.NO_INDEX else None)
+    return dataclasses.replace(wanted, space=space, dim=dim, factory=factory, storage=wanted.storage or before.storage)
+
+
+def _removed(settings: Settings, output: Path, known: Manifest | None, store: EmbeddingStore) -> Removed:
+    """Returns the documents that stay out, and says which of the ids are of no document."""
+    asked = removals.read(settings.remove, settings.id_column) if settings.remove else removals.none()
+    strangers = removals.unknown(store, asked)
+    if strangers:
+        shown = ", ".join(strangers[:_SHOWN])
+        say(f"index: {len(strangers)} of {len(asked)} ids to remove are of no document ({shown}); they stay out if they come")
+    return Removed.open(output, known, asked)
+
+
+def _device(stack: contextlib.ExitStack) -> str:
+    stack.enter_context(cluster.connected())
+    return cluster.capacity().device
+
+
+def _identity(
+    settings: Settings, store: EmbeddingStore, layout: Layout, queries: _Queries | None, known: Manifest | None
+) -> dict[str, Any]:
+    learned = {"fingerprint": queries.fingerprint, "num_queries": queries.num_rows} if queries else None
+    if layout.space == "projection" and known and not learned:
+        learned = known.identity.get("queries")
+    return {
         "model": store.manifest.identity["model"],
         "space": layout.space,
         "dim": layout.dim,
         "coarse_index": layout.factory,
         "storage": layout.storage,
         "shards": settings.shards,
+        "queries": learned,
     }
-    previous = artifacts.claim(output, "index", identity, settings.replace)
-    num_shards = settings.shards or max(-(-store.manifest.num_rows // _ROWS_PER_SHARD), 1)
-    slots, plans = indexing.plan_shards(store, num_shards, previous.facts["slots"] if previous else {})
-    keys = [*([TRAINED] if indexing.needs_training(layout) else []), *(shard.key for shard in plans)]
-    finished = artifacts.finished_receipts(output, previous, keys, compare_digests=settings.replace)
-    if TRAINED in keys and TRAINED not in finished:
-        finished = {}  # shards of another training cannot be searched together
-    todo = [shard for shard in plans if shard.key not in finished]
-    inputs = {"embeddings": store.manifest.fingerprint}
-    facts = {
+
+
+def _facts(settings: Settings, store: EmbeddingStore, choice: Choice, slots: dict[str, int]) -> dict[str, Any]:
+    return {
         "slots": slots,
-        "plan": plan.parts,
+        "plan": choice.plan.parts,
         "width": store.width,
         "dims": list(store.dims),
         "model": store.manifest.facts["model"],
         "precision": store.manifest.identity["precision"],
         "corpus": store.manifest.facts["corpus"],
+        "bytes_per_document": round(choice.num_bytes, 1),
         "run": describe_run("index", settings),
     }
-    if previous and previous.is_complete and not todo and previous.inputs == inputs and previous.facts["plan"] == plan.parts:
-        say(f"index: nothing to do, {output} is complete ({previous.num_rows} documents)")
-        return previous
-    manifest = Manifest("index", identity, inputs, facts)
-    artifacts.begin(output, manifest, previous)
-    journal = Journal(output)
-    calls = [(shard, layout, output.resolve()) for shard in todo]
+
+
+def _is_current(previous: Manifest, manifest: Manifest, state: _State, removed: Removed) -> bool:
+    """Returns whether there is nothing to do."""
+    is_built = previous.is_complete and not state.must_train and not state.todo and previous.inputs == manifest.inputs
+    is_clean = not removed.num_added and not state.unburied(removed.listed)
+    return is_built and is_clean and previous.facts["plan"] == manifest.facts["plan"]
+
+
+def _build(
+    session: Session,
+    settings: Settings,
+    store: EmbeddingStore,
+    state: _State,
+    removed: Removed,
+    manifest: Manifest,
+    queries: _Queries | None,
+) -> Manifest:
+    """Does what is left to do, with a receipt for each part on disk as soon as it is done; commits the manifest."""
+    output = storage.local_path(settings.output).resolve()
+    journal, todo = Journal(output), state.todo
     try:
-        with cluster.connected() as session, Counter("index", len(todo), "documents") as counter:
-            if TRAINED in keys and TRAINED not in finished:
-                training = (store, layout, None, settings.sample, output.resolve())
-                (finished[TRAINED],) = session.run_tasks(indexing.train, [training])
-                journal.add(finished[TRAINED])
+        listed = removals.remember(output, removed.ids) if len(removed.ids) else None
+        for receipt in (listed, _train(session, settings, store, state, queries)):
+            if receipt:
+                state.finished[receipt.key] = receipt
+                journal.add(receipt)
+        journal.flush()
+        if state.training and indexing.outgrown(state.training, store.manifest.num_rows):
+            say(
+                f"index: what shards share was learned from {state.training.details['num_documents']} documents, and there are"
+                f" {store.manifest.num_rows} now; --replace learns it anew and builds all shards"
+            )
+        calls = [(shard, state.layout, output, state.training, listed) for shard in todo]
+        with Counter("index", len(todo), "documents") as counter:
             for receipt in session.run_tasks(indexing.build_shard, calls):
                 journal.add(receipt)
-                finished[receipt.key] = receipt
+                state.finished[receipt.key] = receipt
                 counter.advance(receipt.num_rows, shard=receipt.key, **receipt.details)
+        for receipt in session.run_tasks(removals.bury, [(output, shard, listed) for shard in state.unburied(listed)]):
+            journal.add(receipt)
+            state.finished[receipt.key] = receipt
+        loss = _loss(session, store, state, todo)
     finally:
         journal.flush()
-    manifest = dataclasses.replace(manifest, receipts=tuple(finished[key] for key in keys), is_complete=True)
-    if manifest.num_rows != store.manifest.num_rows:
+    facts = {**manifest.facts, **({"storage_loss": loss} if loss else {})}
+    manifest = dataclasses.replace(manifest, facts=facts, receipts=state.receipts(listed), is_complete=True)
+    num_removed = indexing.count_missing(manifest)
+    if manifest.num_rows + num_removed != store.manifest.num_rows:
         raise RuntimeError(f"index: {manifest.num_rows} documents of {store.manifest.num_rows} came in. Build it with --replace.")
     manifest.write(output)
-    artifacts.remove_strangers(output, SHARDS, manifest)
-    say(f"index: {manifest.num_rows} documents in {output}; {len(todo)} of {len(plans)} shards built; {plan.describe()}")
+    for folder in (SHARDS, *([REMOVED] if listed else [])):
+        artifacts.remove_strangers(output, folder, manifest)
+    say(
+        f"index: {manifest.num_rows} documents in {settings.output}, {num_removed} left out; {len(todo)} of"
+        f" {len(state.shards)} shards built; {FunnelPlan.parse(facts['plan']).describe()}"
+    )
     return manifest
+
+
+def _train(
+    session: Session, settings: Settings, store: EmbeddingStore, state: _State, queries: _Queries | None
+) -> Receipt | None:
+    """Returns the receipt of what all shards share, where it is still to be learned."""
+    if not state.must_train:
+        return None
+    asked = queries.encode(session, settings, store) if queries else None
+    training = (store, state.layout, asked, settings.sample, storage.local_path(settings.output).resolve())
+    (receipt,) = session.run_tasks(indexing.train, [training])
+    trained: Receipt = receipt
+    return trained
+
+
+def _loss(session: Session, store: EmbeddingStore, state: _State, todo: Sequence[ShardPlan]) -> dict[str, float] | None:
+    """Returns what storing vectors as int8 costs, measured wherever something was built, and says it."""
+    if state.layout.storage == "float16" or not todo:
+        return None
+    (loss,) = session.run_tasks(indexing.measure_loss, [(store, state.layout)])
+    measured: dict[str, float] = loss
+    say(
+        f"index: vectors as {state.layout.storage} err by {measured['mean_score_error']:.1e} in a score on average, and keep"
+        f" {measured['top_10_kept']:.1%} of the exact top 10 ({measured['num_queries']} of {measured['num_documents']} documents"
+        " asked)"
+    )
+    return measured
 
 
 if __name__ == "__main__":

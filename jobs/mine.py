@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from jobs import cluster, embed, index
 from jobs.cluster import Encoders, Session
 from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import Counter, say
-from matryoshka import artifacts, corpus, mining, model, positives, storage
+from matryoshka import artifacts, corpus, indexing, mining, model, positives, storage
 from matryoshka.artifacts import Journal, Manifest, Receipt
 from matryoshka.config import Field, FolderPath, check_settings
 from matryoshka.indexing import IndexStore
@@ -120,8 +121,8 @@ def run(settings: Settings) -> Manifest:
 def _index(store: EmbeddingStore, folder: Path) -> IndexStore:
     """Returns an index for exact search at full width; one of other vectors makes way for it."""
     shards = -(-store.manifest.num_rows // _ROWS_PER_SHARD)
-    plan = (f"{store.width}:{_KEEP}",)
-    index.run(index.Settings(output=str(folder), embeddings=str(store.folder), plan=plan, shards=shards, replace=True))
+    own: dict[str, Any] = {"plan": (f"{store.width}:{_KEEP}",), "coarse_index": indexing.NO_INDEX, "shards": shards}
+    index.run(index.Settings(output=str(folder), embeddings=str(store.folder), replace=True, **own))
     return IndexStore.open(folder)
 
 

@@ -191,7 +191,7 @@ def _refuse_stage(place: str, stage: JobSettings, info: ModelInfo) -> None:
     if isinstance(stage, finetune.Settings):
         finetune.check_recipe(stage, info)
     if isinstance(stage, index.Settings):
-        index.check_plan(stage, nested.default_dims(info.width), info.width)
+        index.check_plan(stage, info.width)
 
 
 def _refuse_data(folder: str, stages: Sequence[JobSettings]) -> None:

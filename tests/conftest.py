@@ -87,7 +87,7 @@ def pipeline_config(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path
             "workers": 1,
         },
         "embed": {"unit_rows": 40, "precision": "float32"},
-        "index": {"shards": 2, "plan": ["16:100", "64:20"]},
+        "index": {"shards": 2, "plan": ["16:100", "64:20"], "coarse_index": "Flat"},
     }
     path = root / "pipeline.yaml"
     path.write_text(yaml.safe_dump(config), "utf-8")

@@ -8,7 +8,8 @@ small journal files beside it, so that a run that was killed is taken up where i
 import dataclasses
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -62,7 +63,8 @@ class Manifest:
     """The truth about one artifact folder.
 
     Attributes:
-        kind: ``dataset``, ``negatives``, ``model``, ``embeddings``, ``index``, ``evaluation``, ``results`` or ``run``.
+        kind: ``dataset``, ``negatives``, ``model``, ``embeddings``, ``index``, ``evaluation``, ``results``, ``export``
+            or ``run``.
         identity: What must stay the same for parts to be mixed: fingerprints of inputs, settings that change bytes.
         inputs: Fingerprints of inputs that may change from night to night, such as the corpus.
         facts: What later stages and people want to know; derived, so not fingerprinted.
@@ -148,6 +150,7 @@ _MAKERS = {
     "model": "finetune",
     "embeddings": "embed",
     "index": "index",
+    "export": "export",
     "evaluation": "evaluate",
 }
 
@@ -319,13 +322,22 @@ def remove_strangers(folder: Path, parts: str, manifest: Manifest) -> None:
             storage.remove(path)
 
 
-def find_faults(folder: Path, manifest: Manifest) -> list[str]:
-    """Returns every way in which the files of an artifact differ from its receipts, one line each."""
-    faults = [] if manifest.is_complete else [f"{folder}: not finished"]
-    for receipt in manifest.receipts:
-        found = [_fault(folder, file, compare_digests=True) for file in receipt.files]
-        faults += [fault for fault in found if fault]
-    return faults
+def find_faults(folder: Path, manifest: Manifest, only_sizes: Collection[str] = ()) -> list[str]:
+    """Returns every way in which the files of an artifact differ from its receipts, one line each.
+
+    Args:
+        folder: Of the artifact.
+        manifest: Of the artifact.
+        only_sizes: Names of files whose digests are not looked at.
+    """
+    root = os.path.realpath(folder)
+
+    def fault_of(file: FileRecord) -> str:
+        return _fault(folder, file, Path(file.path).name not in only_sizes, root)
+
+    with ThreadPoolExecutor() as pool:  # digests are computed without the interpreter's lock
+        found = pool.map(fault_of, (file for receipt in manifest.receipts for file in receipt.files))
+        return [*([] if manifest.is_complete else [f"{folder}: not finished"]), *filter(None, found)]
 
 
 def _fault(folder: Path, record: FileRecord, compare_digests: bool, root: str = "") -> str:

@@ -429,11 +429,21 @@ def find_texts_in(paths: Iterable[Path], ids: Iterable[str], columns: Columns) -
     return found
 
 
-def read_ids(paths: Iterable[Path]) -> Iterator[str]:
-    """Yields the ids of the documents of a dataset's files; no text is read."""
+def read_ids(paths: Iterable[Path], column: str = "id") -> Iterator[str]:
+    """Yields the ids of the documents of some files; no text is read.
+
+    Raises:
+        ValueError: A file has no such column, or a row no id.
+    """
     for path in paths:
-        for batch in text_batches(path, ["id"], ["id"]):
-            yield from batch.column(0).to_pylist()
+        row = 0
+        for batch in text_batches(path, [column], [column]):
+            ids = batch.column(0)
+            if ids.null_count:
+                row += pc.index(pc.is_null(ids), True).as_py()
+                raise ValueError(f"{path}: column '{column}', row {row}: no id. Give every row one.")
+            yield from ids.to_pylist()
+            row += len(ids)
 
 
 def write_rows(path: Path, rows: Mapping[str, Sequence[Any]]) -> None:

@@ -23,7 +23,7 @@ from matryoshka.products import Mask, StoredVectors
 from matryoshka.spaces import Space
 from matryoshka.topk import IntArray
 
-COARSE, VECTORS, IDS = "coarse.faiss", "vectors.npy", "ids.arrow"
+COARSE, DENSE, VECTORS, IDS = "coarse.faiss", "coarse.npy", "vectors.npy", "ids.arrow"
 
 # Scores closer than this may have been ordered by rounding; both candidates are then looked at.
 _ROUNDING = 1e-5
@@ -47,7 +47,7 @@ class Shard:
 
     Args:
         stored: float16 or int8, up to a factor of each vector's own.
-        coarse: None where every search compares all documents.
+        coarse: A FAISS index, or coarse vectors that are all compared; None where every search compares full vectors.
         removed: Rows that are gone from the results.
         device: Where inner products are computed.
 
@@ -57,7 +57,7 @@ class Shard:
     def __init__(
         self,
         stored: npt.NDArray[Any],
-        coarse: CoarseIndex | None = None,
+        coarse: CoarseIndex | StoredVectors | None = None,
         removed: IntArray | None = None,
         device: str = "cpu",
     ) -> None:
@@ -71,10 +71,14 @@ class Shard:
     @classmethod
     def open(cls, files: ShardFiles, device: str = "cpu") -> "Shard":
         """Returns the shard in a folder; vectors stay on disk until they are looked at."""
-        coarse = files.folder / COARSE
         stored = np.load(files.folder / VECTORS, mmap_mode="r", allow_pickle=False)
         removed = np.load(files.removed, allow_pickle=False) if files.removed else None
-        return cls(stored, CoarseIndex.read(coarse) if coarse.exists() else None, removed, device)
+        coarse: CoarseIndex | StoredVectors | None = None
+        if (files.folder / COARSE).exists():
+            coarse = CoarseIndex.read(files.folder / COARSE)
+        elif (files.folder / DENSE).exists():
+            coarse = StoredVectors(np.load(files.folder / DENSE, mmap_mode="r", allow_pickle=False), device)
+        return cls(stored, coarse, removed, device)
 
     @property
     def num_documents(self) -> int:
@@ -95,6 +99,8 @@ class Shard:
         """
         assert self._coarse is not None
         allowed = self._allowed()
+        if isinstance(self._coarse, StoredVectors):
+            return self._coarse.best(queries, step.keep, allowed)
         num_hidden = 0 if allowed is None else int(np.count_nonzero(~allowed))
         num_fetched = min(step.keep + max(step.keep // _EXTRA_SHARE, _LEAST_EXTRA) + num_hidden, self.num_documents)
         found: list[tuple[Float32Array, IntArray]] = []
@@ -119,7 +125,7 @@ class Shard:
 
         Shapes: queries [Q, dim] -> [Q, M], [Q, M]; row -1 pads.
         """
-        return self._vectors.best(queries, num_kept, self._allowed()) if self.num_documents else _nothing(len(queries))
+        return self._vectors.best(queries, num_kept, self._allowed())
 
     def score(self, queries: Float32Array, numbers: IntArray, rows: IntArray) -> Float32Array:
         """Returns the inner products of chosen queries with prefixes of chosen documents, pair by pair.

@@ -2,15 +2,19 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
 import numpy.typing as npt
 
-from matryoshka.nested import Float32Array
+from matryoshka.nested import Float32Array, Step
 from matryoshka.topk import PADDING
 
 Parameters = Mapping[str, int]
+
+_USUAL_RESULTS = 10
+_LINK_BYTES, _NODE_BYTES, _NUMBER_BYTES = 4, 12, 8
 
 
 class CoarseIndex:
@@ -70,6 +74,34 @@ class CoarseIndex:
         """Returns another index with the same training and the same documents."""
         return CoarseIndex(faiss.deserialize_index(faiss.serialize_index(self._index)))  # not every kind can be cloned
 
+    def write_plain(self, path: Path, full: Float32Array, query_map: Float32Array | None, step: Step) -> None:
+        """Writes this index and full vectors as one FAISS index, which needs nothing of this project to be searched.
+
+        Queries of full width are brought into the coarse space by the file itself, and what is found is reranked by the full
+        vectors: with 10 results asked for, the shortlist is the step's. Documents cannot be added to it: it holds the map of
+        queries only.
+
+        Shapes: full [N, D] at unit length, in the order of the documents; query_map [D, dim], None: the prefix.
+        """
+        width = full.shape[1]
+        _set_parameters(self._index, dict(step.parameters))
+        maps: list[Any] = [
+            faiss.RemapDimensionsTransform(width, self.dim, False),  # type: ignore[arg-type]
+            faiss.NormalizationTransform(self.dim),
+        ]
+        if query_map is not None:
+            maps = [faiss.LinearTransform(width, self.dim, False)]
+            faiss.copy_array_to_vector(np.ascontiguousarray(query_map.T).ravel(), maps[0].A)
+            maps[0].is_trained = True
+        behind = faiss.IndexPreTransform(self._index)
+        for own in reversed(maps):
+            behind.prepend_transform(own)
+        every = faiss.IndexFlatIP(width)
+        every.add(np.ascontiguousarray(full))
+        whole = faiss.IndexRefine(behind, every)
+        whole.k_factor = max(step.keep / _USUAL_RESULTS, 1.0)
+        faiss.write_index(whole, str(path))
+
     def add(self, vectors: Float32Array) -> None:
         """Adds documents after those that are there.
 
@@ -94,8 +126,7 @@ class CoarseIndex:
 
         Shapes: queries [Q, dim] -> [Q, num_results], [Q, num_results].
         """
-        for name, value in (parameters or {}).items():
-            faiss.ParameterSpace().set_index_parameter(self._index, name, value)
+        _set_parameters(self._index, parameters or {})
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         scores, rows = self._index.search(queries, num_results)
         if isinstance(self._index, faiss.IndexFlat) and queries.size:
@@ -105,6 +136,27 @@ class CoarseIndex:
             )
         scores[rows < 0] = PADDING
         return scores, rows
+
+
+def _set_parameters(index: faiss.Index, parameters: Parameters) -> None:
+    for name, value in parameters.items():
+        faiss.ParameterSpace().set_index_parameter(index, name, value)
+
+
+def bytes_per_document(factory: str, dim: int) -> float:
+    """Returns how many bytes a kind of index takes for one more document: its code, its links, and its number in a list."""
+    whole = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)  # owns its parts: they must not outlive it
+    index, num_bytes = faiss.downcast_index(whole), 0.0
+    if isinstance(index, faiss.IndexPreTransform):
+        index = faiss.downcast_index(index.index)
+    if isinstance(index, faiss.IndexHNSW):
+        # Twice as many links on the lowest level as on each other one, on which stands one in so many documents of the last.
+        links = int(faiss.vector_to_array(index.hnsw.cum_nneighbor_per_level)[1]) // 2
+        num_bytes += _LINK_BYTES * (2 * links + links / max(links - 1, 1)) + _NODE_BYTES
+        index = faiss.downcast_index(index.storage)
+    if isinstance(index, faiss.IndexIVF):
+        num_bytes += _NUMBER_BYTES
+    return num_bytes + int(index.code_size if hasattr(index, "code_size") else index.sa_code_size())
 
 
 def is_trained(factory: str, dim: int) -> bool:

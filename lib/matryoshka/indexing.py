@@ -1,7 +1,7 @@
 """The index stage's work: which units make which shard, and one shard of it."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,16 +10,22 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from matryoshka import artifacts, funnel, spaces, storage, units, vectors
+from matryoshka import artifacts, funnel, removals, spaces, storage, units, vectors
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.funnel import COARSE, IDS, VECTORS, CallShards, Searcher, Shard, ShardFiles
-from matryoshka.index import CoarseIndex, check_parameters, is_trained
-from matryoshka.nested import FunnelPlan
+from matryoshka.index import CoarseIndex, check_factory, check_parameters, is_trained
+from matryoshka.nested import FunnelPlan, shrink
+from matryoshka.removals import REMOVED
 from matryoshka.spaces import Kind, Space
+from matryoshka.topk import IntArray
 from matryoshka.vectors import EmbeddingStore, Float16Array
 
 SHARDS, TRAINED, SPACE = "shards", "trained", "space.npz"
+PLAIN, PLAIN_IDS = "index.faiss", "ids.parquet"
 NO_INDEX = "none"
+
+_OUTGROWN = 4  # a training serves until there are so many times the documents that it was made for
+_LOSS_DOCUMENTS, _LOSS_QUERIES, _LOSS_RESULTS = 20_000, 200, 10
 
 Storage = Literal["float16", "int8"]
 
@@ -85,7 +91,48 @@ class Layout:
 
 def needs_training(layout: Layout) -> bool:
     """Returns whether shards share something that is learned from documents."""
-    return layout.space != "prefix" or (layout.has_index and not is_trained(layout.factory, layout.dim))
+    return layout.has_index and (layout.space != "prefix" or not is_trained(layout.factory, layout.dim))
+
+
+def check_layout(layout: Layout, plan: FunnelPlan, num_documents: int) -> None:
+    """Checks that an index of this layout can be built of so many documents, and searched with a plan.
+
+    Raises:
+        ValueError: There are too few documents, FAISS has no such index, or the plan has parameters that it does not have.
+    """
+    if not layout.has_index:
+        if plan.shortlist.parameters:
+            raise ValueError(f"plan: {plan.describe()} has parameters of a coarse index, and there is none. Leave them out.")
+        return
+    if layout.space != "prefix" and num_documents < layout.dim:
+        raise ValueError(f"--space {layout.space}: {num_documents} documents, too few for {layout.dim} dims. Choose prefix.")
+    check_factory(layout.factory, layout.dim, num_documents)
+    if plan.shortlist.dim == layout.dim:
+        check_parameters(layout.factory, layout.dim, dict(plan.shortlist.parameters))
+
+
+def finished(
+    folder: Path, previous: Manifest | None, plans: Sequence[ShardPlan], num_documents: int, *, replace: bool
+) -> dict[str, Receipt]:
+    """Returns the receipts of what earlier runs finished: training, shards of this very training, tombstones.
+
+    What shards share is small, and decides whether shards can be searched together: its bytes are always compared.
+
+    Args:
+        folder: Of the index.
+        previous: Its manifest, if there is something to go on from.
+        plans: The shards that there are to be.
+        num_documents: In all.
+        replace: Whether altered shards, and a training that the corpus has outgrown, are given up.
+    """
+    trained = artifacts.finished_receipts(folder, previous, [TRAINED], compare_digests=True)
+    if replace and TRAINED in trained and outgrown(trained[TRAINED], num_documents):
+        trained = {}
+    training = training_of(trained.get(TRAINED))
+    marks = [f"{REMOVED}/{plan.key}" for plan in plans]
+    found = artifacts.finished_receipts(folder, previous, [*(plan.key for plan in plans), *marks], compare_digests=replace)
+    shards = {key: receipt for key, receipt in found.items() if key in marks or receipt.details.get("training") == training}
+    return {**trained, **shards}
 
 
 def train(store: EmbeddingStore, layout: Layout, queries: Float16Array | None, num_sampled: int, folder: Path) -> Receipt:
@@ -111,29 +158,76 @@ def train(store: EmbeddingStore, layout: Layout, queries: Float16Array | None, n
         space.write(temporary / SPACE)
         index.write(temporary / COARSE)
     files = tuple(FileRecord.of(folder, target / name) for name in (SPACE, COARSE))
-    return Receipt(TRAINED, 0, files, {"num_sampled": len(sample), "seconds": round(time.perf_counter() - start, 3)})
+    details = {
+        "num_sampled": len(sample),
+        "num_documents": store.manifest.num_rows,
+        "num_queries": 0 if queries is None else len(queries),
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    return Receipt(TRAINED, 0, files, details)
+
+
+def outgrown(training: Receipt, num_documents: int) -> bool:
+    """Returns whether there are now many more documents than what shards share was learned from."""
+    return num_documents > _OUTGROWN * int(training.details["num_documents"])
 
 
 def _sample(store: EmbeddingStore, num_sampled: int) -> Float16Array:
-    """Returns the vectors at even distances in the store's order."""
+    """Returns the vectors at even distances in the store's order; units without one of them are not read."""
     num_rows = store.manifest.num_rows
     wanted = np.unique(np.linspace(0, num_rows - 1, min(num_sampled, num_rows)).astype(np.int64))
     parts, start = [], 0
-    for _, block in store.blocks():
-        own = wanted[(wanted >= start) & (wanted < start + len(block))] - start
-        parts.append(block[own])
-        start += len(block)
+    for receipt in store.manifest.receipts:
+        own = wanted[(wanted >= start) & (wanted < start + receipt.num_rows)] - start
+        if own.size:
+            parts.append(vectors.read_unit(artifacts.check_file(store.folder, receipt.files[0]))[1][own])
+        start += receipt.num_rows
     return np.concatenate(parts)
 
 
-def build_shard(plan: ShardPlan, layout: Layout, folder: Path) -> Receipt:
+def measure_loss(store: EmbeddingStore, layout: Layout) -> dict[str, float]:
+    """Returns what storing full vectors costs: the mean error of a score, and the share of the exact top 10 that stays in it.
+
+    Both on a sample, drawn evenly from all units, of which some ask and all answer but for the one that asks.
+    """
+    sample = _sample(store, _LOSS_DOCUMENTS)
+    asking = np.unique(np.linspace(0, len(sample) - 1, min(_LOSS_QUERIES, len(sample))).astype(np.int64))
+    width = sample.shape[1]
+    queries = shrink(sample[asking], width)
+    exact, stored = (queries @ shrink(own, width).T for own in (sample, pack(sample, layout.storage)))
+    error = float(np.abs(exact - stored).mean())
+    num_results = min(_LOSS_RESULTS, len(sample) - 1)
+    for scores in (exact, stored):
+        scores[np.arange(len(asking)), asking] = -np.inf
+    best = [np.argsort(-scores, axis=1, kind="stable")[:, :num_results] for scores in (exact, stored)]
+    kept = sum(len(np.intersect1d(*pair)) for pair in zip(*best, strict=True)) / max(num_results * len(asking), 1)
+    return {
+        "mean_score_error": round(error, 7),
+        "top_10_kept": round(kept, 4) if num_results else 1.0,
+        "num_documents": len(sample),
+        "num_queries": len(asking),
+    }
+
+
+def build_shard(
+    plan: ShardPlan, layout: Layout, folder: Path, training: Receipt | None = None, listed: Receipt | None = None
+) -> Receipt:
     """Builds one shard, publishes its folder, and returns its receipt; memory holds one unit and the coarse index.
 
+    Args:
+        plan: What it is made of.
+        layout: Of the index.
+        folder: Of the index.
+        training: Receipt of what shards share; the shard's names it, so that shards of two trainings are never taken together.
+        listed: Receipt of the documents to leave out.
+
     Raises:
-        ValueError: An embedding file is missing or not what its receipt says.
+        ValueError: An embedding file, or what was trained, is missing or not what its receipt says, or a vector is not finite.
     """
     start = time.perf_counter()
-    space, index = open_trained(folder, layout)
+    space, index = open_trained(folder, layout, training)
+    kept = _kept_rows(plan, removals.open_list(folder, listed)) if listed else {}
+    num_rows = sum(map(len, kept.values())) if listed else plan.num_rows
     target = folder / SHARDS / plan.key
     all_ids, done = [], 0
     with storage.publish(target) as temporary:
@@ -141,8 +235,11 @@ def build_shard(plan: ShardPlan, layout: Layout, folder: Path) -> Receipt:
         stored: Any = None
         for file in plan.files:
             ids, block = vectors.read_unit(artifacts.check_file(plan.store, file))
+            _refuse_infinite(plan.store / file.path, ids, block)
+            if listed:
+                ids, block = ids.take(pa.array(kept[file.path])), block[kept[file.path]]
             if stored is None:
-                shape = (plan.num_rows, block.shape[1])
+                shape = (num_rows, block.shape[1])
                 stored = np.lib.format.open_memmap(temporary / VECTORS, "w+", _DTYPES[layout.storage], shape)
             stored[done : done + len(block)] = pack(block, layout.storage)
             if index:
@@ -155,15 +252,97 @@ def build_shard(plan: ShardPlan, layout: Layout, folder: Path) -> Receipt:
             index.write(temporary / COARSE)
     names = (COARSE, VECTORS, IDS) if index else (VECTORS, IDS)
     files = tuple(FileRecord.of(folder, target / name) for name in names)
-    return Receipt(plan.key, done, files, {"seconds": round(time.perf_counter() - start, 3)})
+    details = {
+        "num_left_out": plan.num_rows - num_rows,
+        "training": training_of(training),
+        "list": listed.files[0].digest if listed else None,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    return Receipt(plan.key, num_rows, files, details)
 
 
-def open_trained(folder: Path, layout: Layout) -> tuple[Space, CoarseIndex | None]:
-    """Returns the coarse space of an index, and an empty coarse index; what needs no training is made here."""
-    if not (folder / TRAINED).is_dir():
-        space = Space("prefix", layout.dim)
+def _kept_rows(plan: ShardPlan, removed: pa.Array) -> dict[str, IntArray]:
+    """Returns the rows of each embedding file that go into a shard."""
+    ids = {file.path: vectors.read_ids(plan.store / file.path) for file in plan.files}
+    return {path: np.delete(np.arange(len(own)), removals.find(own, removed)) for path, own in ids.items()}
+
+
+def _refuse_infinite(path: Path, ids: pa.Array, block: Float16Array) -> None:
+    """Refuses vectors that a coarse index would silently never find.
+
+    Raises:
+        ValueError: One is not finite.
+    """
+    wrong = np.flatnonzero(~np.isfinite(block).all(axis=1))
+    if wrong.size:
+        raise ValueError(f"{path}: {wrong.size} vectors are not finite (first: '{ids[int(wrong[0])]}'). Embed it again.")
+
+
+def training_of(training: Receipt | None) -> str | None:
+    """Returns what tells one training from another: its bytes."""
+    return storage.digest_json([file.digest for file in training.files]) if training else None
+
+
+def open_trained(folder: Path, layout: Layout, training: Receipt | None) -> tuple[Space, CoarseIndex | None]:
+    """Returns the coarse space of an index, and an empty coarse index; what needs no training is made here.
+
+    Raises:
+        ValueError: What was trained is missing or not what its receipt says.
+    """
+    space = open_space(folder, layout, training)
+    if training is None:
         return space, CoarseIndex.train(np.empty((0, layout.dim), np.float32), layout.factory) if layout.has_index else None
-    return Space.read(folder / TRAINED / SPACE), CoarseIndex.read(folder / TRAINED / COARSE).copy()
+    return space, CoarseIndex.read(_check_trained(folder, training, COARSE)).copy()
+
+
+def open_space(folder: Path, layout: Layout, training: Receipt | None) -> Space:
+    """Returns the coarse space of an index.
+
+    Raises:
+        ValueError: Its file is missing or not what the receipt says.
+    """
+    return Space.read(_check_trained(folder, training, SPACE)) if training else Space("prefix", layout.dim)
+
+
+def _check_trained(folder: Path, training: Receipt, name: str) -> Path:
+    return artifacts.check_file(folder, next(file for file in training.files if Path(file.path).name == name))
+
+
+def export_keys(index: "IndexStore", plan: FunnelPlan) -> list[str]:
+    """Returns the key of each shard's export, which changes with anything that the export is made of."""
+    shards, keys = shard_receipts(index.manifest), []
+    tombstones = {receipt.key: receipt for receipt in index.manifest.receipts}
+    for shard in shards:
+        own = [shard, *filter(None, [index.training, tombstones.get(removals.key_of(shard))])]
+        content = [[file.digest for file in receipt.files] for receipt in own]
+        keys.append(f"{shard.key}-{storage.digest_json([content, str(plan.shortlist)])[:16]}")
+    return keys
+
+
+def export_shard(index: "IndexStore", number: int, plan: FunnelPlan, folder: Path, key: str) -> Receipt:
+    """Writes one shard as a plain FAISS index that searches with the shortlist of a plan and reranks at full width.
+
+    Row for row, the ids stand in a Parquet file beside it. Removed documents are not among them. Memory holds the vectors of
+    the shard as float32.
+    """
+    files, layout = index.shards[number], index.layout
+    removed = np.load(files.removed, allow_pickle=False) if files.removed else np.empty(0, np.int64)
+    stored = np.load(files.folder / VECTORS, mmap_mode="r", allow_pickle=False)
+    full = shrink(np.delete(stored, removed, axis=0) if len(removed) else stored, stored.shape[1])
+    ids = vectors.open_ids(files.folder / IDS)
+    space, coarse = open_trained(index.folder, layout, index.training)
+    if coarse is None or plan.shortlist.dim != layout.dim:  # the plan scans a prefix
+        space, coarse = Space("prefix", plan.shortlist.dim), CoarseIndex.build(shrink(full, plan.shortlist.dim), "Flat")
+    elif len(removed):
+        coarse.add(space.documents(full))
+    else:
+        coarse = CoarseIndex.read(files.folder / COARSE)
+    target = folder / SHARDS / key
+    with storage.publish(target) as temporary:
+        temporary.mkdir()
+        coarse.write_plain(temporary / PLAIN, full, space.query_map, plan.shortlist)
+        vectors.write_id_table(temporary / PLAIN_IDS, ids.take(pa.array(np.delete(np.arange(len(ids)), removed))))
+    return Receipt(key, len(full), tuple(FileRecord.of(folder, target / name) for name in (PLAIN, PLAIN_IDS)))
 
 
 def pack(block: Float16Array, storage_kind: Storage) -> npt.NDArray[Any]:
@@ -181,6 +360,23 @@ def pack(block: Float16Array, storage_kind: Storage) -> npt.NDArray[Any]:
     return packed
 
 
+def count_missing(manifest: Manifest) -> int:
+    """Returns how many documents of the embeddings an index leaves out: on disk, or by tombstones."""
+    left_out = sum(int(receipt.details.get("num_left_out", 0)) for receipt in shard_receipts(manifest))
+    return left_out - sum(min(receipt.num_rows, 0) for receipt in manifest.receipts)
+
+
+def layout_of(manifest: Manifest) -> Layout:
+    """Returns what an index is made of, finished or not."""
+    identity = manifest.identity
+    return Layout(identity["space"], int(identity["dim"]), identity["coarse_index"], identity["storage"])
+
+
+def shard_receipts(manifest: Manifest) -> list[Receipt]:
+    """Returns the receipts of an index's shards: not those of what they share, of removed documents and of tombstones."""
+    return [receipt for receipt in manifest.receipts if receipt.key.partition("/")[0] not in (TRAINED, REMOVED)]
+
+
 @dataclass(frozen=True, slots=True)
 class IndexStore:
     """A finished index artifact."""
@@ -192,11 +388,15 @@ class IndexStore:
     def open(cls, folder: Path) -> "IndexStore":
         """Returns the index in a folder.
 
+        All files must have their sizes, and those that are parsed their digests, ids included. Full vectors are most of an
+        index, are numbers and nothing else, and are mostly never looked at: reading them all to open an index of a hundred
+        shards would take minutes. ``python -m jobs.verify`` does.
+
         Raises:
-            ValueError: There is none, it is not finished, or a shard is missing, truncated or altered.
+            ValueError: There is none, it is not finished, or a file of it is missing, truncated or, but for vectors, altered.
         """
         manifest = artifacts.read_complete(folder, "index")
-        faults = artifacts.find_faults(folder, manifest)
+        faults = artifacts.find_faults(folder, manifest, only_sizes=(VECTORS,))
         if faults:
             raise ValueError(f"{faults[0]}. Build the index anew: python -m jobs.index with --replace.")
         return cls(folder, manifest)
@@ -204,8 +404,7 @@ class IndexStore:
     @property
     def layout(self) -> Layout:
         """What the index is made of."""
-        identity = self.manifest.identity
-        return Layout(identity["space"], int(identity["dim"]), identity["coarse_index"], identity["storage"])
+        return layout_of(self.manifest)
 
     @property
     def plan(self) -> FunnelPlan:
@@ -220,7 +419,17 @@ class IndexStore:
     @property
     def shards(self) -> list[ShardFiles]:
         """Where each shard is, in order."""
-        return [ShardFiles(self.folder / SHARDS / receipt.key) for receipt in self.manifest.receipts if receipt.key != TRAINED]
+        buried = {receipt.key: receipt.files[0].path for receipt in self.manifest.receipts if receipt.num_rows < 0}
+        removed = [buried.get(removals.key_of(receipt)) for receipt in shard_receipts(self.manifest)]
+        return [
+            ShardFiles(self.folder / SHARDS / receipt.key, self.folder / path if path else None)
+            for receipt, path in zip(shard_receipts(self.manifest), removed, strict=True)
+        ]
+
+    @property
+    def training(self) -> Receipt | None:
+        """Receipt of what shards share, where something is learned."""
+        return next((receipt for receipt in self.manifest.receipts if receipt.key == TRAINED), None)
 
     def open_ids(self) -> list[pa.Array]:
         """Returns the ids of every shard, mapped from disk."""
@@ -238,12 +447,12 @@ class IndexStore:
         """
         plan = plan or self.plan
         self.check_plan(plan)
-        space, index = open_trained(self.folder, self.layout)
+        space = open_space(self.folder, self.layout, self.training) if self.layout.has_index else None
         return Searcher(
             call or funnel.call_locally([Shard.open(files) for files in self.shards]),
             self.open_ids(),
             plan,
-            space if index else None,
+            space,
         )
 
     def check_plan(self, plan: FunnelPlan) -> None:

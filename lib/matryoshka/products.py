@@ -1,11 +1,17 @@
 """Inner products of queries and stored vectors as dense matrix work: of a few candidates each, or of every document.
 
 The room of torch for searching; on a GPU the same code runs there. A score depends on its query and its document alone, never
-on what else is in the batch: sums of float32 run over each vector by itself, in one order.
+on what else is in the batch: sums of float32 run over each vector by itself, in one order. Matrix products, which do not keep
+such an order, only choose what is scored.
 """
 
 import functools
+import threading
 import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,157 +21,351 @@ from matryoshka import rates, topk
 from matryoshka.nested import Float32Array
 from matryoshka.topk import PADDING, IntArray
 
-Stored = npt.NDArray[np.float16] | npt.NDArray[np.int8]
 Mask = npt.NDArray[np.bool_]
+Lists = tuple[Float32Array, IntArray]
 
-_PAIR_BYTES = 1 << 20  # float32 vectors of candidates at once: they stay in a core's cache
-_BLOCK_DOCUMENTS = 8_192
-_QUERIES_AT_ONCE = 1_024
-_GROUP = 16
-_ENOUGH_GROUPS = 4_096
+_GROUP = 4  # documents of which the best one's score is noted
+_SUPERGROUP = 32  # documents of which the best one's is noted as well, to find the groups by
+_FOLDED_AT_ONCE = 8  # products
+_LEAST_PAIRS = 4_096  # that are worth a thread
+_BIN = 128  # documents of which the best one's tells how good the best so many are at least
+_INTEGERS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
+_LAST_BIT = {torch.bfloat16: 2.0**-9, torch.float32: 2.0**-24}  # half a unit in the last place, as a share
 
-# Of two unit vectors rounded to a dtype, the largest error of their inner product: each factor of each product is off by half a
-# unit in the last place, |q1 x1| + ... <= 1 by Cauchy-Schwarz, and the sum itself is rounded once more.
-_ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8 + 2.0**-9 + 1e-4}
+
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """How much is multiplied at once on a device.
+
+    Attributes:
+        queries: Of one product.
+        documents: Of one product; with the queries, scores that stay in a core's cache.
+        segment: Documents whose scores are looked through together.
+        pairs: Candidates whose vectors are widened to float32 at once.
+    """
+
+    queries: int
+    documents: int
+    segment: int
+    pairs: int
+
+
+_TILES = {"cpu": _Tiles(1_024, 512, 1 << 16, 1_024), "cuda": _Tiles(4_096, 32_768, 1 << 18, 1 << 18)}
 
 
 class StoredVectors:
-    """The vectors of a shard on a device, each up to a factor of its own: they are brought to unit length when they are used.
+    """Vectors on a device, of which prefixes of any dim can be asked for.
 
     Args:
-        stored: float16, or int8; may be mapped from disk.
+        stored: float16 or int8, each vector up to a factor of its own: prefixes are brought to unit length when they are used.
+            uint16: the bits of bfloat16, to be used as they are. May be mapped from disk.
         device: ``cpu`` or ``cuda``.
 
     Shapes: stored [N, D].
     """
 
-    def __init__(self, stored: Stored, device: str = "cpu") -> None:
+    def __init__(self, stored: npt.NDArray[Any], device: str = "cpu") -> None:
+        self._is_plain = stored.dtype == np.uint16
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # it may not be written to; nothing here does
-            self._vectors = torch.from_numpy(stored).to(device)
+            vectors = torch.from_numpy(stored.view(np.int16) if self._is_plain else stored)
+        self._vectors = (vectors.view(torch.bfloat16) if self._is_plain else vectors).to(device)
+        self._tiles = _TILES[self._vectors.device.type]
 
     def __len__(self) -> int:
         return int(self._vectors.shape[0])
 
-    @property
-    def width(self) -> int:
-        """D."""
-        return int(self._vectors.shape[1])
+    @functools.cached_property
+    def _longest(self) -> float:
+        """The greatest length of a vector, as it is compared."""
+        if not self._is_plain:
+            return 1.0
+        starts = range(0, len(self), self._tiles.segment)
+        return max((_longest(self._vectors[start : start + self._tiles.segment]) for start in starts), default=0.0)
 
     def score(self, queries: Float32Array, numbers: IntArray, rows: IntArray) -> Float32Array:
-        """Returns the inner products of chosen queries with prefixes, at unit length, of chosen vectors; pair by pair.
+        """Returns the inner products of chosen queries with chosen vectors, pair by pair.
 
         Shapes: queries [Q, dim], numbers [P] (of queries), rows [P] -> [P].
         """
-        on_device = torch.from_numpy(np.ascontiguousarray(queries)).to(self._vectors.device)
-        return self._score(on_device, self._move(numbers), self._move(rows)).cpu().numpy()
+        if self._vectors.device.type == "cpu":
+            return self._score_in_threads(self._as_compared(queries), numbers, rows)
+        on_device = [torch.from_numpy(np.ascontiguousarray(own)).to(self._vectors.device) for own in (numbers, rows)]
+        wide = torch.from_numpy(self._as_compared(queries)).to(self._vectors.device)
+        return self._score_on_gpu(wide, *on_device).cpu().numpy()
 
-    def best(self, queries: Float32Array, num_kept: int, allowed: Mask | None = None) -> tuple[Float32Array, IntArray]:
+    def best(self, queries: Float32Array, num_kept: int, allowed: Mask | None = None) -> Lists:
         """Returns (scores, rows) of the best documents of each query, and of all that tie with the last of them; -1 pads.
 
-        Every document is compared: first in bf16 where that is faster, and the best of each small group kept; then, in
-        float32, whatever rounding could have put in a wrong place.
+        Every document is compared by a matrix product, and noted if it may belong to the best in spite of rounding; what was
+        noted is scored.
 
-        Shapes: queries [Q, dim], allowed [N] -> [Q, M], [Q, M].
+        Shapes: queries [Q, dim], allowed [N] -> [Q, M], [Q, M]; in no order.
         """
-        parts = [
-            self._best(torch.from_numpy(np.ascontiguousarray(queries[start : start + _QUERIES_AT_ONCE])), num_kept, allowed)
-            for start in range(0, len(queries), _QUERIES_AT_ONCE)
-        ]
-        return topk.pad(parts)
+        if not len(self) or not len(queries):
+            return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+        compared = torch.from_numpy(self._as_compared(queries)).to(self._vectors.device)
+        scan = _Scan(compared, num_kept, len(self), self._tiles)
+        for start in range(0, len(self), self._tiles.segment):
+            part = slice(start, min(start + self._tiles.segment, len(self)))
+            block, error = self._rounded(part, queries.shape[1], scan.dtype)
+            scan.look_through(block, error, self._longest, start, None if allowed is None else allowed[part])
+        return topk.pad([self._finish(queries[part], numbers, rows, num_kept) for part, numbers, rows in scan.noted()])
 
-    def _best(self, queries: torch.Tensor, num_kept: int, allowed: Mask | None) -> tuple[Float32Array, IntArray]:
-        device, dim = self._vectors.device, queries.shape[1]
-        queries = queries.to(device)
-        dtype = _scan_dtype(device.type)
-        rounded = queries.to(dtype)
-        group = max(min(_GROUP, len(self) // _ENOUGH_GROUPS), 1)
-        bar = None if allowed is None else torch.where(torch.from_numpy(allowed), 0.0, PADDING).to(device, dtype)
-        maxima, starts = [], list(range(0, len(self), _BLOCK_DOCUMENTS))
-        for start in starts:
-            block = _to_unit_length(self._vectors[start : start + _BLOCK_DOCUMENTS, :dim]).to(dtype)
-            scores = rounded @ block.T
-            if bar is not None:
-                scores += bar[start : start + _BLOCK_DOCUMENTS]
-            maxima.append(_group_maxima(scores, group))
-        best = torch.cat(maxima, dim=1)  # [Q, groups]
-        num_groups = min(num_kept, best.shape[1])
-        # So many different documents score at least this, so the last of the best does, but for rounding.
-        worst = best.topk(num_groups, dim=1, sorted=False).values.amin(dim=1).float() - 2 * _ROUNDING[dtype]
-        if num_groups < num_kept:
-            worst = torch.full_like(worst, torch.finfo(torch.float32).min)
-        numbers, groups = torch.nonzero(best.float() >= worst[:, None], as_tuple=True)
-        rows, is_row = self._rows_of(groups, group)
-        numbers = numbers.repeat_interleave(group)[is_row]
-        if allowed is not None:
-            is_allowed = torch.from_numpy(allowed).to(device)[rows]
-            numbers, rows = numbers[is_allowed], rows[is_allowed]
-        scores = self._score(queries, numbers, rows)
-        return _collect(len(queries), numbers.cpu().numpy(), rows.cpu().numpy(), scores.cpu().numpy(), num_kept)
+    def _finish(self, queries: Float32Array, numbers: IntArray, rows: IntArray, num_kept: int) -> Lists:
+        scores = self.score(queries, numbers, rows)
+        return topk.cut(*topk.line_up(len(queries), numbers, rows, scores), num_kept)
 
-    def _rows_of(self, groups: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the rows of each group one after the other, and which of all places have one.
+    def _as_compared(self, queries: Float32Array) -> Float32Array:
+        """Returns queries as they are multiplied: with vectors that are bfloat16 themselves, as bfloat16."""
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        return torch.from_numpy(queries).bfloat16().float().numpy() if self._is_plain else queries
 
-        A group holds every n-th row of its block, n being the groups of a block: so the best of each is found by wide steps.
-        """
-        per_block = _BLOCK_DOCUMENTS // group
-        starts = torch.div(groups, per_block, rounding_mode="floor") * _BLOCK_DOCUMENTS
-        sizes = (len(self) - starts).clamp(max=_BLOCK_DOCUMENTS)
-        strides = torch.div(sizes + group - 1, group, rounding_mode="floor")
-        rows = starts[:, None] + groups[:, None] % per_block + strides[:, None] * torch.arange(group, device=groups.device)
-        rows = rows.reshape(-1)
-        is_row = rows < len(self)
-        return rows[is_row], is_row
+    def _rounded(self, part: slice, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+        """Returns prefixes, at unit length unless they are plain, in another dtype; and how far any of them is off by that."""
+        prefixes = self._vectors[part, :dim]
+        if self._is_plain:
+            return prefixes.to(dtype), 0.0
+        wide = prefixes.float()
+        wide.div_(torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min_(1e-30))
+        if dtype == torch.float32:
+            return wide, 0.0
+        rounded = wide.to(dtype)
+        return rounded, float(torch.linalg.vector_norm(wide.sub_(rounded), dim=1).max())
 
-    def _score(self, queries: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def _score_in_threads(self, queries: Float32Array, numbers: IntArray, rows: IntArray) -> Float32Array:
+        size = max(-(-len(rows) // _num_threads("cpu")), _LEAST_PAIRS)
+        parts = [slice(start, start + size) for start in range(0, len(rows), size)]
+        if len(parts) < 2:
+            return self._score_on_cpu(queries, numbers, rows)
+        return np.concatenate(list(_threads().map(lambda part: self._score_on_cpu(queries, numbers[part], rows[part]), parts)))
+
+    def _score_on_cpu(self, queries: Float32Array, numbers: IntArray, rows: IntArray) -> Float32Array:
         dim = queries.shape[1]
-        prefixes = self._vectors[:, :dim]
-        scores = torch.empty(len(rows), device=queries.device)
-        step = max(_PAIR_BYTES // (4 * dim), 1) if queries.device.type == "cpu" else 1 << 18
+        scores = np.empty(len(rows), np.float32)
+        step = max(self._tiles.pairs * 384 // dim, 1)
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
+            candidates = self._vectors[:, :dim].index_select(0, torch.from_numpy(rows[part])).float().numpy()
+            products = np.einsum("pd,pd->p", candidates, queries[numbers[part]])
+            if not self._is_plain:
+                norms = np.sqrt(np.einsum("pd,pd->p", candidates, candidates))
+                np.divide(products, norms, out=products, where=norms > 0)
+            scores[part] = products
+        return scores
+
+    def _score_on_gpu(self, queries: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        prefixes = self._vectors[:, : queries.shape[1]]
+        scores = torch.empty(len(rows), device=queries.device)
+        for start in range(0, len(rows), self._tiles.pairs):
+            part = slice(start, start + self._tiles.pairs)
             candidates = prefixes[rows[part]].float()
-            norms = (candidates * candidates).sum(1).sqrt_()
-            products = candidates.mul_(queries[numbers[part]]).sum(1)
-            scores[part] = torch.where(norms > 0, products / norms, 0.0)
+            products = (candidates * queries[numbers[part]]).sum(1)
+            norms = 1.0 if self._is_plain else candidates.square_().sum(1).sqrt_().clamp_min_(1e-30)
+            scores[part] = products / norms
         return scores
 
-    def _move(self, numbers: IntArray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(numbers)).to(self._vectors.device)
 
+@dataclass(slots=True)
+class _Lot:
+    """Some queries of a scan, and what was noted of them so far.
 
-def _collect(
-    num_queries: int, numbers: IntArray, rows: IntArray, scores: Float32Array, num_kept: int
-) -> tuple[Float32Array, IntArray]:
-    """Returns pairs, sorted by query, as one line per query: the best so many, and all that tie with the last of them."""
-    counts = np.bincount(numbers, minlength=num_queries)
-    width = int(counts.max(initial=0))
-    columns = np.arange(len(numbers)) - np.repeat(np.cumsum(counts) - counts, counts)
-    dense_scores = np.full((num_queries, width), PADDING, np.float32)
-    dense_rows = np.full((num_queries, width), -1, np.int64)
-    dense_scores[numbers, columns] = scores
-    dense_rows[numbers, columns] = rows
-    return topk.cut(dense_scores, dense_rows, num_kept)
+    Attributes:
+        part: Which queries.
+        rounded: The queries in the dtype of products.
+        error: How far any of them is off by that.
+        best: The best scores of bins so far: so many documents score at least as much.
+        noted: Numbers of queries, rows, and the bits of their group's best score, segment by segment.
 
-
-def _group_maxima(scores: torch.Tensor, group: int) -> torch.Tensor:
-    """Returns the best score of each group of columns, of which one holds every n-th column.
-
-    Shapes: scores [Q, N] -> [Q, ceil(N / group)].
+    Shapes: rounded [Q, dim], best [Q, num_kept or fewer].
     """
-    if group == 1:
-        return scores
-    missing = -scores.shape[1] % group
-    if missing:
-        scores = torch.nn.functional.pad(scores, (0, missing), value=PADDING)
-    return scores.view(len(scores), group, -1).amax(dim=1)
+
+    part: slice
+    rounded: torch.Tensor
+    error: float
+    best: torch.Tensor
+    noted: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
 
-def _to_unit_length(vectors: torch.Tensor) -> torch.Tensor:
-    wide = vectors.float()
-    return torch.nn.functional.normalize(wide, dim=1)
+class _Scan:
+    """Looks through documents, segment by segment, for those that may be among the best of some queries.
+
+    Scores that are not negative have the order of their bits, which are compared as integers: that is faster. Negative ones
+    are below all of those, but in no order among themselves; where the bar is not above zero, everything is noted.
+    """
+
+    def __init__(self, queries: torch.Tensor, num_kept: int, num_documents: int, tiles: _Tiles) -> None:
+        self.dtype = _scan_dtype(queries.device.type)
+        self._num_kept = num_kept
+        size = min(max(-(-len(queries) // _num_threads(queries.device.type)), 1), tiles.queries)
+        room = tiles.queries * tiles.documents // size
+        self._num_columns = max(min(1 << (room.bit_length() - 1), tiles.segment, 1 << (num_documents - 1).bit_length()), _BIN)
+        self._lots = []
+        self._block_error, self._longest = 0.0, 0.0
+        for start in range(0, len(queries), size):
+            own = queries[start : start + size]
+            rounded = own.to(self.dtype)
+            nothing = torch.empty(len(own), 0, dtype=self.dtype, device=queries.device)
+            self._lots.append(_Lot(slice(start, start + len(own)), rounded, _longest(own - rounded.float()), nothing))
+
+    def look_through(self, block: torch.Tensor, error: float, longest: float, start: int, allowed: Mask | None) -> None:
+        """Notes the groups of a segment that may hold one of the best documents.
+
+        Args:
+            block: Vectors of the segment.
+            error: How far any of them is off.
+            longest: Their greatest length, before that.
+            start: Row of the first.
+            allowed: Which may be found.
+
+        Shapes: block [N, dim], allowed [N].
+        """
+        self._block_error = max(self._block_error, error)
+        self._longest = max(self._longest, longest)
+        hidden = torch.zeros(len(block), dtype=torch.bool) if allowed is None else torch.from_numpy(~allowed)
+        whole = len(block) - len(block) % self._num_columns
+        missing = self._num_columns - len(block) + whole
+        rest = torch.nn.functional.pad(block[whole:], (0, 0, 0, missing))
+        rest_hidden = torch.nn.functional.pad(hidden[whole:], (0, missing), value=True)
+        parts = ((block[:whole], hidden[:whole], start), (rest, rest_hidden, start + whole))
+        for own, own_hidden, own_start in parts if missing < self._num_columns else parts[:1]:
+            if len(own):
+                self._look_at_all(own, own_hidden.to(block.device), own_start)
+
+    def _look_at_all(self, block: torch.Tensor, hidden: torch.Tensor, start: int) -> None:
+        _in_threads(lambda lot: self._look(lot, block, hidden, start), self._lots, block.device.type)
+
+    def _look(self, lot: _Lot, block: torch.Tensor, hidden: torch.Tensor, start: int) -> None:
+        groups, supergroups, bins = self._maxima(lot, block, hidden)
+        lot.best = torch.cat([lot.best, *bins.view(self.dtype)], dim=1)
+        if lot.best.shape[1] > self._num_kept:
+            lot.best = lot.best.topk(self._num_kept, dim=1, sorted=False).values
+        bars = self._bars(lot)
+        products, numbers, places = torch.nonzero(supergroups >= bars[:, None], as_tuple=True)
+        places = _members(places, supergroups.shape[2], _SUPERGROUP // _GROUP)
+        products, numbers = products[:, None].expand_as(places), numbers[:, None].expand_as(places)
+        scores = groups[products, numbers, places]
+        is_noted = scores >= bars[numbers]
+        products, numbers, scores = products[is_noted], numbers[is_noted], scores[is_noted]
+        rows = products[:, None] * self._num_columns + _members(places[is_noted], groups.shape[2], _GROUP)
+        is_noted = ~hidden[rows]
+        numbers, scores = (own[:, None].expand_as(rows)[is_noted] for own in (numbers, scores))
+        lot.noted.append((numbers, start + rows[is_noted], scores))
+
+    def _maxima(self, lot: _Lot, block: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns the bits of the best scores of groups, supergroups and bins of documents.
+
+        The columns of each product are folded in the middle until one stands for a group, and further: so the documents of a
+        group stand at equal distances within the product.
+
+        Shapes: block [N, dim], hidden [N] -> [products, Q, groups of a product], [products, Q, ...], [products, Q, ...].
+        """
+        num_products = len(block) // self._num_columns
+        product, groups = _room(lot.rounded, num_products, self._num_columns)
+        bits, half = product.view(groups.dtype), self._num_columns // 2
+        is_hidden = hidden.view(num_products, -1)
+        has_hidden = is_hidden.any(dim=1).tolist()
+        supergroups, bins = [], []
+        for number in range(num_products):
+            torch.mm(lot.rounded, block[number * self._num_columns : (number + 1) * self._num_columns].T, out=product)
+            if has_hidden[number]:
+                product.masked_fill_(is_hidden[number], PADDING)
+            torch.maximum(bits[:, :half], bits[:, half:], out=bits[:, :half])
+            torch.maximum(bits[:, : half // 2], bits[:, half // 2 : half], out=groups[number])
+            if number % _FOLDED_AT_ONCE == _FOLDED_AT_ONCE - 1 or number == num_products - 1:  # while they are in the cache
+                recent = groups[number - number % _FOLDED_AT_ONCE : number + 1]
+                supergroups.append(_fold(recent, _SUPERGROUP // _GROUP))
+                bins.append(_fold(supergroups[-1], _BIN // _SUPERGROUP))
+        return groups, torch.cat(supergroups), torch.cat(bins)
+
+    def _bars(self, lot: _Lot) -> torch.Tensor:
+        """Returns the bits of the scores below which no document can be among the best, whatever was rounded.
+
+        So many bins have a document that scores at least ``worst``. Of q.x, rounding the vectors moves at most
+        |dq| |x| + |q| |dx| (Cauchy-Schwarz), and summing and rounding the product a share of |q| |x|.
+
+        Shapes: [Q].
+        """
+        integer = _INTEGERS[self.dtype]
+        if lot.best.shape[1] < self._num_kept:
+            return torch.full((len(lot.best),), torch.iinfo(integer).min, dtype=integer, device=lot.best.device)
+        worst = lot.best.amin(dim=1).float()
+        length, dim = _longest(lot.rounded.float()) + lot.error, lot.rounded.shape[1]
+        moved = lot.error * self._longest + length * self._block_error
+        summed = dim * 2.0**-23 * length * (self._longest + self._block_error)
+        bars = (worst - 2 * (moved + summed) - 4 * _LAST_BIT[self.dtype] * worst.abs()).to(self.dtype)
+        return torch.where(bars > 0, bars.view(integer), torch.iinfo(integer).min)
+
+    def noted(self) -> Iterator[tuple[slice, IntArray, IntArray]]:
+        """Yields, lot by lot, which queries, and the numbers (within the lot) and rows of all that may be among the best."""
+        for lot in self._lots:
+            numbers, rows, scores = (torch.cat(own) for own in zip(*lot.noted, strict=True))
+            is_good = scores >= self._bars(lot)[numbers]
+            yield lot.part, numbers[is_good].cpu().numpy(), rows[is_good].cpu().numpy()
+
+
+def _fold(bits: torch.Tensor, size: int) -> torch.Tensor:
+    """Returns the greatest of so many columns each, halving again and again.
+
+    Shapes: bits [..., N] -> [..., N / size].
+    """
+    while size > 1:
+        bits = torch.maximum(*bits.chunk(2, dim=-1))
+        size //= 2
+    return bits
+
+
+_rooms: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+def _room(queries: torch.Tensor, num_products: int, num_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns this thread's memory for a product and for groups; on CPUs the same again, as fresh memory costs more than a fold.
+
+    Shapes: [Q, columns], [products, Q, columns / group].
+    """
+    sizes = len(queries) * num_columns, num_products * len(queries) * num_columns // _GROUP
+    thread = threading.get_ident()
+    product, groups = _rooms.get(thread, (queries.new_empty(0), queries.new_empty(0)))
+    if product.dtype != queries.dtype or product.device != queries.device or len(product) < sizes[0] or len(groups) < sizes[1]:
+        product, groups = queries.new_empty(sizes[0]), queries.new_empty(sizes[1], dtype=_INTEGERS[queries.dtype])
+        if queries.device.type == "cpu":
+            _rooms[thread] = product, groups
+    return product[: sizes[0]].view(len(queries), -1), groups[: sizes[1]].view(num_products, len(queries), -1)
+
+
+def _members(places: torch.Tensor, distance: int, size: int) -> torch.Tensor:
+    """Returns the places, one level down in their product, of what was folded into each of some places.
+
+    Shapes: places [P] -> [P, size].
+    """
+    return places[:, None] + distance * torch.arange(size, device=places.device)
+
+
+def _longest(vectors: torch.Tensor) -> float:
+    """Returns the greatest length of some vectors."""
+    return float(torch.linalg.vector_norm(vectors, dim=1).max())
+
+
+def _in_threads(function: Callable[[_Lot], None], lots: list[_Lot], device: str) -> None:
+    """Calls a function for each lot; on CPUs in threads of one core each, which do not wait for each other at every product."""
+    if device == "cpu":
+        list(_threads().map(function, lots))
+    else:
+        for lot in lots:
+            function(lot)
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_num_threads("cpu"), "products", initializer=torch.set_num_threads, initargs=(1,))
+
+
+@functools.cache
+def _num_threads(device: str) -> int:
+    """Returns how many queries are looked at side by side."""
+    return torch.get_num_threads() if device == "cpu" else 1
 
 
 @functools.cache
 def _scan_dtype(device: str) -> torch.dtype:
-    """Returns the dtype of first products: bf16 where it is faster here, which is measured once."""
+    """Returns the dtype of products that choose: bf16 where it is faster here, which is measured once."""
     return torch.bfloat16 if rates.best_precision(device) == "bf16" else torch.float32

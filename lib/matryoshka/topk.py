@@ -70,6 +70,26 @@ def cut(scores: npt.NDArray[np.float32], documents: IntArray, num_kept: int) -> 
     return np.where(is_kept, best, np.float32(PADDING)), np.where(is_kept, found, -1)
 
 
+def line_up(
+    num_queries: int, numbers: IntArray, documents: IntArray, scores: npt.NDArray[np.float32]
+) -> tuple[npt.NDArray[np.float32], IntArray]:
+    """Returns pairs of a query's number and a document as one line of candidates per query; -1 pads.
+
+    Shapes: numbers [P], documents [P], scores [P] -> [Q, M], [Q, M].
+
+    >>> line_up(2, np.array([1, 0, 1]), np.array([7, 8, 9]), np.array([0.1, 0.2, 0.3], np.float32))[1].tolist()
+    [[8, -1], [7, 9]]
+    """
+    order = np.argsort(numbers, kind="stable")
+    numbers = numbers[order]
+    counts = np.bincount(numbers, minlength=num_queries)
+    columns = np.arange(len(numbers)) - np.repeat(np.cumsum(counts) - counts, counts)
+    shape = (num_queries, int(counts.max(initial=0)))
+    all_scores, all_documents = np.full(shape, PADDING, np.float32), np.full(shape, -1)
+    all_scores[numbers, columns], all_documents[numbers, columns] = scores[order], documents[order]
+    return all_scores, all_documents
+
+
 def pad(parts: Sequence[tuple[npt.NDArray[np.float32], IntArray]]) -> tuple[npt.NDArray[np.float32], IntArray]:
     """Returns the candidates of several lots of queries as one, padded to the longest list.
 

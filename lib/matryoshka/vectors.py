@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from matryoshka import artifacts
 
 Float16Array = npt.NDArray[np.float16]
+
+_END_BYTES = 8
 
 
 def write_unit(path: Path, ids: Sequence[str], vectors: Float16Array) -> None:
@@ -44,6 +47,53 @@ def read_unit(path: Path) -> tuple[pa.Array, Float16Array]:
         return table.column("id").combine_chunks(), vectors
     except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not a file of embeddings ({error}). Run python -m jobs.embed again.") from None
+
+
+def read_ids(path: Path) -> pa.Array:
+    """Returns the ids of one unit; no vector is read.
+
+    Raises:
+        ValueError: The file is not a unit of an embedding store.
+    """
+    try:
+        return pq.read_table(path, columns=["id"], memory_map=True).column("id").combine_chunks().cast(pa.large_string())
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ValueError(f"{path}: not a file of embeddings ({error}). Run python -m jobs.embed again.") from None
+
+
+def mean_id_bytes(store: "EmbeddingStore") -> float:
+    """Returns what an id takes in an index, on average over the first unit that has any: its text, and where it ends."""
+    receipts = [receipt for receipt in store.manifest.receipts if receipt.num_rows]
+    ids = read_ids(store.folder / receipts[0].files[0].path) if receipts else pa.array([], pa.large_string())
+    return float(pc.mean(pc.binary_length(ids)).as_py() or 0) + _END_BYTES
+
+
+def read_embeddings(paths: Sequence[Path], width: int) -> Float16Array:
+    """Returns the vectors of Parquet files that anybody may have written: a list of ``width`` numbers in column ``embedding``.
+
+    Shapes: [N, width].
+
+    Raises:
+        ValueError: A file is not readable, or a row has no vector of this width, or one that is not finite.
+    """
+    parts = [_read_embeddings(path, width) for path in paths]
+    return np.concatenate(parts)
+
+
+def _read_embeddings(path: Path, width: int) -> Float16Array:
+    try:
+        column = pq.read_table(path, columns=["embedding"]).column("embedding").combine_chunks()
+        lengths = set(pc.unique(pc.list_value_length(column)).to_pylist())
+        numbers = column.flatten().cast(pa.float32()).to_numpy(zero_copy_only=False)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ValueError(f"{path}: no vectors in column 'embedding' ({str(error).splitlines()[0]}). Pass another file.") from None
+    if lengths - {width}:
+        raise ValueError(f"{path}: rows of column 'embedding' do not have {width} numbers each. Use the index's own model.")
+    if not np.isfinite(numbers).all():
+        row = int(np.flatnonzero(~np.isfinite(numbers))[0]) // width
+        raise ValueError(f"{path}: column 'embedding', row {row}: not finite. Check the model that made it.")
+    found: Float16Array = numbers.reshape(-1, width).astype(np.float16)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +137,11 @@ def write_ids(path: Path, ids: Sequence[pa.Array]) -> None:
     column = pa.chunked_array([pa.concat_arrays([chunk.cast(pa.large_string()) for chunk in ids])], pa.large_string())
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, pa.schema([("id", pa.large_string())])) as writer:
         writer.write_table(pa.table({"id": column}))
+
+
+def write_id_table(path: Path, ids: pa.Array) -> None:
+    """Writes ids as the column ``id`` of a Parquet file, in their order."""
+    pq.write_table(pa.table({"id": ids}), path, compression="zstd")
 
 
 def open_ids(path: Path) -> pa.Array:

@@ -2,16 +2,19 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from matryoshka import artifacts, corpus, model, pairs, vectors
+from matryoshka import artifacts, corpus, indexing, model, pairs, removals, vectors
 from matryoshka.artifacts import Manifest
 from matryoshka.funnel import COARSE, IDS, VECTORS
 from matryoshka.index import CoarseIndex
-from matryoshka.indexing import TRAINED
+from matryoshka.indexing import IndexStore
+from matryoshka.topk import IntArray
 
 _BATCH_ROWS = 16_384
 _UNIT_TOLERANCE = 2e-3  # float16 rounding moves the norm of a unit vector by up to 2e-4; ten times that is a fault
@@ -62,7 +65,9 @@ def _check_embeddings(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 def _check_index(folder: Path, manifest: Manifest) -> Iterator[str]:
     every_id = []
-    for receipt in (own for own in manifest.receipts if own.key != TRAINED):
+    index = IndexStore(folder, manifest)
+    training, listed = indexing.training_of(index.training), removals.known_list(folder, manifest)
+    for receipt, shard in zip(indexing.shard_receipts(manifest), index.shards, strict=True):
         paths = {Path(file.path).name: folder / file.path for file in receipt.files}
         ids = vectors.open_ids(paths[IDS])
         full = np.load(paths[VECTORS], mmap_mode="r", allow_pickle=False)
@@ -70,18 +75,31 @@ def _check_index(folder: Path, manifest: Manifest) -> Iterator[str]:
         ntotal = CoarseIndex.read(paths[COARSE]).ntotal if COARSE in paths else receipt.num_rows
         if ntotal != receipt.num_rows:
             yield f"{paths[COARSE]}: {ntotal} documents, the receipt says {receipt.num_rows}"
+        if receipt.details.get("training") != training:
+            yield f"{shard.folder}: was built with another training than the other shards"
+        removed = np.load(shard.removed, allow_pickle=False) if shard.removed else np.empty(0, np.int64)
+        if listed and removals.find(ids, removals.open_list(folder, listed)).tolist() != removed.tolist():
+            yield f"{shard.removed or shard.folder}: does not leave out exactly the documents on the list of removed ones"
         every_id.append(ids)
     yield from _check_ids(folder, every_id)
 
 
-def _check_block(path: Path, ids: pa.Array, block: vectors.Float16Array, num_rows: int, width: int) -> Iterator[str]:
+def _check_block(path: Path, ids: pa.Array, block: npt.NDArray[Any], num_rows: int, width: int) -> Iterator[str]:
     if len(ids) != num_rows or block.shape != (num_rows, width):
         yield f"{path}: {len(ids)} ids and vectors {block.shape}, the manifest says ({num_rows}, {width})"
         return
-    squares = np.einsum("nd,nd->n", block, block, dtype=np.float32)
-    wrong = np.flatnonzero(~(np.abs(np.sqrt(squares) - 1) < _UNIT_TOLERANCE))
+    starts = range(0, num_rows, _BATCH_ROWS)
+    wrong = np.concatenate([np.empty(0, np.int64), *(_find_wrong(block[start : start + _BATCH_ROWS], start) for start in starts)])
     if wrong.size:
         yield f"{path}: {wrong.size} vectors are not finite or not of unit length (first: '{ids[int(wrong[0])]}')"
+
+
+def _find_wrong(block: npt.NDArray[Any], first_row: int) -> IntArray:
+    """Returns the rows that are no unit vectors; int8 holds directions, whose largest component is 127."""
+    if block.dtype == np.int8:
+        return first_row + np.flatnonzero(np.abs(block.astype(np.int16)).max(axis=1) != np.iinfo(np.int8).max)
+    squares = np.einsum("nd,nd->n", block, block, dtype=np.float32)
+    return first_row + np.flatnonzero(~(np.abs(np.sqrt(squares) - 1) < _UNIT_TOLERANCE))
 
 
 def _check_ids(folder: Path, parts: list[pa.Array]) -> Iterator[str]:

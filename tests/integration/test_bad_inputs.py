@@ -281,7 +281,10 @@ def test_index_refuses_a_funnel_wider_than_the_vectors(finished_pipeline: Path, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("factory", "message"), [("IVF16,Flat", "needs training"), ("Nonsense", "not a FAISS factory string")])
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [("IVF4096,Flat", "needs 4096 documents to learn from, and there are"), ("Nonsense", "not a FAISS factory string")],
+)
 def test_index_refuses_a_coarse_index_that_it_cannot_build(
     finished_pipeline: Path, tmp_path: Path, factory: str, message: str
 ) -> None:
@@ -294,7 +297,13 @@ def test_index_refuses_a_coarse_index_that_it_cannot_build(
 
 
 @pytest.mark.parametrize(
-    ("plan", "message"), [(("16:50", "96:20"), "was built for"), (("32:50",), "was built for"), (("16",), "'16' is not dim:keep")]
+    ("plan", "message"),
+    [
+        (("16:50", "96:20"), "vectors have 64 dims, the plan is"),
+        (("32:50:nprobe=3", "64:20"), "has parameters of a coarse index, which this index has for 16 dims"),
+        (("16:50:nprobe=3", "64:20"), "has no parameter 'nprobe'"),
+        (("16",), "'16' is not dim:keep"),
+    ],
 )
 def test_search_refuses_a_funnel_that_does_not_fit_the_index(
     finished_pipeline: Path, plan: tuple[str, ...], message: str
@@ -565,7 +574,7 @@ def test_a_funnel_that_does_not_fit_the_index_costs_no_earlier_answers(
     settings = search.Settings(index=str(finished_pipeline / "index"), queries=queries, output=str(tmp_path / "answers"))
     search.run(settings)
     before = folders.times(tmp_path / "answers")
-    with pytest.raises(ValueError, match="was built for a shortlist of"):
-        search.run(settings.model_copy(update={"plan": ("32:50",), "replace": True}))
+    with pytest.raises(ValueError, match="vectors have 64 dims, the plan is"):
+        search.run(settings.model_copy(update={"plan": ("16:50", "96:20"), "replace": True}))
     assert folders.times(tmp_path / "answers") == before
     assert "queries answered" in capsys.readouterr().out

@@ -29,8 +29,7 @@ def _settings(root: Path, **more: Any) -> benchmark.Settings:
 def _few_settings() -> Any:
     """Keeps sweeps and queries few."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark_search, "_PROBES", (4, 64))
-        patch.setattr(benchmark_search, "_PROBE_KEEPS", (10, 200))
+        patch.setattr(benchmark_search, "_DIALS", (("IVF", "nprobe", (4, 64), (10, 200)),))
         patch.setattr(benchmark_search, "_SINGLE_QUERIES", 2)
         patch.setattr(benchmark_search, "MADE_QUERIES", _QUERIES)
         yield
@@ -66,6 +65,7 @@ def report(root: Path) -> dict[str, Any]:
 def made(root: Path) -> dict[str, Any]:
     """What one round on made-up vectors measured, with some of them in one shard and in two."""
     own = {"synthetic": f"{_DOCUMENTS}:{_WIDTH}", "peers": ("hnsw16",), "scale": (128,), "shards": (1, 2), "plan": _PLAN}
+    own |= {"coarse_index": "IVF8,PQ4x4fs", "space": "prefix"}
     return benchmark.run(_settings(root, **own, output=str(root / "made" / "report.json")))
 
 
@@ -128,7 +128,7 @@ def test_made_up_vectors_state_their_spectrum_and_are_indexed_as_ever(made: dict
         "noise_share": 0.3,
         "seed": 0,
     }
-    assert made["index"]["factory"] == "IVF69,PQ4x4fs"
+    assert made["index"]["factory"] == "IVF8,PQ4x4fs"
     assert made["systems"]["ours"]["points"][0]["setting"] == "8d keep 10 (nprobe 4) > 16d keep 10"
     assert list(made["systems"]) == ["ours", "ours_exact", "exact", "hnsw16"]
     assert made["not_run"]["ivf_flat"] == "left out by --peers"

@@ -60,7 +60,7 @@ def test_verify_ends_with_code_1_and_names_the_file(copied_pipeline: Path) -> No
     assert "FAULT" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["coarse.faiss", "vectors.npy", "ids.arrow"])
+@pytest.mark.parametrize("name", ["coarse.faiss", "ids.arrow"])
 def test_search_refuses_an_index_with_an_altered_shard(copied_pipeline: Path, name: str) -> None:
     path = next((copied_pipeline / "index" / "shards").glob(f"*/{name}"))
     folders.flip_byte(path)
@@ -102,7 +102,8 @@ def _embed(root: Path, model: str) -> embed.Settings:
 
 
 def _index(root: Path) -> index.Settings:
-    return index.Settings(output=str(root / "index"), embeddings=str(root / "embeddings"), shards=2, plan=("16:50", "64:20"))
+    own = {"shards": 2, "plan": ("16:50", "64:20"), "coarse_index": "Flat"}
+    return index.Settings(output=str(root / "index"), embeddings=str(root / "embeddings"), **own)
 
 
 def _prepare(root: Path) -> prepare.Settings:

@@ -71,7 +71,8 @@ def nights(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> dict[str, Nig
     }
     done = {}
     for night, embeddings in after.items():
-        index.run(index.Settings(output=str(built), embeddings=str(embeddings), shards=_SHARDS, plan=("16:100", "64:20")))
+        own = {"shards": _SHARDS, "plan": ("16:100", "64:20"), "coarse_index": "Flat"}
+        index.run(index.Settings(output=str(built), embeddings=str(embeddings), **own))
         done[night] = Night(embeddings, Path(shutil.copytree(built, root / night / "index")), sorted(ids[night]))
     return done
 

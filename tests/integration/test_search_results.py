@@ -44,7 +44,11 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path:
     for shards in (1, 2, 3):
         built = index.run(
             index.Settings(
-                output=str(root / f"index-{shards}"), embeddings=str(root / "embeddings"), shards=shards, plan=_EVERYTHING
+                output=str(root / f"index-{shards}"),
+                embeddings=str(root / "embeddings"),
+                shards=shards,
+                plan=_EVERYTHING,
+                coarse_index="Flat",
             )
         )
         assert len(built.receipts) == shards

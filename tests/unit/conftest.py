@@ -2,19 +2,22 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from matryoshka import indexing, model, vectors
+from matryoshka import indexing, model, removals, vectors
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.encode import Encoder
 from matryoshka.indexing import IndexStore, Layout
 from matryoshka.model import ModelInfo
 from matryoshka.nested import shrink
 from matryoshka.vectors import EmbeddingStore
+
+_LAYOUT = Layout("prefix", 4, "Flat")
 
 Parts = Mapping[str, tuple[list[str], np.ndarray]]
 
@@ -75,14 +78,28 @@ def make_store(tmp_path: Path) -> Callable[..., EmbeddingStore]:
 
 @pytest.fixture
 def make_index(tmp_path: Path) -> Callable[..., IndexStore]:
-    """Builds a finished index of a store: shortlist of 4 dims, full width after it."""
+    """Builds a finished index of a store: shortlist of 4 dims, full width after it; some documents removed after the build."""
 
-    def make(store: EmbeddingStore, num_shards: int = 2, name: str = "index") -> IndexStore:
+    def make(
+        store: EmbeddingStore,
+        num_shards: int = 2,
+        name: str = "index",
+        layout: Layout = _LAYOUT,
+        plan: Sequence[str] = (),
+        queries: np.ndarray | None = None,
+        removed: Sequence[str] = (),
+    ) -> IndexStore:
         folder = tmp_path / name
         slots, plans = indexing.plan_shards(store, num_shards, {})
-        receipts = tuple(indexing.build_shard(plan, Layout("prefix", 4, "Flat"), folder) for plan in plans)
-        identity = {"model": "m", "space": "prefix", "dim": 4, "coarse_index": "Flat", "storage": "float16"}
-        facts = {"slots": slots, "width": store.width, "plan": ["4:5", f"{store.width}:3"]}
+        shared = [indexing.train(store, layout, queries, 10_000, folder)] if indexing.needs_training(layout) else []
+        shards = [indexing.build_shard(own, layout, folder, *shared) for own in plans]
+        listed = [removals.remember(folder, pa.array(sorted(removed), pa.large_string()))] if removed else []
+        buried = [removals.bury(folder, shard, *listed) for shard in shards if removed]
+        identity = {
+            "model": "m", "space": layout.space, "dim": layout.dim, "coarse_index": layout.factory, "storage": layout.storage,
+        }  # fmt: skip
+        facts = {"slots": slots, "width": store.width, "plan": list(plan or ["4:5", f"{store.width}:3"])}
+        receipts = (*shared, *shards, *listed, *buried)
         Manifest("index", identity, {"embeddings": "e"}, facts, receipts, is_complete=True).write(folder)
         return IndexStore.open(folder)
 

@@ -29,7 +29,7 @@ DOORS = {
     "datasketch": ("lib/matryoshka/leaks.py",),
     "pyarrow": tuple(
         f"lib/matryoshka/{room}.py"
-        for room in ("corpus", "sources", "partitions", "vectors", "funnel", "indexing", "verification")
+        for room in ("corpus", "sources", "partitions", "vectors", "funnel", "removals", "indexing", "verification")
     ),
     **dict.fromkeys(("nncf", "onnxruntime", "openvino"), ("lib/matryoshka/peers.py",)),
     "rich": ("jobs/terminal.py",),
@@ -40,9 +40,23 @@ LAYERS = [
     {"config", "units", "nested", "topk", "clock", "batches", "tradeoffs"},
     {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves", "charts"}
     | {"splits", "sources", "partitions", "leaks", "chunks", "rates"},
-    {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "products", "spaces", "funnel"}
+    {
+        "artifacts",
+        "model",
+        "pairs",
+        "positives",
+        "sts",
+        "encode",
+        "tokens",
+        "packed",
+        "vectors",
+        "products",
+        "spaces",
+        "funnel",
+        "removals",
+    }
     | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"},
-    {"preparation", "mining", "training", "card", "embedding", "indexing", "evaluation", "report", "verification"}
+    {"preparation", "mining", "training", "card", "embedding", "indexing", "layouts", "evaluation", "report", "verification"}
     | {"calibration", "peers", "plain_trainer", "search_peers", "synthetic"},
 ]
 

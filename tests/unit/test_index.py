@@ -49,23 +49,66 @@ def test_a_file_that_is_no_index_is_named(tmp_path: Path, content: bytes | None)
 
 @pytest.mark.parametrize("dim", [1, 2, 64])
 @pytest.mark.parametrize("factory", ["Flat", "SQfp16", "HNSW32"])
-def test_kinds_that_take_vectors_as_they_come_pass(factory: str, dim: int):
-    index.check_factory(factory, dim)
+def test_kinds_that_take_vectors_as_they_come_pass_whatever_number_there_is(factory: str, dim: int):
+    index.check_factory(factory, dim, 1)
+    assert index.is_trained(factory, dim)
+
+
+@pytest.mark.parametrize(
+    ("factory", "needed"), [("IVF16,Flat", 16), ("PQ8", 256), ("PQ32x4fs", 16), ("IVF512,PQ32x4fs", 512), ("RaBitQfs", 1)]
+)
+def test_kinds_that_learn_pass_where_there_are_documents_enough_to_learn_from(random_vectors: Make, factory: str, needed: int):
+    index.check_factory(factory, 64, needed)
+    assert not index.is_trained(factory, 64)
+    assert CoarseIndex.train(shrink(random_vectors(needed, 64), 64), factory).ntotal == 0
+    if needed > 1:
+        with pytest.raises(ValueError, match=rf"--coarse-index {factory}: needs {needed} documents to learn from, and there"):
+            index.check_factory(factory, 64, needed - 1)
 
 
 REFUSED = {
-    "IVF16,Flat": r"needs training\. Choose one that does not, such as Flat",
-    "PQ8": r"needs training\. Choose",
-    "SQ8": r"needs training\. Choose",
     "IDMap,Flat": r"does not find unit vectors again\. Choose Flat",
     "NSG32": r"(needs training|does not find unit vectors again)\. Choose",
-    "Plat": r"not a FAISS factory string\. Write for example Flat",
+    "Plat": r"not a FAISS factory string for 64 dims\. Write for example Flat",
+    "PQ7x4fs": r"not a FAISS factory string for 64 dims",
     "": r"not a FAISS factory string",
     "IVF,Flat": r"not a FAISS factory string",
 }
 
 
 @pytest.mark.parametrize("factory", REFUSED)
-def test_kinds_that_cannot_be_built_without_training_are_refused(factory: str):
+def test_kinds_that_cannot_be_built_are_refused(factory: str):
     with pytest.raises(ValueError, match=rf"--coarse-index {factory}: {REFUSED[factory]}"):
-        index.check_factory(factory, 64)
+        index.check_factory(factory, 64, 1000)
+
+
+def test_a_sample_that_faiss_cannot_train_on_is_an_error_of_the_user():
+    with pytest.raises(ValueError, match=r"--coarse-index IVF16,Flat: cannot be trained on 3 documents .*Choose a smaller one"):
+        CoarseIndex.train(np.eye(3, 8, dtype=np.float32), "IVF16,Flat")
+
+
+@pytest.mark.parametrize(("factory", "name"), [("Flat", "nprobe"), ("HNSW32", "nprobe"), ("IVF4,Flat", "depth")])
+def test_parameters_that_a_kind_does_not_have_are_named(factory: str, name: str):
+    with pytest.raises(ValueError, match=rf"plan: an index of kind {factory} has no parameter '{name}'\. Leave it out"):
+        index.check_parameters(factory, 8, {name: 3})
+
+
+def test_parameters_that_a_kind_has_pass():
+    index.check_parameters("IVF4,PQ4x4fs", 8, {"nprobe": 3})
+    index.check_parameters("HNSW32", 8, {"efSearch": 30})
+
+
+@pytest.mark.parametrize(
+    "factory",
+    ["Flat", "SQfp16", "SQ8", "PQ8x4fs", "PQ8x4", "RaBitQ", "RaBitQfs", "HNSW16", "IVF4,Flat", "IVF4,PQ8x4fs",
+     "IVF4,RaBitQfs", "PCA8,SQ8"],
+)  # fmt: skip
+def test_the_bytes_of_a_document_are_those_that_files_grow_by(tmp_path: Path, random_vectors: Make, factory: str):
+    full = shrink(random_vectors(1024, 16), 16)
+    built, sizes = CoarseIndex.train(full[:300], factory), []
+    for _ in range(2):
+        built.add(full)
+        built.write(tmp_path / "coarse.faiss")
+        sizes.append((tmp_path / "coarse.faiss").stat().st_size)
+    # Higher levels of a graph are drawn by lot; blocks of fast codes are filled up.
+    assert index.bytes_per_document(factory, 16) == pytest.approx((sizes[1] - sizes[0]) / 1024, rel=0.02, abs=0.2)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,6 +12,9 @@ from matryoshka.nested import FunnelPlan, Step, shrink
 # Components of like size: among 1e-30 and 1e30, the small one is below what float32 can hold beside the large one.
 component = st.one_of(st.just(0.0), st.floats(2**-10, 2**10, width=32), st.floats(-(2**10), -(2**-10), width=32))
 vectors = npst.arrays(np.float32, npst.array_shapes(min_dims=2, max_dims=3, max_side=12), elements=component)
+parameters = st.dictionaries(st.sampled_from(["nprobe", "efSearch", "ht"]), st.integers(1, 999)).map(
+    lambda own: tuple(own.items())
+)
 plans = st.lists(st.tuples(st.integers(1, 4096), st.integers(1, 10_000)), min_size=1, max_size=5).map(
     lambda pairs: FunnelPlan(
         tuple(
@@ -85,9 +90,11 @@ def test_check_dims_refuses_dims_that_a_model_was_not_trained_for():
         nested.check_dims([384, 32, 256], 384, "m", declared=(384, 128, 64))
 
 
-@given(plans)
-def test_a_plan_is_what_its_parts_say(plan: FunnelPlan):
+@given(plans, parameters)
+def test_a_plan_is_what_its_parts_say(plan: FunnelPlan, own: tuple[tuple[str, int], ...]):
     assert FunnelPlan.parse([f"{step.dim}:{step.keep}" for step in plan.steps]) == plan
+    tuned = FunnelPlan((dataclasses.replace(plan.shortlist, parameters=own), *plan.reranks))
+    assert FunnelPlan.parse(tuned.parts) == tuned
     assert (plan.shortlist, *plan.reranks) == plan.steps
 
 
@@ -105,7 +112,11 @@ def test_a_plan_for_more_results_keeps_at_least_these_and_its_dims(plan: FunnelP
         (["64"], r"'64' is not dim:keep. Write for example"),
         (["64:x"], r"'64:x' is not dim:keep"),
         (["-4:10"], r"'-4:10' is not dim:keep"),
-        (["64:0"], r"64d keep 0 has a dim or a shortlist below 1"),
+        (["64:0"], r"64d keep 0 has a number below 1. Give positive numbers"),
+        (["64:9:nprobe"], r"'64:9:nprobe' is not dim:keep"),
+        (["64:9:nprobe=x"], r"'64:9:nprobe=x' is not dim:keep"),
+        (["64:9:nprobe=0"], r"64d keep 9 \(nprobe 0\) has a number below 1"),
+        (["64:9", "128:9:nprobe=4"], r"has parameters in a later step\. They belong to the first one"),
         (["64:9", "64:9"], r"does not narrow. Each step needs a larger dim"),
         (["64:9", "128:10"], r"64d keep 9 > 128d keep 10 does not narrow"),
     ],

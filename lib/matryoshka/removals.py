@@ -1,0 +1,138 @@
+"""Documents that are to stay out of an index: the list of their ids, and which rows of a shard they are.
+
+The list is part of the index and only grows. A shard that is there already gets tombstones, the rows that no search may find;
+a shard that is built later leaves the documents out.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from matryoshka import artifacts, corpus, storage, vectors
+from matryoshka.artifacts import FileRecord, Manifest, Receipt
+from matryoshka.funnel import IDS
+from matryoshka.topk import IntArray
+from matryoshka.vectors import EmbeddingStore
+
+REMOVED = "removed"
+"""Key of the list's receipt, and folder of the list and of the tombstones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """The ids that stay out of an index: the receipt of the list as it was left, and all ids with those that are added now."""
+
+    listed: Receipt | None
+    ids: pa.Array
+    num_added: int
+
+    @classmethod
+    def open(cls, folder: Path, manifest: Manifest | None, added: pa.Array) -> "Removed":
+        """Returns what an index, finished or not, is known to leave out, with more ids.
+
+        Raises:
+            ValueError: The list is missing or altered.
+        """
+        listed = known_list(folder, manifest)
+        before = open_list(folder, listed) if listed else none()
+        ids = _in_order([*before.to_pylist(), *added.to_pylist()])
+        return cls(listed, ids, len(ids) - len(before))
+
+
+def read(location: str, column: str) -> pa.Array:
+    """Returns the ids in a column of Parquet files, sorted and each once.
+
+    Raises:
+        ValueError: Nothing is there, a file has no such column, or a row has no id.
+    """
+    _, paths = corpus.find_files(location)
+    return _in_order(corpus.read_ids(paths, column))
+
+
+def none() -> pa.Array:
+    """Returns no ids."""
+    return _in_order([])
+
+
+def known_list(folder: Path, manifest: Manifest | None) -> Receipt | None:
+    """Returns the receipt of the ids that an index, finished or not, is known to leave out."""
+    known = [*manifest.receipts, *artifacts.read_journal(folder)] if manifest else []
+    lists = [receipt for receipt in known if receipt.key == REMOVED]
+    return lists[-1] if lists else None
+
+
+def remember(folder: Path, ids: pa.Array) -> Receipt:
+    """Writes the list into an index and returns its receipt; a longer list has another file, so the one before stays whole."""
+    path = folder / REMOVED / f"ids-{storage.digest_json(ids.to_pylist())[:16]}.arrow"
+    with storage.publish(path) as temporary:
+        vectors.write_ids(temporary, [ids])
+    return Receipt(REMOVED, 0, (FileRecord.of(folder, path),), {"num_ids": len(ids)})
+
+
+def open_list(folder: Path, listed: Receipt) -> pa.Array:
+    """Returns the ids of a list.
+
+    Raises:
+        ValueError: Its file is missing or altered.
+    """
+    return vectors.open_ids(artifacts.check_file(folder, listed.files[0]))
+
+
+def find(ids: pa.Array, wanted: pa.Array) -> IntArray:
+    """Returns the rows of the ids that are wanted, in order.
+
+    >>> find(pa.array(["a", "b", "c"]), pa.array(["c", "x", "a"])).tolist()
+    [0, 2]
+    """
+    return np.flatnonzero(pc.is_in(ids, value_set=wanted.cast(ids.type)).to_numpy(zero_copy_only=False))
+
+
+def unknown(store: EmbeddingStore, ids: pa.Array) -> list[str]:
+    """Returns the ids that no document has."""
+    for receipt in store.manifest.receipts:
+        if not len(ids):
+            break
+        here = vectors.read_ids(store.folder / receipt.files[0].path)
+        ids = ids.filter(pc.invert(pc.is_in(ids, value_set=here)))
+    names: list[str] = ids.to_pylist()
+    return names
+
+
+def bury(folder: Path, shard: Receipt, listed: Receipt) -> Receipt:
+    """Writes which rows of a shard are on the list, and returns a receipt: so many documents less than the shard's says."""
+    record = _ids_of(shard)
+    rows = find(vectors.open_ids(folder / record.path), open_list(folder, listed))
+    path = folder / REMOVED / f"{shard.key}.npy"
+    with storage.publish(path) as temporary, temporary.open("wb") as file:
+        np.save(file, rows)
+    details = {"shard": record.digest, "list": listed.files[0].digest}
+    return Receipt(key_of(shard), -len(rows), (FileRecord.of(folder, path),), details)
+
+
+def key_of(shard: Receipt) -> str:
+    """Returns the key of a shard's tombstones."""
+    return f"{REMOVED}/{shard.key}"
+
+
+def is_clean(shard: Receipt, listed: Receipt, finished: Mapping[str, Receipt]) -> bool:
+    """Returns whether a shard finds nothing on the list: by its build, or by tombstones for this build and this list."""
+    tombstones = finished.get(key_of(shard))
+    current = {"shard": _ids_of(shard).digest, "list": listed.files[0].digest}
+    return leaves_out(shard, listed) or (tombstones is not None and tombstones.details == current)
+
+
+def leaves_out(shard: Receipt, listed: Receipt) -> bool:
+    """Returns whether a shard was built without the documents on the list, so that it needs no tombstones."""
+    return bool(shard.details.get("list") == listed.files[0].digest)
+
+
+def _ids_of(shard: Receipt) -> FileRecord:
+    return next(file for file in shard.files if Path(file.path).name == IDS)
+
+
+def _in_order(ids: Iterable[str]) -> pa.Array:
+    return pa.array(sorted(set(ids)), pa.large_string())

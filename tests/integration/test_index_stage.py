@@ -1,0 +1,231 @@
+"""The index job as a stage: what it chooses, what it learns once, what it takes out, what it exports."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import folders
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import texts
+
+from jobs import embed, export, index, search, verify
+from matryoshka import artifacts
+from matryoshka.encode import Encoder
+from matryoshka.indexing import IndexStore
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+_SMALL, _LARGE = 120, 500
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path:
+    """Embeddings of a small corpus, and of the same with more files; queries as texts and as vectors; ids to remove."""
+    root = tmp_path_factory.mktemp("stage")
+    for name, num_documents in (("small", _SMALL), ("large", _LARGE)):
+        for number, start in enumerate(range(0, num_documents, 40)):
+            texts.write_parquet(root / name / f"part-{number}.parquet", texts.documents(start, min(start + 40, num_documents)))
+        embed.run(
+            embed.Settings(
+                output=str(root / f"{name}-vectors"), corpus=str(root / name), model=tiny, unit_rows=20, precision="float32"
+            )
+        )
+    questions = [" ".join(text.split()[:6]) for text in texts.documents(0, 30)["text"]]
+    texts.write_parquet(root / "queries.parquet", {"id": [f"q{n}" for n in range(30)], "text": questions})
+    vectors = Encoder(Path(tiny), "cpu", "float32").encode(questions, "query").vectors
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.astype(np.float32).ravel()), vectors.shape[1])
+    pq.write_table(pa.table({"embedding": column}), root / "query-vectors.parquet")
+    texts.write_parquet(root / "remove.parquet", {"id": ["d00003", "d00004", "d00099", "nobody"]})
+    return root
+
+
+def _settings(root: Path, output: Path, which: str = "small", **more: Any) -> index.Settings:
+    return index.Settings(output=str(output), embeddings=str(root / f"{which}-vectors"), **{"shards": 3, **more})
+
+
+def _found(folder: Path, question: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", "200")
+    capsys.readouterr()
+    search.run(search.Settings(index=str(folder), query=question, results=3))
+    return capsys.readouterr().out
+
+
+def test_what_is_not_asked_for_is_chosen_once_with_its_reasons_and_its_weight(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = index.run(_settings(root, tmp_path / "index"))
+    printed = capsys.readouterr().out
+    assert f"{_SMALL} documents are few enough on cpu to compare a prefix of every one" in printed
+    assert "no coarse index, vectors as float16, funnel 16d keep 200 > 64d keep 100" in printed or "funnel" in printed
+    assert "about 142 bytes per document (coarse index 0, vector 128, id 14)" in printed
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "index" / "shards").rglob("*") if path.is_file())
+    assert first.facts["bytes_per_document"] * _SMALL == pytest.approx(on_disk, abs=3 * 1200)  # heads of files
+    before = folders.times(tmp_path / "index")
+    assert index.run(_settings(root, tmp_path / "index")) == artifacts.read(tmp_path / "index")
+    assert folders.times(tmp_path / "index") == before
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_what_was_asked_for_once_holds_until_it_is_asked_for_otherwise(root: Path, tmp_path: Path) -> None:
+    asked = index.run(_settings(root, tmp_path, coarse_index="HNSW8", dim=24, storage="int8"))
+    again = index.run(_settings(root, tmp_path, "large"))
+    kept = ("space", "dim", "coarse_index", "storage")
+    assert [again.identity[key] for key in kept] == [asked.identity[key] for key in kept] == ["prefix", 24, "HNSW8", "int8"]
+    assert again.facts["plan"] == asked.facts["plan"]
+    with pytest.raises(ValueError, match="coarse_index: HNSW8 there, Flat now"):
+        index.run(_settings(root, tmp_path, "large", coarse_index="Flat"))
+    chosen = index.run(_settings(root, tmp_path, "large", replace=True))
+    assert [chosen.identity[key] for key in kept] == ["prefix", 64, "none", "float16"]
+    verify.run(verify.Settings(folder=str(tmp_path)))
+
+
+def test_another_plan_builds_nothing(root: Path, tmp_path: Path) -> None:
+    index.run(_settings(root, tmp_path, coarse_index="Flat", plan=("16:50", "64:20")))
+    before = folders.times(tmp_path / "shards")
+    index.run(_settings(root, tmp_path, dim=16, plan=("64:20",)))
+    assert IndexStore.open(tmp_path).plan.describe() == "64d keep 20"
+    assert folders.times(tmp_path / "shards") == before
+
+
+def test_what_int8_loses_is_said_and_kept(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loss = index.run(_settings(root, tmp_path, storage="int8")).facts["storage_loss"]
+    assert 0 < loss["mean_score_error"] < 0.01
+    assert 0.9 < loss["top_10_kept"] <= 1
+    assert f"keep {loss['top_10_kept']:.1%} of the exact top 10 ({_SMALL} of {_SMALL} documents asked)" in capsys.readouterr().out
+    verify.run(verify.Settings(folder=str(tmp_path)))
+
+
+def test_a_projection_is_learned_once_from_texts_or_from_their_vectors(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for name, file in (("texts", "queries.parquet"), ("vectors", "query-vectors.parquet")):
+        own = {"queries": str(root / file), "dim": 16, "coarse_index": "PQ8x4fs"}
+        built = index.run(_settings(root, tmp_path / name, space="projection", **own))
+        assert built.identity["queries"]["num_queries"] == built.receipts[0].details["num_queries"] == 30
+        queries = folders.vectors(root / "small-vectors")
+        block = np.stack([np.frombuffer(own_vector, np.float16) for own_vector in queries.values()])[:20]
+        found.append(IndexStore.open(tmp_path / name).searcher().search(block, 5).ids.tolist())
+    assert found[0] == found[1]
+    trained = folders.times(tmp_path / "texts" / "trained")
+    capsys.readouterr()
+    index.run(_settings(root, tmp_path / "texts", "large"))  # another night: no queries are needed
+    assert folders.times(tmp_path / "texts" / "trained") == trained
+    assert "was learned from 120 documents, and there are 500 now; --replace learns it anew" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "texts" / "trained")
+    with pytest.raises(ValueError, match=r"--space projection: needs queries to learn from\. Pass --queries"):
+        index.run(_settings(root, tmp_path / "texts", "large"))
+    index.run(_settings(root, tmp_path / "texts", "large", queries=str(root / "queries.parquet")))
+    verify.run(verify.Settings(folder=str(tmp_path / "texts")))
+
+
+def test_a_lost_training_is_made_anew_with_all_shards(root: Path, tmp_path: Path) -> None:
+    own = {"space": "rotation", "dim": 16, "coarse_index": "SQ8"}
+    index.run(_settings(root, tmp_path, **own))
+    before = folders.times(tmp_path / "shards")
+    (tmp_path / "trained" / "space.npz").unlink()
+    index.run(_settings(root, tmp_path, **own))
+    after = folders.times(tmp_path / "shards")
+    assert after.keys() == before.keys()
+    assert all(after[name] != before[name] for name in after)
+    verify.run(verify.Settings(folder=str(tmp_path)))
+
+
+def test_removed_documents_are_gone_at_once_and_stay_out(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, own = tmp_path / "index", {"coarse_index": "Flat", "plan": ("16:50", "64:20")}
+    (question,) = texts.documents(3, 4)["text"]
+    made = index.run(_settings(root, folder, **own))
+    answers = search.Settings(index=str(folder), queries=str(root / "queries.parquet"), output=str(tmp_path / "answers"))
+    search.run(answers)
+    assert "d00003" in _found(folder, question, capsys, monkeypatch)
+    before = folders.times(folder / "shards")
+    removed = index.run(_settings(root, folder, remove=str(root / "remove.parquet"), **own))
+    assert "1 of 4 ids to remove are of no document (nobody)" in capsys.readouterr().out
+    assert folders.times(folder / "shards") == before
+    assert (removed.num_rows, removed.fingerprint != made.fingerprint) == (_SMALL - 3, True)
+    assert "d00003" not in _found(folder, question, capsys, monkeypatch)
+    with pytest.raises(ValueError, match="was made with other inputs or settings .*index: "):
+        search.run(answers)
+    verify.run(verify.Settings(folder=str(folder)))
+    times = folders.times(folder)
+    index.run(_settings(root, folder, remove=str(root / "remove.parquet"), **own))
+    index.run(_settings(root, folder, **own))
+    assert folders.times(folder) == times
+    # More files touch two of the three shards, which leave the documents out; the third keeps its tombstones.
+    larger = index.run(_settings(root, folder, "large", **own))
+    assert larger.num_rows == _LARGE - 3
+    left = sorted({f"d{number:05d}" for number in range(_LARGE)} - {"d00003", "d00004", "d00099"})
+    searcher = IndexStore.open(folder).searcher()
+    every = np.stack([np.frombuffer(own_vector, np.float16) for own_vector in folders.vectors(root / "large-vectors").values()])
+    assert sorted(searcher.search(every[:1], _LARGE).ids[0]) == left
+    verify.run(verify.Settings(folder=str(folder)))
+    # The list outlives a build of another kind.
+    anew = index.run(_settings(root, folder, "large", coarse_index="none", replace=True))
+    assert anew.num_rows == _LARGE - 3
+    assert folders.indexed_ids(folder) == left
+
+
+def test_an_export_is_loaded_by_faiss_alone_and_costs_what_changed(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import faiss
+
+    settings = export.Settings(output=str(tmp_path / "plain"), index=str(tmp_path / "index"))
+    own = {"coarse_index": "Flat", "plan": ("16:50", "64:20")}
+    index.run(_settings(root, tmp_path / "index", **own))
+    export.run(settings)
+    times = folders.times(tmp_path / "plain")
+    assert len(times) == 1 + 3 * 2
+    export.run(settings)
+    assert folders.times(tmp_path / "plain") == times
+    assert "export: nothing to do" in capsys.readouterr().out
+    index.run(_settings(root, tmp_path / "index", remove=str(root / "remove.parquet"), **own))
+    assert export.run(settings).num_rows == _SMALL - 3
+    kept = {name for name, time in folders.times(tmp_path / "plain").items() if times.get(name) == time}
+    assert len(kept) == 2 * 1  # one of three shards has none of the removed documents
+    verify.run(verify.Settings(folder=str(tmp_path / "plain")))
+    total = 0
+    for path in (tmp_path / "plain" / "shards").glob("*/index.faiss"):
+        plain = faiss.read_index(str(path))
+        ids = pq.read_table(path.with_name("ids.parquet"))["id"].to_pylist()
+        assert plain.ntotal == len(ids)
+        total += plain.ntotal
+    assert total == _SMALL - 3
+
+
+_BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "queries for a rotation": ({"queries": "queries.parquet", "space": "rotation"}, "--queries goes with --space projection"),
+    "a space without an index": ({"coarse_index": "none", "space": "rotation"}, "--coarse-index none compares prefixes"),
+    "a projection without queries": (
+        {"space": "projection", "coarse_index": "Flat"},
+        "needs queries to learn from. Pass --queries",
+    ),
+    "a rotation of more dims than documents": ({"space": "rotation", "coarse_index": "Flat", "dim": 64, "sample": 5}, "too few"),
+    "a dim that is too wide": ({"dim": 65}, "--dim 65: does not fit vectors of width 64"),
+    "queries of another width": ({"queries": "wide.parquet"}, "do not have 64 numbers each. Use the index's own model"),
+    "queries that are not finite": ({"queries": "nan.parquet"}, "column 'embedding', row 1: not finite. Check the model"),
+    "ids in another column": ({"remove": "queries.parquet", "id_column": "name"}, "no column 'name'"),
+    "too little memory": ({"memory_limit": 1e-6, "coarse_index": "Flat", "dim": 16}, "Pass --shards"),
+    "parameters without an index": ({"coarse_index": "none", "plan": ("16:9:nprobe=3", "64:5")}, "and there is none. Leave them"),
+    "a kind that needs more documents": ({"coarse_index": "IVF512,Flat", "dim": 16}, "needs 512 documents to learn from"),
+}
+
+
+@pytest.mark.parametrize("case", _BAD)
+def test_index_refuses(root: Path, tmp_path: Path, case: str) -> None:
+    more, message = _BAD[case]
+    wide = pa.array([[1.0, 2.0], [3.0, 4.0]], pa.list_(pa.float32()))
+    pq.write_table(pa.table({"embedding": wide}), tmp_path / "wide.parquet")
+    rows = np.ones((2, 64), np.float32)
+    rows[1, 5] = np.nan
+    pq.write_table(pa.table({"embedding": pa.array(rows.tolist(), pa.list_(pa.float32()))}), tmp_path / "nan.parquet")
+    shutil.copy(root / "queries.parquet", tmp_path)
+    paths = {name: str(tmp_path / value) for name, value in more.items() if name in ("queries", "remove")}
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        index.run(index.Settings.from_values({**_settings(root, tmp_path / "out").model_dump(), **more, **paths}, "index"))
+    assert not (tmp_path / "out" / "manifest.json").exists()

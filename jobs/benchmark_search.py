@@ -131,13 +131,33 @@ def measure(settings: "Settings", _device: str, output: Path) -> dict[str, Any]:
         benchmark_scale.check(settings, len(vectors.documents))
         stack.enter_context(all_cores())
         names, not_run = choose_peers(settings.peers, vectors.documents.shape[1])
-        _check_memory(names, index, vectors)
-        systems = {**our_systems(index, vectors), **{name: build_peer(name, vectors, scratch) for name in names}}
-        points = measure_systems(systems, vectors, settings.rounds)
+        systems = _measure_all(names, index, vectors, scratch, settings.rounds)
         scale = benchmark_scale.measure(settings, vectors, scratch / "scale") if settings.scale else []
-    report = _make_report(settings, device, index, vectors, systems, points, not_run, scale)
-    report["plots"] = _draw(report, points, output)
+        report = _make_report(settings, device, index, vectors, systems, not_run, scale)
+    report["plots"] = _draw(report, output)
     return report
+
+
+def _measure_all(
+    names: Sequence[str], index: "IndexStore", vectors: Vectors, scratch: Path, num_rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Returns costs and points of ours and of some peers; none of them is in memory afterwards.
+
+    Raises:
+        RuntimeError: Memory does not suffice to hold them all at once, as turns demand.
+    """
+    _check_memory(names, index, vectors)
+    systems = {**our_systems(index, vectors), **{name: build_peer(name, vectors, scratch) for name in names}}
+    points = measure_systems(systems, vectors, num_rounds)
+    return {
+        name: {
+            "build_seconds": own.build_seconds,
+            "memory_bytes_per_document": own.memory_bytes / len(vectors.documents),
+            "disk_bytes_per_document": own.disk_bytes / len(vectors.documents),
+            "points": points[name],
+        }
+        for name, own in systems.items()
+    }
 
 
 def check_place(settings: "Settings") -> str:
@@ -227,7 +247,7 @@ def _read_queries(settings: "Settings", index: "IndexStore") -> tuple[list[str],
     """Returns ids and vectors of the queries.
 
     Raises:
-        ValueError: They cannot be read, or their vectors are not of the index's width.
+        ValueError: There are none, they cannot be read, or their vectors are not of the index's width.
     """
     from matryoshka import corpus, vectors
 
@@ -239,12 +259,11 @@ def _read_queries(settings: "Settings", index: "IndexStore") -> tuple[list[str],
         source = corpus.inspect(settings.queries or "", corpus.Columns(settings.id_column, settings.text_column))
         query_ids, texts = corpus.read_texts(source)
         return query_ids, _encode(settings, index, texts)
-    parts = [vectors.read_unit(path) for path in paths]
-    found = np.concatenate([block for _, block in parts])
-    if not len(found) or found.shape[1] != index.width:
-        what = f"{len(found)} vectors of {found.shape[1]} dims, the index has {index.width}"
-        raise ValueError(f"{settings.queries}: {what}. Pass queries that the index's model encoded.")
-    return [name for ids, _ in parts for name in ids.to_pylist()], shrink(found, index.width)
+    found = vectors.read_embeddings(paths, index.width)
+    if not len(found):
+        raise ValueError(f"{settings.queries}: no queries. Pass a file that has some.")
+    batches = (batch for path in paths for batch in corpus.text_batches(path, (settings.id_column,), (settings.id_column,)))
+    return [name for batch in batches for name in batch.column(0).to_pylist()], shrink(found, index.width)
 
 
 def _read_beir_queries(folder: Path, split: str) -> tuple[list[str], list[str]]:
@@ -495,15 +514,15 @@ def _make_report(
     device: str,
     index: "IndexStore",
     vectors: Vectors,
-    systems: Mapping[str, System],
-    points: Mapping[str, Sequence[Mapping[str, Any]]],
+    systems: Mapping[str, Mapping[str, Any]],
     not_run: Mapping[str, str],
     scale: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     from matryoshka.search_peers import PEERS
 
     num_documents, width = vectors.documents.shape
-    ratios, missing = tradeoffs.compare(points_of(points), {name: own.build_seconds for name, own in systems.items()})
+    points = points_of({name: own["points"] for name, own in systems.items()})
+    ratios, missing = tradeoffs.compare(points, {name: own["build_seconds"] for name, own in systems.items()})
     few = [f"{len(vectors.queries)} queries: fewer than {_BATCH} are a small batch"] if len(vectors.queries) < _BATCH else []
     packages = ["faiss-cpu", *(package for peer in PEERS.values() for package in peer.packages)]
     layout = dataclasses.asdict(index.layout)
@@ -513,32 +532,25 @@ def _make_report(
         "synthetic": dataclasses.asdict(vectors.spectrum) if vectors.spectrum else None,
         "queries": {"num_queries": len(vectors.queries), "num_judged": len(vectors.qrels)},
         "notes": [*_NOTES, *measurement.caution(settings.rounds), *few, *missing],
-        "systems": {
-            name: {
-                "build_seconds": own.build_seconds,
-                "memory_bytes_per_document": own.memory_bytes / num_documents,
-                "disk_bytes_per_document": own.disk_bytes / num_documents,
-                "points": points[name],
-            }
-            for name, own in systems.items()
-        },
+        "systems": systems,
         "not_run": dict(not_run),
         "ratios": ratios,
         "scale": list(scale),
     }
 
 
-def _draw(report: Mapping[str, Any], points: Mapping[str, Sequence[Mapping[str, Any]]], output: Path) -> list[str]:
+def _draw(report: Mapping[str, Any], output: Path) -> list[str]:
     """Draws the report as SVG, and as PNG where that can be done; returns the names of the files."""
     reason = charts.why_no_png()
     if reason:
         report["not_run"]["png"] = reason
     index = report["index"]
     title = f"{index['num_documents']:,} documents, {index['width']} dims, {measurement.place_of(report)}"
+    points = points_of({name: system["points"] for name, system in report["systems"].items()})
     names = [output.with_suffix(suffix).name for suffix in (".svg", *(() if reason else (".png",)))]
     for name in names:
         with storage.publish(output.parent / name) as temporary:
-            charts.draw(temporary, title, points_of(points), LABELS)
+            charts.draw(temporary, title, points, LABELS)
     return names
 
 

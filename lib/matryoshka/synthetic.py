@@ -2,6 +2,9 @@
 
 Documents lie around cluster centres; both vary along direction i with a variance in proportion to i ** -exponent, so that a
 prefix holds more than its share, as in vectors of a Matryoshka model. Queries are documents with noise of the same spectrum.
+
+The defaults make searching about as hard as among real vectors. Of 60,000 x 384, the first 64 dims hold .81 / .93 of the exact
+top 10 in their best 100 / 400, the first 128 .98 / 1.00; of MiniLM's vectors of forum posts, rotated, .82 / .94 and .98 / 1.00.
 """
 
 from collections.abc import Iterator

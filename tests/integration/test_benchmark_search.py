@@ -57,8 +57,9 @@ def _of_index(root: Path, **more: Any) -> benchmark.Settings:
 
 @pytest.fixture(scope="module")
 def report(root: Path) -> dict[str, Any]:
-    """What one round with all peers that are installed measured, on judged queries."""
-    return benchmark.run(_of_index(root, qrels=str(root / "qrels.tsv")))
+    """What one round with all peers that are installed measured, on judged queries; and on the first documents alone."""
+    own = {"qrels": str(root / "qrels.tsv"), "scale": (64,), "coarse_index": "none", "plan": _PLAN}
+    return benchmark.run(_of_index(root, **own))
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,12 @@ def test_made_up_vectors_state_their_spectrum_and_are_indexed_as_ever(made: dict
     assert "ivf_flat@0.95: none, no ivf_flat was measured" in made["notes"]
 
 
+def test_the_first_documents_of_an_index_are_indexed_anew(report: dict[str, Any]):
+    (row,) = report["scale"]
+    assert (row["num_documents"], row["num_shards"], row["coarse_index"]) == (64, 1, "none")
+    assert row["recall"] == 1  # at most 800 of 64 are kept
+
+
 def test_the_scale_table_has_a_row_for_each_size_and_number_of_shards(made: dict[str, Any]):
     sizes = [(row["num_documents"], row["num_shards"]) for row in made["scale"]]
     assert sizes == [(128, 1), (128, 2)]
@@ -181,7 +188,7 @@ def test_queries_given_as_text_need_the_model_of_the_index(of_model: Path, tmp_p
 
 def test_queries_of_another_width_are_refused(root: Path, tmp_path: Path):
     vectors.write_unit(tmp_path / "q.parquet", ["q"], np.ones((1, 8), np.float16))
-    with pytest.raises(ValueError, match=r"1 vectors of 8 dims, the index has 16\. Pass queries that the index's model encoded"):
+    with pytest.raises(ValueError, match=r"q\.parquet: rows of column 'embedding' do not have 16 numbers each"):
         benchmark.run(_of_index(root, queries=str(tmp_path)))
 
 

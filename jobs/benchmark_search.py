@@ -39,6 +39,8 @@ LABELS = {
     "hnsw32": "FAISS HNSW, M 32",
     "ivf_flat": "FAISS IVF-Flat",
     "ivf_pq_refine": "FAISS IVF-PQ, refined",
+    "hnswlib": "hnswlib",
+    "usearch": "usearch",
 }
 
 _RESULTS = 10
@@ -505,6 +507,7 @@ _NOTES = (
     "build_seconds: of ours, all tasks added up, training included, each with one core; of peers, with all cores",
     "hnsw_build: build seconds of HNSW over ours; efConstruction and the like are what each library takes by default",
     "memory: the index as it is written, with the vectors that reranking needs; ids are left out; disk: all files",
+    "HNSW, hnswlib and usearch get the documents in random order, which serves graphs where near-duplicates stand together",
     "IVF: as many lists as four times the root of the number of documents, trained on 64 documents each",
 )
 
@@ -571,7 +574,7 @@ def show(report: Mapping[str, Any]) -> None:
         f" {report['queries']['num_queries']:,} queries, {measurement.place_of(report)}"
     )
     show_table("queries per second in a batch at recalls, and the best recall", rates)
-    show_table("costs: memory and disk per document, one query at the quickest setting", costs)
+    show_table("costs per document; one query at the quickest setting", costs)
     show_table("ours is", [["ratio", "times"], *([name, _number(own)] for name, own in report["ratios"].items())])
     if report["scale"]:
         from jobs import benchmark_scale

@@ -141,15 +141,16 @@ def draw(path: Path, title: str, points: Mapping[str, Sequence[Point]], labels: 
         path: An ``.svg`` or ``.png`` file.
         title: Of the picture.
         points: Of each system; the first is drawn on top of the others. Recalls below 0.8 are left out.
-        labels: Names of the systems for people.
+        labels: Names of the systems for people, in an order that gives each its colour, whichever others are drawn.
     """
     canvas = _Svg() if path.suffix == ".svg" else _Png()
     frame = _Frame.around(list(itertools.chain.from_iterable(points.values())))
     _draw_axes(canvas, frame, title)
     ends: dict[str, tuple[Spot, str]] = {}
-    for number, name in reversed(list(enumerate(points))):
+    order = list(dict.fromkeys([*labels, *points]))
+    for name in reversed(list(points)):
         shown = [point for point in points[name] if point.recall >= frame.recalls[0]]
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = _COLOURS[order.index(name) % len(_COLOURS)]
         if shown:
             ends[name] = _draw_system(canvas, frame, shown, colour, is_ours=name == OURS), colour
     _write_labels(canvas, ends, labels)

@@ -81,11 +81,22 @@ def num_lists(num_documents: int) -> int:
     return max(min(round(4 * math.sqrt(num_documents)), num_documents), 1)
 
 
+def _shuffled(num_documents: int) -> IntArray:
+    """Returns rows in the order in which graphs get them.
+
+    Where near-duplicates stand together, a graph that grows in their order has parts that are hard to reach: on MedQuAD, M 16
+    finds .88 of the nearest at efSearch 512, and .94 if the order is random.
+    """
+    return np.random.default_rng(0).permutation(num_documents)
+
+
 class _Faiss:
-    """An index that FAISS's factory makes."""
+    """An index that FAISS's factory makes; graphs get their documents in random order."""
 
     def __init__(self, factory: str, width: int, num_threads: int) -> None:
         faiss.omp_set_num_threads(num_threads)
+        self._is_graph = factory.startswith("HNSW")
+        self._order: IntArray | None = None
         self._index: Any = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
         inner = faiss.try_extract_index_ivf(self._index)
         if inner:
@@ -95,14 +106,15 @@ class _Faiss:
         """Trains the index if its kind needs it, and puts the vectors in."""
         if not self._index.is_trained:
             self._index.train(vectors)
-        self._index.add(vectors)
+        self._order = _shuffled(len(vectors)) if self._is_graph else None
+        self._index.add(vectors if self._order is None else vectors[self._order])
 
     def search(self, queries: Float32Array, num_results: int, parameters: Parameters) -> IntArray:
         """Returns the rows of the best documents of each query; -1 pads."""
         for name, value in parameters.items():
             faiss.ParameterSpace().set_index_parameter(self._index, name, value)
         rows: IntArray = self._index.search(queries, num_results)[1]
-        return rows
+        return rows if self._order is None else np.where(rows >= 0, self._order[rows], -1)
 
     def write(self, path: Path) -> None:
         """Writes the index to a file."""
@@ -121,7 +133,8 @@ class _Hnswlib:
 
     def build(self, vectors: Float32Array) -> None:
         """Puts the vectors in."""
-        self._index.add_items(vectors, num_threads=self._num_threads)
+        order = _shuffled(len(vectors))
+        self._index.add_items(vectors[order], order, num_threads=self._num_threads)
 
     def search(self, queries: Float32Array, num_results: int, parameters: Parameters) -> IntArray:
         """Returns the rows of the best documents of each query."""
@@ -145,7 +158,8 @@ class _Usearch:
 
     def build(self, vectors: Float32Array) -> None:
         """Puts the vectors in."""
-        self._index.add(np.arange(len(vectors), dtype=np.uint64), vectors, threads=self._num_threads)
+        order = _shuffled(len(vectors))
+        self._index.add(order.astype(np.uint64), vectors[order], threads=self._num_threads)
 
     def search(self, queries: Float32Array, num_results: int, parameters: Parameters) -> IntArray:
         """Returns the rows of the best documents of each query; -1 pads."""

@@ -43,6 +43,15 @@ def test_all_points_lie_within_the_picture_and_more_is_further_up(tmp_path: Path
     )
 
 
+def test_a_system_has_one_colour_whatever_else_is_drawn(tmp_path: Path):
+    def colours(*names: str) -> set[str | None]:
+        charts.draw(tmp_path / "plot.svg", "", {name: POINTS[name] for name in names}, dict.fromkeys(POINTS, "name"))
+        return {dot.get("fill") for dot in ElementTree.parse(tmp_path / "plot.svg").getroot().iter(f"{SVG}circle")}
+
+    assert colours("ivf & co") < colours(*POINTS)
+    assert colours("ivf & co").isdisjoint(colours("ours", "exact"))
+
+
 @pytest.mark.parametrize("points", [{}, {"ours": []}, {"ours": [Point("", 0.0, 5.0)]}, {"ours": [Point("", 1.0, 5.0)]}])
 def test_there_is_a_picture_of_little_too(tmp_path: Path, points: dict[str, list[Point]]):
     assert drawn(tmp_path / "plot.svg", points).tag == f"{SVG}svg"

@@ -164,8 +164,10 @@ class _Usearch:
     def search(self, queries: Float32Array, num_results: int, parameters: Parameters) -> IntArray:
         """Returns the rows of the best documents of each query; -1 pads."""
         self._index.expansion_search = parameters["expansion_search"]
-        keys = np.atleast_2d(self._index.search(queries, num_results, threads=self._num_threads).keys)
-        return np.where(keys < len(self._index), keys, -1).astype(np.int64)
+        matches: Any = self._index.search(queries, num_results, threads=self._num_threads)
+        keys = np.atleast_2d(matches.keys).astype(np.int64)
+        counts = np.atleast_1d(getattr(matches, "counts", keys.shape[1]))  # the matches of an only query are not padded
+        return np.where(np.arange(keys.shape[1]) < counts[:, None], keys, -1)
 
     def write(self, path: Path) -> None:
         """Writes the index to a file."""

@@ -371,10 +371,11 @@ def our_systems(index: "IndexStore", vectors: Vectors) -> dict[str, System]:
         searcher = index.searcher(plan, call)
         return lambda queries: _pad(searcher.search(queries, k).documents, k)
 
-    plans = _plans(index, k)
-    scan = FunnelPlan((Step(index.width, k),))
-    seconds = sum(receipt.details["seconds"] for receipt in index.manifest.receipts)
-    own = {OURS: plans, **({OUR_EXACT: [scan]} if index.layout.dim < index.width or not index.layout.has_index else {})}
+    plans, exact = _plans(index, k), []
+    with contextlib.suppress(ValueError):  # an index of all dims leaves no other way to search them
+        exact = [index.plan_for("exact")]
+    own = {OURS: [plan for plan in plans if plan not in exact] or plans, **({OUR_EXACT: exact} if exact else {})}
+    seconds = sum(receipt.details.get("seconds", 0.0) for receipt in index.manifest.receipts)
     return {name: System({plan.describe(): search_with(plan) for plan in own[name]}, seconds, *_our_bytes(index)) for name in own}
 
 
@@ -383,16 +384,19 @@ def _pad(rows: IntArray, width: int) -> IntArray:
 
 
 def _plans(index: "IndexStore", num_results: int) -> list[FunnelPlan]:
-    """Returns the plans that tuning stored with the index, or else usual ones for its kind."""
-    tuned = index.manifest.facts.get("tuned", {}).get("frontier", [])
-    if tuned:
-        return [FunnelPlan.parse(point["plan"]) for point in tuned]
+    """Returns the plans that tuning found, and usual ones for the kind of index, each once."""
+    tuned = index.tuned or {"frontier": [], "plans": {}}
+    points = [*tuned["frontier"], *tuned["plans"].values()]
+    return list(dict.fromkeys([*(FunnelPlan.parse(point["plan"]) for point in points), *_usual_plans(index, num_results)]))
+
+
+def _usual_plans(index: "IndexStore", num_results: int) -> list[FunnelPlan]:
     dim, width = index.layout.dim, index.width
     for kind, name, values, keeps in _DIALS:
         if kind in index.layout.factory:
             pairs = [(((name, value),), keep) for value in values for keep in keeps]
             return [_funnel(dim, keep, own, width, num_results) for own, keep in pairs]
-    dims = [dim] if index.layout.has_index else [own for own in index.manifest.facts["dims"] if own < width]
+    dims = [dim] if index.layout.has_index else [own for own in index.dims if own < width]
     return [_funnel(own, keep, (), width, num_results) for own in dims or [width] for keep in _KEEPS]
 
 

@@ -182,7 +182,9 @@ def run(settings: Settings) -> Manifest:
         if state.must_train and choice.layout.space == "projection" and queries is None:
             raise ValueError("--space projection: needs queries to learn from. Pass --queries, or choose rotation.")
         if previous:
-            manifest = dataclasses.replace(manifest, facts={**previous.facts, **manifest.facts})
+            kept = {name: fact for name, fact in previous.facts.items() if name != indexing.TUNED}
+            kept |= indexing.tuning_of(previous, choice.plan)
+            manifest = dataclasses.replace(manifest, facts={**kept, **manifest.facts})
         artifacts.begin(output, manifest, previous)
         session = stack.enter_context(cluster.connected())
         return _build(session, settings, store, state, removed, manifest, queries)

@@ -14,7 +14,7 @@ from matryoshka.config import Field, FolderPath, InputPath, JobSettings, check_s
 from matryoshka.corpus import Columns
 from matryoshka.encode import TOKENS_PER_STEP, Encoder
 from matryoshka.funnel import Ranking
-from matryoshka.indexing import IndexStore
+from matryoshka.indexing import IndexStore, Quality
 from matryoshka.model import ModelInfo
 from matryoshka.nested import FunnelPlan
 
@@ -36,6 +36,7 @@ class Settings(JobSettings):
     output: FolderPath | None = Field(None, description="Folder for results.parquet and results.trec; needed with --queries.")
     results: int = Field(10, ge=1, description="Documents per query.")
     plan: tuple[str, ...] = Field((), description="Another funnel than the index's own, as dim:keep steps: 64:500,384:100.")
+    quality: Quality | None = Field(None, description="A plan that the tune job found, by name, in place of --plan.")
     model: str | None = Field(None, description="Where the index's model is now, if it was moved.")
     workers: int | None = Field(None, ge=1, description="Processes for --queries; none: one per GPU, or per CPU.")
     replace: bool = Field(False, description="Discard what the output holds if it came from other inputs or settings.")
@@ -50,6 +51,8 @@ class Settings(JobSettings):
             raise ValueError("--output goes with --queries; the answer to --query is printed.")
         if self.queries and not self.output:
             raise ValueError("--queries needs --output, a folder for the results.")
+        if self.plan and self.quality:
+            raise ValueError("--plan and --quality both choose the funnel. Give one of them.")
         return self
 
 
@@ -57,8 +60,10 @@ def run(settings: Settings) -> None:
     """Answers the question, or all of the file's."""
     index = IndexStore.open(storage.local_path(settings.index))
     info = _model_of(index, settings)
-    plan = FunnelPlan.parse(settings.plan) if settings.plan else index.plan
+    plan = FunnelPlan.parse(settings.plan) if settings.plan else index.plan_for(settings.quality)
     index.check_plan(plan)
+    if index.tuned and not index.is_tuning_current and not settings.plan:
+        say("search: the index was tuned with other documents than it has now; python -m jobs.tune measures again")
     if settings.query is not None:
         _answer(settings.query, index, info, plan, settings.results)
     else:

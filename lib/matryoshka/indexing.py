@@ -1,5 +1,6 @@
 """The index stage's work: which units make which shard, and one shard of it."""
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from matryoshka import artifacts, funnel, removals, spaces, storage, units, vectors
+from matryoshka import artifacts, funnel, nested, products, removals, spaces, storage, units, vectors
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
-from matryoshka.funnel import COARSE, IDS, VECTORS, CallShards, Searcher, Shard, ShardFiles
+from matryoshka.funnel import COARSE, DENSE, IDS, VECTORS, CallShards, Searcher, Shard, ShardFiles
 from matryoshka.index import CoarseIndex, check_factory, check_parameters, is_trained
 from matryoshka.nested import FunnelPlan, shrink
+from matryoshka.products import CoarseVectors
 from matryoshka.removals import REMOVED
 from matryoshka.spaces import Kind, Space
 from matryoshka.topk import IntArray
@@ -22,12 +24,14 @@ from matryoshka.vectors import EmbeddingStore, Float16Array
 
 SHARDS, TRAINED, SPACE = "shards", "trained", "space.npz"
 PLAIN, PLAIN_IDS = "index.faiss", "ids.parquet"
-NO_INDEX = "none"
+NO_INDEX, DENSE_INDEX = "none", "dense"
+TUNED = "tuned"
 
 _OUTGROWN = 4  # a training serves until there are so many times the documents that it was made for
 _LOSS_DOCUMENTS, _LOSS_QUERIES, _LOSS_RESULTS = 20_000, 200, 10
 
 Storage = Literal["float16", "int8"]
+Quality = Literal["fast", "balanced", "high", "exact"]
 
 _DTYPES = {"float16": np.float16, "int8": np.int8}
 
@@ -74,7 +78,8 @@ class Layout:
     Attributes:
         space: Kind of the coarse space.
         dim: Of coarse vectors.
-        factory: FAISS factory string of the coarse indexes; ``NO_INDEX``: none, every search compares all documents.
+        factory: FAISS factory string of the coarse indexes; ``DENSE_INDEX``: coarse vectors as bfloat16, all compared by matrix
+            products; ``NO_INDEX``: none, every search compares full vectors.
         storage: How full vectors are kept; int8 takes half the room, and has 254 steps up to a vector's largest component.
     """
 
@@ -88,10 +93,21 @@ class Layout:
         """Whether shards have a coarse index."""
         return self.factory != NO_INDEX
 
+    @property
+    def has_faiss(self) -> bool:
+        """Whether it is one of FAISS."""
+        return self.factory not in (NO_INDEX, DENSE_INDEX)
+
+    @property
+    def coarse_name(self) -> str:
+        """The file of a shard's coarse index."""
+        return COARSE if self.has_faiss else DENSE
+
 
 def needs_training(layout: Layout) -> bool:
     """Returns whether shards share something that is learned from documents."""
-    return layout.has_index and (layout.space != "prefix" or not is_trained(layout.factory, layout.dim))
+    is_learned = layout.has_faiss and not is_trained(layout.factory, layout.dim)
+    return layout.has_index and (layout.space != "prefix" or is_learned)
 
 
 def check_layout(layout: Layout, plan: FunnelPlan, num_documents: int) -> None:
@@ -100,14 +116,15 @@ def check_layout(layout: Layout, plan: FunnelPlan, num_documents: int) -> None:
     Raises:
         ValueError: There are too few documents, FAISS has no such index, or the plan has parameters that it does not have.
     """
+    if not layout.has_faiss and plan.shortlist.parameters:
+        raise ValueError(f"plan: {plan.describe()} has parameters of a FAISS index, and there is none. Leave them out.")
     if not layout.has_index:
-        if plan.shortlist.parameters:
-            raise ValueError(f"plan: {plan.describe()} has parameters of a coarse index, and there is none. Leave them out.")
         return
     if layout.space != "prefix" and num_documents < layout.dim:
         raise ValueError(f"--space {layout.space}: {num_documents} documents, too few for {layout.dim} dims. Choose prefix.")
-    check_factory(layout.factory, layout.dim, num_documents)
-    if plan.shortlist.dim == layout.dim:
+    if layout.has_faiss:
+        check_factory(layout.factory, layout.dim, num_documents)
+    if layout.has_faiss and plan.shortlist.dim == layout.dim:
         check_parameters(layout.factory, layout.dim, dict(plan.shortlist.parameters))
 
 
@@ -151,13 +168,14 @@ def train(store: EmbeddingStore, layout: Layout, queries: Float16Array | None, n
     start = time.perf_counter()
     sample = _sample(store, num_sampled)
     space = spaces.learn(layout.space, layout.dim, sample, queries)
-    index = CoarseIndex.train(space.documents(sample), layout.factory)
+    index = CoarseIndex.train(space.documents(sample), layout.factory) if layout.has_faiss else None
     target = folder / TRAINED
     with storage.publish(target) as temporary:
         temporary.mkdir()
         space.write(temporary / SPACE)
-        index.write(temporary / COARSE)
-    files = tuple(FileRecord.of(folder, target / name) for name in (SPACE, COARSE))
+        if index:
+            index.write(temporary / COARSE)
+    files = tuple(FileRecord.of(folder, target / name) for name in ((SPACE, COARSE) if index else (SPACE,)))
     details = {
         "num_sampled": len(sample),
         "num_documents": store.manifest.num_rows,
@@ -249,8 +267,8 @@ def build_shard(
         stored.flush()
         vectors.write_ids(temporary / IDS, all_ids)
         if index:
-            index.write(temporary / COARSE)
-    names = (COARSE, VECTORS, IDS) if index else (VECTORS, IDS)
+            index.write(temporary / layout.coarse_name)
+    names = (layout.coarse_name, VECTORS, IDS) if index else (VECTORS, IDS)
     files = tuple(FileRecord.of(folder, target / name) for name in names)
     details = {
         "num_left_out": plan.num_rows - num_rows,
@@ -283,15 +301,17 @@ def training_of(training: Receipt | None) -> str | None:
     return storage.digest_json([file.digest for file in training.files]) if training else None
 
 
-def open_trained(folder: Path, layout: Layout, training: Receipt | None) -> tuple[Space, CoarseIndex | None]:
+def open_trained(folder: Path, layout: Layout, training: Receipt | None) -> tuple[Space, CoarseIndex | CoarseVectors | None]:
     """Returns the coarse space of an index, and an empty coarse index; what needs no training is made here.
 
     Raises:
         ValueError: What was trained is missing or not what its receipt says.
     """
     space = open_space(folder, layout, training)
+    if not layout.has_faiss:
+        return space, CoarseVectors() if layout.has_index else None
     if training is None:
-        return space, CoarseIndex.train(np.empty((0, layout.dim), np.float32), layout.factory) if layout.has_index else None
+        return space, CoarseIndex.train(np.empty((0, layout.dim), np.float32), layout.factory)
     return space, CoarseIndex.read(_check_trained(folder, training, COARSE)).copy()
 
 
@@ -333,6 +353,8 @@ def export_shard(index: "IndexStore", number: int, plan: FunnelPlan, folder: Pat
     space, coarse = open_trained(index.folder, layout, index.training)
     if coarse is None or plan.shortlist.dim != layout.dim:  # the plan scans a prefix
         space, coarse = Space("prefix", plan.shortlist.dim), CoarseIndex.build(shrink(full, plan.shortlist.dim), "Flat")
+    elif isinstance(coarse, CoarseVectors):
+        coarse = CoarseIndex.build(np.delete(products.read_coarse(files.folder / DENSE), removed, axis=0), "SQbf16")
     elif len(removed):
         coarse.add(space.documents(full))
     else:
@@ -407,9 +429,47 @@ class IndexStore:
         return layout_of(self.manifest)
 
     @property
+    def tuned(self) -> Mapping[str, Any] | None:
+        """What the tune job found for the index; None: it was not tuned."""
+        found: Mapping[str, Any] | None = self.manifest.facts.get(TUNED)
+        return found
+
+    @property
+    def is_tuning_current(self) -> bool:
+        """Whether the tuning is of the documents that are in the index now."""
+        return self.tuned is not None and self.tuned["embeddings"] == self.manifest.inputs["embeddings"]
+
+    @property
     def plan(self) -> FunnelPlan:
-        """The funnel that the index is searched with if nothing else is said."""
-        return FunnelPlan.parse(self.manifest.facts["plan"])
+        """The funnel that the index is searched with if nothing else is said: the balanced one, if it was tuned."""
+        return self.plan_for(None)
+
+    def plan_for(self, quality: Quality | None) -> FunnelPlan:
+        """Returns the funnel of a named quality, as the tune job found it; exact search needs no tuning.
+
+        Args:
+            quality: None: the one for those who do not choose.
+
+        Raises:
+            ValueError: The index was not tuned, or its coarse index leaves no way to search exactly.
+        """
+        if quality is None:
+            return FunnelPlan.parse(self.tuned["plans"]["balanced"]["plan"] if self.tuned else self.manifest.facts["plan"])
+        if quality == "exact":
+            if self.layout.factory not in (NO_INDEX, "Flat") and self.layout.dim == self.width:
+                reason = f"every search at {self.width} dims goes through its {self.layout.factory} index"
+                raise ValueError(f"{self.folder}: cannot be searched exactly, {reason}. Build it with fewer coarse dims.")
+            return nested.exact_plan(self.width)
+        if not self.tuned:
+            raise ValueError(
+                f"{self.folder}: not tuned, so it has no plan named '{quality}'. Run python -m jobs.tune --index {self.folder}."
+            )
+        return FunnelPlan.parse(self.tuned["plans"][quality]["plan"])
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The resolutions of the model that made the vectors, widest first."""
+        return tuple(self.manifest.facts["dims"])
 
     @property
     def width(self) -> int:
@@ -465,9 +525,26 @@ class IndexStore:
         if plan.steps[-1].dim > self.width:
             raise ValueError(f"{self.folder}: vectors have {self.width} dims, the plan is {plan.describe()}. Change the plan.")
         if plan.shortlist.parameters:
-            if not layout.has_index or plan.shortlist.dim != layout.dim:
+            if not layout.has_faiss or plan.shortlist.dim != layout.dim:
                 raise ValueError(
-                    f"{self.folder}: the plan {plan.describe()} has parameters of a coarse index, which this index has for"
-                    f" {layout.dim if layout.has_index else 'no'} dims. Change the plan."
+                    f"{self.folder}: the plan {plan.describe()} has parameters of a FAISS index, which this index has for"
+                    f" {layout.dim if layout.has_faiss else 'no'} dims. Change the plan."
                 )
             check_parameters(layout.factory, layout.dim, dict(plan.shortlist.parameters))
+
+    def keep_tuning(self, tuned: Mapping[str, Any]) -> None:
+        """Stores what the tune job found with the index, whose fingerprint and shards stay as they are.
+
+        Raises:
+            RuntimeError: The index is no longer the one that was opened.
+        """
+        manifest = artifacts.read(self.folder, "index")
+        if manifest.fingerprint != self.manifest.fingerprint or not manifest.is_complete:
+            raise RuntimeError(f"{self.folder}: was built anew while it was tuned. Run python -m jobs.tune again.")
+        dataclasses.replace(manifest, facts={**manifest.facts, TUNED: dict(tuned)}).write(self.folder)
+
+
+def tuning_of(previous: Manifest | None, plan: FunnelPlan) -> dict[str, Any]:
+    """Returns the facts about tuning that a build hands on: all, unless it was asked for another plan than before."""
+    facts = previous.facts if previous else {}
+    return {TUNED: facts[TUNED]} if TUNED in facts and facts["plan"] == plan.parts else {}

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from matryoshka import index, nested
-from matryoshka.indexing import NO_INDEX, Layout, Storage
+from matryoshka.indexing import DENSE_INDEX, NO_INDEX, Layout, Storage
 from matryoshka.nested import FunnelPlan, Step
 from matryoshka.spaces import Kind
 
@@ -118,7 +118,7 @@ def choose(given: Given, wanted: Wanted) -> Choice:
     space: Kind = "prefix" if scanned else wanted.space or _space(given, reasons)
     dim = given.width if scanned else _dim(given, wanted, space)
     factory = NO_INDEX if scanned else wanted.factory or _factory(given, dim, reasons)
-    coarse_bytes = 0.0 if scanned else index.bytes_per_document(factory, dim)
+    coarse_bytes = 0.0 if scanned else 2.0 * dim if factory == DENSE_INDEX else index.bytes_per_document(factory, dim)
     num_held = -(-given.num_documents // given.num_shards)
     _check_memory(given, num_held, coarse_bytes)
     stored = wanted.storage or _storage(given, num_held, coarse_bytes, reasons)

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ class _Tiles:
     pairs: int
 
 
-_TILES = {"cpu": _Tiles(1_024, 512, 1 << 16, 1_024), "cuda": _Tiles(4_096, 32_768, 1 << 18, 1 << 18)}
+_TILES = {"cpu": _Tiles(1_024, 512, 1 << 18, 1_024), "cuda": _Tiles(4_096, 32_768, 1 << 18, 1 << 18)}
 
 
 class StoredVectors:
@@ -87,10 +88,11 @@ class StoredVectors:
 
         Shapes: queries [Q, dim], numbers [P] (of queries), rows [P] -> [P].
         """
+        queries = self._as_compared(queries)
         if self._vectors.device.type == "cpu":
-            return self._score_in_threads(self._as_compared(queries), numbers, rows)
+            return self._score_in_threads(queries, numbers, rows)
         on_device = [torch.from_numpy(np.ascontiguousarray(own)).to(self._vectors.device) for own in (numbers, rows)]
-        wide = torch.from_numpy(self._as_compared(queries)).to(self._vectors.device)
+        wide = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32)).to(self._vectors.device)
         return self._score_on_gpu(wide, *on_device).cpu().numpy()
 
     def best(self, queries: Float32Array, num_kept: int, allowed: Mask | None = None) -> Lists:
@@ -116,7 +118,7 @@ class StoredVectors:
         return topk.cut(*topk.line_up(len(queries), numbers, rows, scores), num_kept)
 
     def _as_compared(self, queries: Float32Array) -> Float32Array:
-        """Returns queries as they are multiplied: with vectors that are bfloat16 themselves, as bfloat16."""
+        """Returns queries as they are multiplied: with vectors that are bfloat16 themselves, as bfloat16 too."""
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         return torch.from_numpy(queries).bfloat16().float().numpy() if self._is_plain else queries
 
@@ -163,6 +165,38 @@ class StoredVectors:
             norms = 1.0 if self._is_plain else candidates.square_().sum(1).sqrt_().clamp_min_(1e-30)
             scores[part] = products / norms
         return scores
+
+
+class CoarseVectors:
+    """Collects coarse vectors, block by block, as the bits of bfloat16."""
+
+    def __init__(self) -> None:
+        self._parts: list[npt.NDArray[np.uint16]] = []
+
+    def add(self, vectors: Float32Array) -> None:
+        """Adds documents after those that are there.
+
+        Shapes: vectors [N, dim].
+        """
+        self._parts.append(torch.from_numpy(vectors).bfloat16().view(torch.int16).numpy().view(np.uint16))
+
+    def stored(self) -> StoredVectors:
+        """Returns them in a form that can be searched."""
+        return StoredVectors(np.concatenate(self._parts))
+
+    def write(self, path: Path) -> None:
+        """Writes what ``StoredVectors`` takes, as a file that can be mapped into memory."""
+        np.save(path, np.concatenate(self._parts), allow_pickle=False)
+
+
+def read_coarse(path: Path) -> Float32Array:
+    """Returns the coarse vectors that ``CoarseVectors`` wrote, as float32.
+
+    Shapes: [N, dim].
+    """
+    bits = np.load(path, allow_pickle=False)
+    vectors: Float32Array = (bits.astype(np.uint32) << 16).view(np.float32)
+    return vectors
 
 
 @dataclass(slots=True)
@@ -240,16 +274,12 @@ class _Scan:
         if lot.best.shape[1] > self._num_kept:
             lot.best = lot.best.topk(self._num_kept, dim=1, sorted=False).values
         bars = self._bars(lot)
-        products, numbers, places = torch.nonzero(supergroups >= bars[:, None], as_tuple=True)
-        places = _members(places, supergroups.shape[2], _SUPERGROUP // _GROUP)
-        products, numbers = products[:, None].expand_as(places), numbers[:, None].expand_as(places)
-        scores = groups[products, numbers, places]
-        is_noted = scores >= bars[numbers]
-        products, numbers, scores = products[is_noted], numbers[is_noted], scores[is_noted]
-        rows = products[:, None] * self._num_columns + _members(places[is_noted], groups.shape[2], _GROUP)
-        is_noted = ~hidden[rows]
-        numbers, scores = (own[:, None].expand_as(rows)[is_noted] for own in (numbers, scores))
-        lot.noted.append((numbers, start + rows[is_noted], scores))
+        found = _Found.of(bins, bars).inside(supergroups, bars).inside(groups, bars)
+        numbers, products = found.lines % len(bars), torch.div(found.lines, len(bars), rounding_mode="floor")
+        rows = _members(products * self._num_columns + found.places, groups.shape[2], _GROUP)
+        is_seen = ~hidden[rows]
+        numbers, scores = numbers[:, None].expand_as(rows), found.scores[:, None].expand_as(rows)
+        lot.noted.append((numbers[is_seen], start + rows[is_seen], scores[is_seen]))
 
     def _maxima(self, lot: _Lot, block: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns the bits of the best scores of groups, supergroups and bins of documents.
@@ -261,16 +291,17 @@ class _Scan:
         """
         num_products = len(block) // self._num_columns
         product, groups = _room(lot.rounded, num_products, self._num_columns)
-        bits, half = product.view(groups.dtype), self._num_columns // 2
+        left, right = product.view(groups.dtype).chunk(2, dim=1)
+        near, far = left.chunk(2, dim=1)
         is_hidden = hidden.view(num_products, -1)
         has_hidden = is_hidden.any(dim=1).tolist()
         supergroups, bins = [], []
-        for number in range(num_products):
-            torch.mm(lot.rounded, block[number * self._num_columns : (number + 1) * self._num_columns].T, out=product)
+        for number, columns in enumerate(torch.split(block.T, self._num_columns, dim=1)):
+            torch.mm(lot.rounded, columns, out=product)
             if has_hidden[number]:
                 product.masked_fill_(is_hidden[number], PADDING)
-            torch.maximum(bits[:, :half], bits[:, half:], out=bits[:, :half])
-            torch.maximum(bits[:, : half // 2], bits[:, half // 2 : half], out=groups[number])
+            torch.maximum(left, right, out=left)
+            torch.maximum(near, far, out=groups[number])
             if number % _FOLDED_AT_ONCE == _FOLDED_AT_ONCE - 1 or number == num_products - 1:  # while they are in the cache
                 recent = groups[number - number % _FOLDED_AT_ONCE : number + 1]
                 supergroups.append(_fold(recent, _SUPERGROUP // _GROUP))
@@ -292,7 +323,8 @@ class _Scan:
         length, dim = _longest(lot.rounded.float()) + lot.error, lot.rounded.shape[1]
         moved = lot.error * self._longest + length * self._block_error
         summed = dim * 2.0**-23 * length * (self._longest + self._block_error)
-        bars = (worst - 2 * (moved + summed) - 4 * _LAST_BIT[self.dtype] * worst.abs()).to(self.dtype)
+        # Rounded are the score of a document, that of the last of the best, and the bar.
+        bars = (worst - 2 * (moved + summed) - 3.01 * _LAST_BIT[self.dtype] * worst.abs()).to(self.dtype)
         return torch.where(bars > 0, bars.view(integer), torch.iinfo(integer).min)
 
     def noted(self) -> Iterator[tuple[slice, IntArray, IntArray]]:
@@ -301,6 +333,48 @@ class _Scan:
             numbers, rows, scores = (torch.cat(own) for own in zip(*lot.noted, strict=True))
             is_good = scores >= self._bars(lot)[numbers]
             yield lot.part, numbers[is_good].cpu().numpy(), rows[is_good].cpu().numpy()
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Columns that reach the bar: those of bins, then of the supergroups inside them, then of the groups inside those.
+
+    Attributes:
+        lines: Of products: number of the product times number of queries, plus number of the query.
+        places: In the line.
+        scores: As bits.
+        width: Of a line.
+
+    Shapes: lines [P], places [P], scores [P].
+    """
+
+    lines: torch.Tensor
+    places: torch.Tensor
+    scores: torch.Tensor
+    width: int
+
+    @classmethod
+    def of(cls, bins: torch.Tensor, bars: torch.Tensor) -> "_Found":
+        """Returns the bins that reach the bar.
+
+        Shapes: bins [products, Q, width], bars [Q].
+        """
+        width = bins.shape[2]
+        flat = (bins >= bars[:, None]).view(-1).nonzero().squeeze(1)
+        return cls(torch.div(flat, width, rounding_mode="floor"), flat % width, bins.view(-1)[flat], width)
+
+    def inside(self, columns: torch.Tensor, bars: torch.Tensor) -> "_Found":
+        """Returns the narrower columns that reach the bar among those that were folded into these.
+
+        Shapes: columns [products, Q, width], bars [Q].
+        """
+        width = columns.shape[2]
+        size = width // self.width
+        places = _members(self.places, self.width, size)
+        scores = columns.view(-1)[(self.lines * width)[:, None] + places]
+        good = (scores >= bars[self.lines % len(bars)][:, None]).view(-1).nonzero().squeeze(1)
+        lines = self.lines[torch.div(good, size, rounding_mode="floor")]
+        return _Found(lines, places.view(-1)[good], scores.view(-1)[good], width)
 
 
 def _fold(bits: torch.Tensor, size: int) -> torch.Tensor:

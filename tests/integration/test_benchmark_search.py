@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,17 @@ def test_the_first_documents_of_an_index_are_indexed_anew(report: dict[str, Any]
     (row,) = report["scale"]
     assert (row["num_documents"], row["num_shards"], row["coarse_index"]) == (64, 1, "none")
     assert row["recall"] == 1  # at most 800 of 64 are kept
+
+
+def test_the_plans_that_tuning_found_are_measured_before_the_usual_ones(root: Path, tmp_path: Path):
+    shutil.copytree(root / "index", tmp_path / "index")
+    points = [{"plan": ["4:30", "16:10"]}, {"plan": ["16:10"]}]
+    IndexStore.open(tmp_path / "index").keep_tuning({"frontier": points, "plans": {"balanced": points[0]}})
+    found = benchmark.run(_of_index(root, index=str(tmp_path / "index"), peers=("exact",)))
+    settings = [point["setting"] for point in found["systems"]["ours"]["points"]]
+    assert settings[:2] == ["4d keep 30 > 16d keep 10", "8d keep 10 > 16d keep 10"]
+    assert len(settings) == len(set(settings))
+    assert [point["setting"] for point in found["systems"]["ours_exact"]["points"]] == ["16d keep 10"]
 
 
 def test_the_scale_table_has_a_row_for_each_size_and_number_of_shards(made: dict[str, Any]):

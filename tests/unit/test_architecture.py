@@ -37,7 +37,7 @@ DOORS = {
 }
 PURE = ("units", "nested", "topk", "clock", "batches", "tradeoffs")
 LAYERS = [
-    {"config", "units", "nested", "topk", "clock", "batches", "tradeoffs"},
+    {"config", "units", "nested", "topk", "clock", "batches", "frontier", "tradeoffs"},
     {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves", "charts"}
     | {"splits", "sources", "partitions", "leaks", "chunks", "rates"},
     {
@@ -57,7 +57,7 @@ LAYERS = [
     }
     | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"},
     {"preparation", "mining", "training", "card", "embedding", "indexing", "layouts", "evaluation", "report", "verification"}
-    | {"calibration", "peers", "plain_trainer", "search_peers", "synthetic"},
+    | {"calibration", "peers", "plain_trainer", "answers", "tuning", "search_peers", "synthetic"},
 ]
 
 

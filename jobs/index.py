@@ -216,14 +216,13 @@ def _choose(
         store.manifest.num_rows,
         settings.shards or _default_shards(store),
         store.dims,
-        bool(store.manifest.facts["is_tuned"]),
         has_queries,
         vectors.mean_id_bytes(store),
-        _device(stack) if settings.device == _AUTO and wanted.factory is None else settings.device.replace(_AUTO, "cpu"),
+        *(_machine(settings, stack) if wanted.factory is None else (settings.device.replace(_AUTO, "cpu"), False)),
         settings.memory_limit and settings.memory_limit * _GB,
     )
     choice = layouts.choose(given, wanted)
-    check_plan(settings, store.width, store.dims if given.is_tuned else (), choice.layout.space)
+    check_plan(settings, store.width, store.dims if store.manifest.facts["is_tuned"] else (), choice.layout.space)
     indexing.check_layout(choice.layout, choice.plan, min(given.num_documents, settings.sample))
     if before == choice.layout and known and not settings.plan:
         choice = dataclasses.replace(choice, plan=FunnelPlan.parse(known.facts["plan"]))
@@ -251,9 +250,11 @@ def _removed(settings: Settings, output: Path, known: Manifest | None, store: Em
     return Removed.open(output, known, asked)
 
 
-def _device(stack: contextlib.ExitStack) -> str:
-    stack.enter_context(cluster.connected())
-    return cluster.capacity().device
+def _machine(settings: Settings, stack: contextlib.ExitStack) -> tuple[str, bool]:
+    """Returns where the index will be searched, and whether bf16 pays there."""
+    session = stack.enter_context(cluster.connected())
+    device = cluster.capacity().device if settings.device == _AUTO else settings.device
+    return device, device == "cuda" or session.choose_precision("auto") == "bf16"
 
 
 def _identity(

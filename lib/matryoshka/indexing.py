@@ -1,7 +1,8 @@
 """The index stage's work: which units make which shard, and one shard of it."""
 
+import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,36 +11,42 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from matryoshka import artifacts, funnel, removals, spaces, storage, units, vectors
+from matryoshka import artifacts, conditions, corpus, filters, funnel, nested, products, removals, spaces, storage, units, vectors
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
-from matryoshka.funnel import COARSE, IDS, VECTORS, CallShards, Searcher, Shard, ShardFiles
+from matryoshka.filters import COLUMNS, Kinds, Origin
+from matryoshka.funnel import COARSE, DENSE, IDS, VECTORS, CallShards, Searcher, Shard, ShardFiles
 from matryoshka.index import CoarseIndex, check_factory, check_parameters, is_trained
 from matryoshka.nested import FunnelPlan, shrink
+from matryoshka.products import CoarseVectors
 from matryoshka.removals import REMOVED
 from matryoshka.spaces import Kind, Space
 from matryoshka.topk import IntArray
+from matryoshka.units import Unit
 from matryoshka.vectors import EmbeddingStore, Float16Array
 
 SHARDS, TRAINED, SPACE = "shards", "trained", "space.npz"
 PLAIN, PLAIN_IDS = "index.faiss", "ids.parquet"
-NO_INDEX = "none"
+NO_INDEX, DENSE_INDEX = "none", "dense"
+TUNED = "tuned"
 
 _OUTGROWN = 4  # a training serves until there are so many times the documents that it was made for
 _LOSS_DOCUMENTS, _LOSS_QUERIES, _LOSS_RESULTS = 20_000, 200, 10
 
 Storage = Literal["float16", "int8"]
+Quality = Literal["fast", "balanced", "high", "exact"]
 
 _DTYPES = {"float16": np.float16, "int8": np.int8}
 
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """One shard to build: its key (which changes with its content), and the embedding files that it covers."""
+    """One shard to build: its key (which changes with its content), the embedding files that it covers, and their origin."""
 
     key: str
     store: Path
     files: tuple[FileRecord, ...]
     num_rows: int
+    origin: Origin | None = None
 
 
 def plan_shards(store: EmbeddingStore, num_shards: int, previous: Mapping[str, int]) -> tuple[dict[str, int], list[ShardPlan]]:
@@ -67,6 +74,20 @@ def plan_shards(store: EmbeddingStore, num_shards: int, previous: Mapping[str, i
     return slots, plans
 
 
+def find_origins(plans: Sequence[ShardPlan], store: EmbeddingStore, kinds: Kinds) -> list[ShardPlan]:
+    """Returns the plans with the places where the columns that shards are to keep come from."""
+    source = corpus.recall(store.manifest.facts["corpus"])
+    digests = {file.name: file.digest for file in source.files}
+    receipts = {receipt.files[0].path: receipt for receipt in store.manifest.receipts}
+    found = []
+    for plan in plans:
+        slots = [(receipts[file.path].key, str(receipts[file.path].details["slot"])) for file in plan.files]
+        own = [Unit.of(key, slot, digests[slot.rpartition(":")[0]]) for key, slot in slots]
+        origin = Origin(source.columns, kinds, tuple((source.path_of(unit.name), unit) for unit in own))
+        found.append(dataclasses.replace(plan, origin=origin))
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """What an index is made of.
@@ -74,7 +95,8 @@ class Layout:
     Attributes:
         space: Kind of the coarse space.
         dim: Of coarse vectors.
-        factory: FAISS factory string of the coarse indexes; ``NO_INDEX``: none, every search compares all documents.
+        factory: FAISS factory string of the coarse indexes; ``DENSE_INDEX``: coarse vectors as bfloat16, all compared by matrix
+            products; ``NO_INDEX``: none, every search compares full vectors.
         storage: How full vectors are kept; int8 takes half the room, and has 254 steps up to a vector's largest component.
     """
 
@@ -88,10 +110,21 @@ class Layout:
         """Whether shards have a coarse index."""
         return self.factory != NO_INDEX
 
+    @property
+    def has_faiss(self) -> bool:
+        """Whether it is one of FAISS."""
+        return self.factory not in (NO_INDEX, DENSE_INDEX)
+
+    @property
+    def coarse_name(self) -> str:
+        """The file of a shard's coarse index."""
+        return COARSE if self.has_faiss else DENSE
+
 
 def needs_training(layout: Layout) -> bool:
     """Returns whether shards share something that is learned from documents."""
-    return layout.has_index and (layout.space != "prefix" or not is_trained(layout.factory, layout.dim))
+    is_learned = layout.has_faiss and not is_trained(layout.factory, layout.dim)
+    return layout.has_index and (layout.space != "prefix" or is_learned)
 
 
 def check_layout(layout: Layout, plan: FunnelPlan, num_documents: int) -> None:
@@ -100,14 +133,15 @@ def check_layout(layout: Layout, plan: FunnelPlan, num_documents: int) -> None:
     Raises:
         ValueError: There are too few documents, FAISS has no such index, or the plan has parameters that it does not have.
     """
+    if not layout.has_faiss and plan.shortlist.parameters:
+        raise ValueError(f"plan: {plan.describe()} has parameters of a FAISS index, and there is none. Leave them out.")
     if not layout.has_index:
-        if plan.shortlist.parameters:
-            raise ValueError(f"plan: {plan.describe()} has parameters of a coarse index, and there is none. Leave them out.")
         return
     if layout.space != "prefix" and num_documents < layout.dim:
         raise ValueError(f"--space {layout.space}: {num_documents} documents, too few for {layout.dim} dims. Choose prefix.")
-    check_factory(layout.factory, layout.dim, num_documents)
-    if plan.shortlist.dim == layout.dim:
+    if layout.has_faiss:
+        check_factory(layout.factory, layout.dim, num_documents)
+    if layout.has_faiss and plan.shortlist.dim == layout.dim:
         check_parameters(layout.factory, layout.dim, dict(plan.shortlist.parameters))
 
 
@@ -151,13 +185,14 @@ def train(store: EmbeddingStore, layout: Layout, queries: Float16Array | None, n
     start = time.perf_counter()
     sample = _sample(store, num_sampled)
     space = spaces.learn(layout.space, layout.dim, sample, queries)
-    index = CoarseIndex.train(space.documents(sample), layout.factory)
+    index = CoarseIndex.train(space.documents(sample), layout.factory) if layout.has_faiss else None
     target = folder / TRAINED
     with storage.publish(target) as temporary:
         temporary.mkdir()
         space.write(temporary / SPACE)
-        index.write(temporary / COARSE)
-    files = tuple(FileRecord.of(folder, target / name) for name in (SPACE, COARSE))
+        if index:
+            index.write(temporary / COARSE)
+    files = tuple(FileRecord.of(folder, target / name) for name in ((SPACE, COARSE) if index else (SPACE,)))
     details = {
         "num_sampled": len(sample),
         "num_documents": store.manifest.num_rows,
@@ -222,7 +257,7 @@ def build_shard(
         listed: Receipt of the documents to leave out.
 
     Raises:
-        ValueError: An embedding file, or what was trained, is missing or not what its receipt says, or a vector is not finite.
+        ValueError: An embedding file, what was trained, or the corpus is not what it was, or a vector is not finite.
     """
     start = time.perf_counter()
     space, index = open_trained(folder, layout, training)
@@ -230,10 +265,11 @@ def build_shard(
     num_rows = sum(map(len, kept.values())) if listed else plan.num_rows
     target = folder / SHARDS / plan.key
     all_ids, done = [], 0
+    columns: list[pa.Table] = []
     with storage.publish(target) as temporary:
         temporary.mkdir()
         stored: Any = None
-        for file in plan.files:
+        for position, file in enumerate(plan.files):
             ids, block = vectors.read_unit(artifacts.check_file(plan.store, file))
             _refuse_infinite(plan.store / file.path, ids, block)
             if listed:
@@ -244,13 +280,17 @@ def build_shard(
             stored[done : done + len(block)] = pack(block, layout.storage)
             if index:
                 index.add(space.documents(block))
+            if plan.origin:
+                columns.append(filters.read_columns(plan.origin, position, ids))
             all_ids.append(ids)
             done += len(block)
         stored.flush()
         vectors.write_ids(temporary / IDS, all_ids)
+        if columns:
+            filters.write_columns(temporary / COLUMNS, columns)
         if index:
-            index.write(temporary / COARSE)
-    names = (COARSE, VECTORS, IDS) if index else (VECTORS, IDS)
+            index.write(temporary / layout.coarse_name)
+    names = [*([layout.coarse_name] if index else []), VECTORS, IDS, *([COLUMNS] if columns else [])]
     files = tuple(FileRecord.of(folder, target / name) for name in names)
     details = {
         "num_left_out": plan.num_rows - num_rows,
@@ -283,15 +323,17 @@ def training_of(training: Receipt | None) -> str | None:
     return storage.digest_json([file.digest for file in training.files]) if training else None
 
 
-def open_trained(folder: Path, layout: Layout, training: Receipt | None) -> tuple[Space, CoarseIndex | None]:
+def open_trained(folder: Path, layout: Layout, training: Receipt | None) -> tuple[Space, CoarseIndex | CoarseVectors | None]:
     """Returns the coarse space of an index, and an empty coarse index; what needs no training is made here.
 
     Raises:
         ValueError: What was trained is missing or not what its receipt says.
     """
     space = open_space(folder, layout, training)
+    if not layout.has_faiss:
+        return space, CoarseVectors() if layout.has_index else None
     if training is None:
-        return space, CoarseIndex.train(np.empty((0, layout.dim), np.float32), layout.factory) if layout.has_index else None
+        return space, CoarseIndex.train(np.empty((0, layout.dim), np.float32), layout.factory)
     return space, CoarseIndex.read(_check_trained(folder, training, COARSE)).copy()
 
 
@@ -333,6 +375,8 @@ def export_shard(index: "IndexStore", number: int, plan: FunnelPlan, folder: Pat
     space, coarse = open_trained(index.folder, layout, index.training)
     if coarse is None or plan.shortlist.dim != layout.dim:  # the plan scans a prefix
         space, coarse = Space("prefix", plan.shortlist.dim), CoarseIndex.build(shrink(full, plan.shortlist.dim), "Flat")
+    elif isinstance(coarse, CoarseVectors):
+        coarse = CoarseIndex.build(np.delete(products.read_coarse(files.folder / DENSE), removed, axis=0), "SQbf16")
     elif len(removed):
         coarse.add(space.documents(full))
     else:
@@ -381,10 +425,31 @@ def shard_receipts(manifest: Manifest) -> list[Receipt]:
 
 @dataclass(frozen=True, slots=True)
 class IndexStore:
-    """A finished index artifact."""
+    """A finished index artifact.
+
+    Attributes:
+        folder: Of the artifact.
+        manifest: Its own.
+        missing: Keys of shards that are left out.
+
+    >>> import tempfile
+    >>> made = tempfile.TemporaryDirectory()
+    >>> folder = Path(made.name)
+    >>> vectors.write_unit(folder / "unit.parquet", ["a", "b", "c"], np.eye(3, 8, dtype=np.float16))
+    >>> plan = ShardPlan("0-abc", folder, (FileRecord.of(folder, folder / "unit.parquet"),), 3)
+    >>> receipt = build_shard(plan, Layout("prefix", 4, "Flat"), folder / "index")
+    >>> identity = {"model": "m", "space": "prefix", "dim": 4, "coarse_index": "Flat", "storage": "float16"}
+    >>> facts = {"width": 8, "plan": ["4:2", "8:2"]}
+    >>> Manifest("index", identity, facts=facts, receipts=(receipt,), is_complete=True).write(folder / "index")
+    >>> searcher = IndexStore.open(folder / "index").searcher()
+    >>> searcher.search(np.array([[0, 1, 0.5, 0, 0, 0, 0, 0]]), num_results=2).ids.tolist()
+    [['b', 'c']]
+    >>> made.cleanup()
+    """
 
     folder: Path
     manifest: Manifest
+    missing: frozenset[str] = frozenset()
 
     @classmethod
     def open(cls, folder: Path) -> "IndexStore":
@@ -405,6 +470,64 @@ class IndexStore:
             raise ValueError(f"{faults[0]}. Build the index anew: python -m jobs.index with --replace.")
         return cls(folder, manifest)
 
+    @classmethod
+    def open_partial(cls, folder: Path) -> tuple["IndexStore", dict[str, str]]:
+        """Returns the index without the shards that cannot be read, and what is wrong with each of these.
+
+        Files are looked at as by ``open``. A shard whose tombstones cannot be read would find what was removed.
+
+        Raises:
+            ValueError: There is no index, it is not finished, what all shards share cannot be read, or no shard can.
+        """
+        manifest = artifacts.read_complete(folder, "index")
+        names = {removals.key_of(receipt): receipt.key for receipt in shard_receipts(manifest)}
+        faults: dict[str, str] = {}
+        for receipt in manifest.receipts:
+            own = dataclasses.replace(manifest, receipts=(receipt,))
+            for fault in artifacts.find_faults(folder, own, only_sizes=(VECTORS,)):
+                faults.setdefault(names.get(receipt.key, receipt.key), fault)
+        for shared in faults.keys() - set(names.values()):
+            raise ValueError(f"{faults[shared]}. Build the index anew: python -m jobs.index with --replace.")
+        return cls(folder, manifest).without(faults), faults
+
+    def without(self, keys: Collection[str]) -> "IndexStore":
+        """Returns the index with more of its shards left out.
+
+        Raises:
+            ValueError: None is left.
+        """
+        rest = dataclasses.replace(self, missing=self.missing | set(keys))
+        if not rest.shards:
+            raise ValueError(f"{self.folder}: none of its {len(rest.missing)} shards can be searched. Build the index anew.")
+        return rest
+
+    @property
+    def num_documents_of(self) -> dict[str, int]:
+        """Documents of every shard that may be found, by its key, those of shards that are left out included."""
+        gone = {receipt.key: receipt.num_rows for receipt in self.manifest.receipts if receipt.num_rows < 0}
+        return {own.key: own.num_rows + gone.get(removals.key_of(own), 0) for own in shard_receipts(self.manifest)}
+
+    @property
+    def coverage(self) -> float:
+        """The share of the index's documents that is in shards which are not left out."""
+        counts = self.num_documents_of
+        return sum(count for key, count in counts.items() if key not in self.missing) / max(sum(counts.values()), 1)
+
+    @property
+    def filter_columns(self) -> Kinds:
+        """What conditions can ask for, and what it is."""
+        kinds: Kinds = self.manifest.facts.get("filter_columns", {})
+        return kinds
+
+    def check_where(self, where: str | None) -> None:
+        """Checks that a search can be restricted by a condition.
+
+        Raises:
+            ValueError: It is not a condition, or the index has not kept its columns.
+        """
+        if where is not None:
+            filters.check(conditions.parse(where), self.filter_columns)
+
     @property
     def layout(self) -> Layout:
         """What the index is made of."""
@@ -413,9 +536,47 @@ class IndexStore:
         return layout
 
     @property
+    def tuned(self) -> Mapping[str, Any] | None:
+        """What the tune job found for the index; None: it was not tuned."""
+        found: Mapping[str, Any] | None = self.manifest.facts.get(TUNED)
+        return found
+
+    @property
+    def is_tuning_current(self) -> bool:
+        """Whether the tuning is of the documents that are in the index now."""
+        return self.tuned is not None and self.tuned["embeddings"] == self.manifest.inputs["embeddings"]
+
+    @property
     def plan(self) -> FunnelPlan:
-        """The funnel that the index is searched with if nothing else is said."""
-        return FunnelPlan.parse(self.manifest.facts["plan"])
+        """The funnel that the index is searched with if nothing else is said: the balanced one, if it was tuned."""
+        return self.plan_for(None)
+
+    def plan_for(self, quality: Quality | None) -> FunnelPlan:
+        """Returns the funnel of a named quality, as the tune job found it; exact search needs no tuning.
+
+        Args:
+            quality: None: the one for those who do not choose.
+
+        Raises:
+            ValueError: The index was not tuned, or its coarse index leaves no way to search exactly.
+        """
+        if quality is None:
+            return FunnelPlan.parse(self.tuned["plans"]["balanced"]["plan"] if self.tuned else self.manifest.facts["plan"])
+        if quality == "exact":
+            if self.layout.factory not in (NO_INDEX, "Flat") and self.layout.dim == self.width:
+                reason = f"every search at {self.width} dims goes through its {self.layout.factory} index"
+                raise ValueError(f"{self.folder}: cannot be searched exactly, {reason}. Build it with fewer coarse dims.")
+            return nested.exact_plan(self.width)
+        if not self.tuned:
+            raise ValueError(
+                f"{self.folder}: not tuned, so it has no plan named '{quality}'. Run python -m jobs.tune --index {self.folder}."
+            )
+        return FunnelPlan.parse(self.tuned["plans"][quality]["plan"])
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The resolutions of the model that made the vectors, widest first."""
+        return tuple(self.manifest.facts["dims"])
 
     @property
     def width(self) -> int:
@@ -426,10 +587,11 @@ class IndexStore:
     def shards(self) -> list[ShardFiles]:
         """Where each shard is, in order."""
         buried = {receipt.key: receipt.files[0].path for receipt in self.manifest.receipts if receipt.num_rows < 0}
-        removed = [buried.get(removals.key_of(receipt)) for receipt in shard_receipts(self.manifest)]
+        own = [receipt for receipt in shard_receipts(self.manifest) if receipt.key not in self.missing]
+        removed = [buried.get(removals.key_of(receipt)) for receipt in own]
         return [
             ShardFiles(self.folder / SHARDS / receipt.key, self.folder / path if path else None)
-            for receipt, path in zip(shard_receipts(self.manifest), removed, strict=True)
+            for receipt, path in zip(own, removed, strict=True)
         ]
 
     @property
@@ -471,9 +633,26 @@ class IndexStore:
         if plan.steps[-1].dim > self.width:
             raise ValueError(f"{self.folder}: vectors have {self.width} dims, the plan is {plan.describe()}. Change the plan.")
         if plan.shortlist.parameters:
-            if not layout.has_index or plan.shortlist.dim != layout.dim:
+            if not layout.has_faiss or plan.shortlist.dim != layout.dim:
                 raise ValueError(
-                    f"{self.folder}: the plan {plan.describe()} has parameters of a coarse index, which this index has for"
-                    f" {layout.dim if layout.has_index else 'no'} dims. Change the plan."
+                    f"{self.folder}: the plan {plan.describe()} has parameters of a FAISS index, which this index has for"
+                    f" {layout.dim if layout.has_faiss else 'no'} dims. Change the plan."
                 )
             check_parameters(layout.factory, layout.dim, dict(plan.shortlist.parameters))
+
+    def keep_tuning(self, tuned: Mapping[str, Any]) -> None:
+        """Stores what the tune job found with the index, whose fingerprint and shards stay as they are.
+
+        Raises:
+            RuntimeError: The index is no longer the one that was opened.
+        """
+        manifest = artifacts.read(self.folder, "index")
+        if manifest.fingerprint != self.manifest.fingerprint or not manifest.is_complete:
+            raise RuntimeError(f"{self.folder}: was built anew while it was tuned. Run python -m jobs.tune again.")
+        dataclasses.replace(manifest, facts={**manifest.facts, TUNED: dict(tuned)}).write(self.folder)
+
+
+def tuning_of(previous: Manifest | None, plan: FunnelPlan) -> dict[str, Any]:
+    """Returns the facts about tuning that a build hands on: all, unless it was asked for another plan than before."""
+    facts = previous.facts if previous else {}
+    return {TUNED: facts[TUNED]} if TUNED in facts and facts["plan"] == plan.parts else {}

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from matryoshka import artifacts, corpus, indexing, model, pairs, removals, vectors
 from matryoshka.artifacts import Manifest
-from matryoshka.funnel import COARSE, IDS, VECTORS
+from matryoshka.funnel import COARSE, DENSE, IDS, VECTORS
 from matryoshka.index import CoarseIndex
 from matryoshka.indexing import IndexStore
 from matryoshka.topk import IntArray
@@ -72,9 +72,10 @@ def _check_index(folder: Path, manifest: Manifest) -> Iterator[str]:
         ids = vectors.open_ids(paths[IDS])
         full = np.load(paths[VECTORS], mmap_mode="r", allow_pickle=False)
         yield from _check_block(paths[VECTORS], ids, full, receipt.num_rows, int(manifest.facts["width"]))
-        ntotal = CoarseIndex.read(paths[COARSE]).ntotal if COARSE in paths else receipt.num_rows
+        coarse = next((path for name, path in paths.items() if name in (COARSE, DENSE)), None)
+        ntotal = _count_coarse(coarse) if coarse else receipt.num_rows
         if ntotal != receipt.num_rows:
-            yield f"{paths[COARSE]}: {ntotal} documents, the receipt says {receipt.num_rows}"
+            yield f"{coarse}: {ntotal} documents, the receipt says {receipt.num_rows}"
         if receipt.details.get("training") != training:
             yield f"{shard.folder}: was built with another training than the other shards"
         removed = np.load(shard.removed, allow_pickle=False) if shard.removed else np.empty(0, np.int64)
@@ -82,6 +83,12 @@ def _check_index(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{shard.removed or shard.folder}: does not leave out exactly the documents on the list of removed ones"
         every_id.append(ids)
     yield from _check_ids(folder, every_id)
+
+
+def _count_coarse(path: Path) -> int:
+    if path.name == DENSE:
+        return len(np.load(path, mmap_mode="r", allow_pickle=False))
+    return CoarseIndex.read(path).ntotal
 
 
 def _check_block(path: Path, ids: pa.Array, block: npt.NDArray[Any], num_rows: int, width: int) -> Iterator[str]:

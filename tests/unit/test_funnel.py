@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from matryoshka.funnel import Ranking, Searcher, Shard, call_locally
 from matryoshka.index import CoarseIndex
 from matryoshka.nested import FunnelPlan, Step, shrink
+from matryoshka.products import CoarseVectors, StoredVectors
 from matryoshka.spaces import Space
 
 Make = Callable[..., np.ndarray]
@@ -119,8 +120,17 @@ def test_equal_vectors_tie_in_a_shortlist_whatever_the_size_of_their_shards(rand
     assert found == [brute_force(full, ids, plan, query, 30) for query in queries]
 
 
+@pytest.mark.parametrize("num_documents", [8_191, 12_300, 21_001, 30_000])
+def test_a_scan_of_several_blocks_finds_what_brute_force_finds(random_vectors: Make, num_documents: int):
+    full, queries = random_vectors(num_documents, 6), shrink(random_vectors(5, 6, 1), 6)
+    scores, rows = Shard(full).scan(queries, 7)
+    expected = np.sort(queries @ shrink(full, 6).T, axis=1)[:, :-8:-1]
+    np.testing.assert_allclose(-np.sort(-scores, axis=1)[:, :7], expected, atol=1e-6)  # sums of six products
+    assert ((rows >= 0).sum(axis=1) >= 7).all()
+
+
 INNER = ["Flat", "SQ8", "PQ11x4fs", "RaBitQ", "RaBitQfs"]
-KINDS = [*INNER, "SQfp16", "PQ11x4", *(f"IVF3,{kind}" for kind in INNER)]
+KINDS = ["dense", *INNER, "SQfp16", "PQ11x4", *(f"IVF3,{kind}" for kind in INNER)]
 
 
 @given(corpora(), st.sampled_from(KINDS), st.integers(1, 20), st.lists(st.integers(1, 59), max_size=4))
@@ -132,14 +142,17 @@ def test_shards_of_one_training_give_what_one_shard_gives(
     sample = np.random.default_rng(0).standard_normal((200, WIDTH)).astype(np.float32)
     plan = FunnelPlan((Step(WIDTH - 1, keep), Step(WIDTH, keep)))
     space = Space("rotation", WIDTH - 1, *2 * [np.eye(WIDTH, WIDTH - 1, dtype=np.float32)])
-    trained = CoarseIndex.train(space.documents(sample), factory)
+    trained = None if factory == "dense" else CoarseIndex.train(space.documents(sample), factory)
+
+    def coarse_of(block: np.ndarray) -> CoarseIndex | StoredVectors:
+        collected = trained.copy() if trained else CoarseVectors()
+        collected.add(space.documents(block))
+        return collected if trained else collected.stored()
 
     def found(cuts: Sequence[int]) -> list[list[str]]:
         shards, names = [], []
         for start, stop in pairwise(sorted({0, len(full), *(cut for cut in cuts if cut < len(full))})):
-            coarse = trained.copy()
-            coarse.add(space.documents(full[start:stop]))
-            shards.append(Shard(full[start:stop], coarse))
+            shards.append(Shard(full[start:stop], coarse_of(full[start:stop])))
             names.append(pa.array(ids[start:stop]))
         return Searcher(call_locally(shards), names, plan, space).search(queries, keep).ids.tolist()
 

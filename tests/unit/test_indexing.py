@@ -108,7 +108,7 @@ def test_an_index_with_a_missing_truncated_or_altered_file_is_not_opened(
     [
         (["4:5", "9:3"], r"vectors have 8 dims, the plan is 4d keep 5 > 9d keep 3\. Change the plan"),
         (["4:5:nprobe=3", "8:3"], r"kind Flat has no parameter 'nprobe'\. Leave it out"),
-        (["2:5:nprobe=3", "8:3"], r"has parameters of a coarse index, which this index has for 4 dims\. Change the plan"),
+        (["2:5:nprobe=3", "8:3"], r"has parameters of a FAISS index, which this index has for 4 dims\. Change the plan"),
     ],
 )
 def test_a_plan_that_does_not_fit_the_index_is_refused(

@@ -327,6 +327,8 @@ EXPORTED = {
     "projection, codes, int8": (Layout("projection", 8, "SQ8", "int8"), ["8:40", "24:20"]),
     "a scan": (Layout("prefix", 24, indexing.NO_INDEX), ["6:40", "24:20"]),
     "a scan beside a coarse index": (Layout("rotation", 8, "Flat"), ["12:40", "24:20"]),
+    "rotation, dense": (Layout("rotation", 8, indexing.DENSE_INDEX), ["8:60", "24:20"]),
+    "projection, dense, int8": (Layout("projection", 8, indexing.DENSE_INDEX, "int8"), ["8:60", "24:20"]),
     "one step": (Layout("prefix", 24, indexing.NO_INDEX), ["24:20"]),
 }
 

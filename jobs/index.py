@@ -187,7 +187,9 @@ def run(settings: Settings) -> Manifest:
         if state.must_train and choice.layout.space == "projection" and queries is None:
             raise ValueError("--space projection: needs queries to learn from. Pass --queries, or choose rotation.")
         if previous:
-            manifest = dataclasses.replace(manifest, facts={**previous.facts, **manifest.facts})
+            kept = {name: fact for name, fact in previous.facts.items() if name != indexing.TUNED}
+            kept |= indexing.tuning_of(previous, choice.plan)
+            manifest = dataclasses.replace(manifest, facts={**kept, **manifest.facts})
         artifacts.begin(output, manifest, previous)
         session = stack.enter_context(cluster.connected())
         return _build(session, settings, store, state, removed, manifest, queries)
@@ -214,15 +216,14 @@ def _choose(
         store.manifest.num_rows,
         settings.shards or _default_shards(store),
         store.dims,
-        bool(store.manifest.facts["is_tuned"]),
         has_queries,
         vectors.mean_id_bytes(store),
-        _device(stack) if settings.device == _AUTO and wanted.factory is None else settings.device.replace(_AUTO, "cpu"),
+        *(_machine(settings, stack) if wanted.factory is None else (settings.device.replace(_AUTO, "cpu"), False)),
         settings.memory_limit and settings.memory_limit * _GB,
     )
     choice = layouts.choose(given, wanted)
-    check_plan(settings, store.width, store.dims if given.is_tuned else (), choice.layout.space)
-    indexing.check_layout(choice.layout, choice.plan, given.num_documents)
+    check_plan(settings, store.width, store.dims if store.manifest.facts["is_tuned"] else (), choice.layout.space)
+    indexing.check_layout(choice.layout, choice.plan, min(given.num_documents, settings.sample))
     if before == choice.layout and known and not settings.plan:
         choice = dataclasses.replace(choice, plan=FunnelPlan.parse(known.facts["plan"]))
     if before is None:
@@ -249,9 +250,11 @@ def _removed(settings: Settings, output: Path, known: Manifest | None, store: Em
     return Removed.open(output, known, asked)
 
 
-def _device(stack: contextlib.ExitStack) -> str:
-    stack.enter_context(cluster.connected())
-    return cluster.capacity().device
+def _machine(settings: Settings, stack: contextlib.ExitStack) -> tuple[str, bool]:
+    """Returns where the index will be searched, and whether bf16 pays there."""
+    session = stack.enter_context(cluster.connected())
+    device = cluster.capacity().device if settings.device == _AUTO else settings.device
+    return device, device == "cuda" or session.choose_precision("auto") == "bf16"
 
 
 def _identity(

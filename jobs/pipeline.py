@@ -1,4 +1,4 @@
-"""Runs the whole mission from one YAML file: prepare, choose, evaluate, mine, fine-tune, embed, index, search, evaluate."""
+"""Runs the whole mission from one YAML file: prepare, choose, evaluate, mine, fine-tune, embed, index, tune, search, evaluate."""
 
 import dataclasses
 import re
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs import cluster, embed, evaluate, finetune, index, mine, prepare, search, verify
+from jobs import cluster, embed, evaluate, finetune, index, mine, prepare, search, tune, verify
 from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import say, show_table
 from matryoshka import artifacts, model, nested, report, storage
@@ -20,7 +20,8 @@ from matryoshka.report import Report
 
 class Settings(StageSettings):
     """Runs the whole mission: prepare data, choose the best of several models if they are given, evaluate it untouched, mine hard
-    negatives if asked to, fine-tune it, embed the corpus, build the index, search it with the test queries, and evaluate again.
+    negatives if asked to, fine-tune it, embed the corpus, build the index, find its cheapest good plan if asked to, search it
+    with the test queries, and evaluate again.
 
     Each section holds options of the job of that name, written with underscores. Paths between jobs need not be given.
     """
@@ -35,6 +36,7 @@ class Settings(StageSettings):
     finetune: dict[str, Any] = Field({}, description="Options of the finetune job.")
     embed: dict[str, Any] = Field({}, description="Options of the embed job.")
     index: dict[str, Any] = Field({}, description="Options of the index job.")
+    tune: dict[str, Any] | None = Field(None, description="Options of the tune job; none: the index keeps its plan.")
     search: dict[str, Any] = Field({}, description="Options of the search job.")
     evaluate: dict[str, Any] = Field({}, description="Options of the evaluate job, for both evaluations.")
     also: dict[str, dict[str, Any]] = Field(
@@ -53,7 +55,7 @@ class Settings(StageSettings):
 
 Stage = tuple[str, Callable[[Any], Any], JobSettings]
 
-_SECTIONS = ("prepare", "mine", "finetune", "embed", "index", "search", "evaluate")
+_SECTIONS = ("prepare", "mine", "finetune", "embed", "index", "tune", "search", "evaluate")
 _BEFORE, _AFTER = "evaluation-base", "evaluation-tuned"
 _CANDIDATES, _NEGATIVES = "candidates", "negatives"
 _NAME = re.compile(r"[\w.-]+")
@@ -81,6 +83,8 @@ def plan(settings: Settings, *, has_gpu: bool, winner: str | None = None) -> lis
         known = {"embeddings": there}
     negatives: dict[str, Any] = {"negatives": str(root / _NEGATIVES)} if settings.mine is not None else {}
     _refuse_unknown_names(settings)
+    if settings.tune is not None and _section(settings, "tune", has_gpu=has_gpu).get("split", "dev") == split:
+        raise ValueError(f"pipeline, section 'tune': split '{split}' is the one that is evaluated. Tune on another one.")
     wired: list[tuple[str, Any, dict[str, Any]]] = [
         ("prepare", prepare, {"output": data, "model": base}),
         ("evaluate", evaluate, {"output": before, "data": data, "model": base, "system": "base", **known}),
@@ -89,6 +93,7 @@ def plan(settings: Settings, *, has_gpu: bool, winner: str | None = None) -> lis
         ("finetune", finetune, {"output": tuned, "data": data, "model": base, **negatives}),
         ("embed", embed, {"output": vectors, "corpus": f"{data}/corpus", "model": tuned}),
         ("index", index, {"output": built, "embeddings": vectors}),
+        *((("tune", tune, {"index": built, "data": data}),) if settings.tune is not None else ()),
         ("search", search, {"output": str(root / "results"), "index": built, "queries": f"{data}/queries/{split}.parquet"}),
         ("evaluate", evaluate, {"output": after, "data": data, "model": tuned, "embeddings": vectors, "index": built,
                                 "compare": before, "system": "tuned"}),
@@ -206,6 +211,8 @@ def _refuse_data(folder: str, stages: Sequence[JobSettings]) -> None:
             finetune.plan_steps(stage, data.num_pairs, data.pair_files())
         if isinstance(stage, mine.Settings):
             mine.check_window(stage, data)
+        if isinstance(stage, tune.Settings):
+            tune.check_data(stage, data)
         if isinstance(stage, evaluate.Settings) and stage.data == folder:
             data.queries(stage.split)
             data.qrels(stage.split)

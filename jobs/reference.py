@@ -10,7 +10,10 @@ from jobs.entry import main
 from jobs.terminal import say
 from matryoshka.config import Field, JobSettings, Positional, options
 
-JOBS = ("pipeline", "prepare", "mine", "finetune", "embed", "index", "export", "search", "evaluate", "verify", "benchmark")
+JOBS = (
+    *("pipeline", "prepare", "mine", "finetune", "embed", "index", "tune"),
+    *("export", "search", "evaluate", "verify", "benchmark"),
+)
 
 _BEGIN, _END = "<!-- options -->", "<!-- end of options -->"
 

@@ -15,7 +15,7 @@ from matryoshka.config import Field, FolderPath, InputPath, JobSettings, check_s
 from matryoshka.corpus import Columns, Corpus
 from matryoshka.encode import TOKENS_PER_STEP, Encoder
 from matryoshka.funnel import Ranking
-from matryoshka.indexing import IndexStore
+from matryoshka.indexing import IndexStore, Quality
 from matryoshka.model import ModelInfo
 from matryoshka.nested import FunnelPlan
 from matryoshka.results import Rows
@@ -47,6 +47,7 @@ class Settings(JobSettings):
     with_text: bool = Field(False, description="Add the text of each document to results.parquet.")
     where: str | None = Field(None, description="Search only documents for which this holds: \"subreddit = 'python'\".")
     plan: tuple[str, ...] = Field((), description="Another funnel than the index's own, as dim:keep steps: 64:500,384:100.")
+    quality: Quality | None = Field(None, description="A plan that the tune job found, by name, in place of --plan.")
     allow_partial: bool = Field(False, description="Leave out shards that cannot be searched, and say how much was searched.")
     model: str | None = Field(None, description="Where the index's model is now, if it was moved.")
     workers: int | None = Field(None, ge=1, description="Processes for --queries; none: one per GPU, or per CPU.")
@@ -62,6 +63,8 @@ class Settings(JobSettings):
             raise ValueError("--output, --vector-column and --with-text go with --queries; the answer to --query is printed.")
         if self.queries and not self.output:
             raise ValueError("--queries needs --output, a folder for the results.")
+        if self.plan and self.quality:
+            raise ValueError("--plan and --quality both choose the funnel. Give one of them.")
         return self
 
 
@@ -72,9 +75,11 @@ def run(settings: Settings) -> None:
         index, faults = IndexStore.open_partial(folder)
     else:
         index = IndexStore.open(folder)
-    plan = FunnelPlan.parse(settings.plan) if settings.plan else index.plan
+    plan = FunnelPlan.parse(settings.plan) if settings.plan else index.plan_for(settings.quality)
     index.check_plan(plan)
     index.check_where(settings.where)
+    if index.tuned and not index.is_tuning_current and not settings.plan:
+        say("search: the index was tuned with other documents than it has now; python -m jobs.tune measures again")
     info = None if settings.vector_column else _model_of(index, settings)
     if info and settings.query is not None:
         _answer(settings.query, index, info, plan, settings)

@@ -345,6 +345,24 @@ class Searcher:
         self._check(queries, num_results=1)
         return self._score(shrink(queries, self._plan.steps[-1].dim), documents)
 
+    def candidates(self, queries: npt.NDArray[np.floating[Any]], step: Step) -> tuple[Float32Array, IntArray]:
+        """Returns (scores, documents) that a first step leaves, those that tie with the last of them included; -1 pads.
+
+        Shapes: queries [Q, D] -> [Q, M], [Q, M] (numbers as in ``Ranking``).
+
+        Raises:
+            ValueError: As ``score``.
+        """
+        self._check(queries, num_results=1)
+        return self._shortlist(queries, step, None)
+
+    def order(self, scores: Float32Array, documents: IntArray) -> IntArray:
+        """Returns the columns of candidates in the order in which a search would return them: by score, then id.
+
+        Shapes: scores [Q, M], documents [Q, M] (numbers as in ``Ranking``) -> [Q, M].
+        """
+        return topk.rank(scores, documents, scores.shape[1], self._look_up)
+
     def _check(self, queries: npt.NDArray[np.floating[Any]], num_results: int) -> None:
         if num_results < 1:
             raise ValueError(f"search: {num_results} results asked for. Ask for at least one.")

@@ -1,6 +1,7 @@
 """The coarse index of a shard. The only room that knows FAISS."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,22 @@ Parameters = Mapping[str, int]
 
 _USUAL_RESULTS = 10
 _LINK_BYTES, _NODE_BYTES, _NUMBER_BYTES = 4, 12, 8
+_LEAST_REACH, _MOST_REACH = 16, 2_048
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """A search parameter that buys quality with time.
+
+    Attributes:
+        name: As FAISS has it.
+        values: Worth trying, from fast to good.
+        is_reach: Whether it says how far a graph is searched: more results than the value make the search go further by itself.
+    """
+
+    name: str
+    values: tuple[int, ...]
+    is_reach: bool = False
 
 
 class CoarseIndex:
@@ -119,6 +136,16 @@ class CoarseIndex:
         """Width of the coarse vectors."""
         return int(self._index.d)
 
+    @property
+    def dial(self) -> Dial | None:
+        """What can be tuned when searching, where this kind of index has such a parameter."""
+        inner = _innermost(self._index)
+        if isinstance(inner, faiss.IndexIVF):
+            return Dial("nprobe", _steps(1, int(inner.nlist)))
+        if isinstance(inner, faiss.IndexHNSW):
+            return Dial("efSearch", _steps(_LEAST_REACH, _MOST_REACH), is_reach=True)
+        return None
+
     def search(
         self, queries: Float32Array, num_results: int, parameters: Parameters | None = None
     ) -> tuple[Float32Array, npt.NDArray[np.int64]]:
@@ -144,8 +171,12 @@ def _set_parameters(index: faiss.Index, parameters: Parameters) -> None:
 
 
 def bytes_per_document(factory: str, dim: int) -> float:
-    """Returns how many bytes a kind of index takes for one more document: its code, its links, and its number in a list."""
-    whole = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)  # owns its parts: they must not outlive it
+    """Returns how many bytes a kind of index takes for one more document: its code, its links, and its number in a list.
+
+    Raises:
+        ValueError: FAISS has no such index.
+    """
+    whole = _make(factory, dim)  # owns its parts: they must not outlive it
     index, num_bytes = faiss.downcast_index(whole), 0.0
     if isinstance(index, faiss.IndexPreTransform):
         index = faiss.downcast_index(index.index)
@@ -157,6 +188,24 @@ def bytes_per_document(factory: str, dim: int) -> float:
     if isinstance(index, faiss.IndexIVF):
         num_bytes += _NUMBER_BYTES
     return num_bytes + int(index.code_size if hasattr(index, "code_size") else index.sa_code_size())
+
+
+def _innermost(index: faiss.Index) -> faiss.Index:
+    """Returns the index that does the searching, below what transforms vectors or ranks results again."""
+    inner = faiss.downcast_index(index)
+    while isinstance(inner, faiss.IndexPreTransform | faiss.IndexRefine):
+        inner = faiss.downcast_index(inner.index if isinstance(inner, faiss.IndexPreTransform) else inner.base_index)
+    return inner
+
+
+def _steps(first: int, last: int) -> tuple[int, ...]:
+    """Returns the powers of two between two numbers, what is halfway between them, and the last number itself.
+
+    >>> _steps(1, 10)
+    (1, 2, 3, 4, 6, 8, 10)
+    """
+    powers = [1 << power for power in range(last.bit_length())]
+    return tuple(sorted({step for power in powers for step in (power, power * 3 // 2) if first <= step < last} | {last}))
 
 
 def is_trained(factory: str, dim: int) -> bool:
@@ -184,12 +233,7 @@ def check_factory(factory: str, dim: int, num_documents: int) -> None:
     Raises:
         ValueError: It has not, it must learn from more documents than there are, or it loses vectors.
     """
-    try:
-        probe = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError:
-        raise ValueError(
-            f"--coarse-index {factory}: not a FAISS factory string for {dim} dims. Write for example Flat or HNSW32."
-        ) from None
+    probe = _make(factory, dim)
     if not probe.is_trained:
         needed = _needed_documents(probe)
         if num_documents < needed:
@@ -208,12 +252,19 @@ def check_factory(factory: str, dim: int, num_documents: int) -> None:
         raise ValueError(f"--coarse-index {factory}: does not find unit vectors again. Choose Flat or HNSW32.")
 
 
+def _make(factory: str, dim: int) -> faiss.Index:
+    try:
+        return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError:
+        raise ValueError(
+            f"--coarse-index {factory}: not a FAISS factory string for {dim} dims. Write for example Flat or HNSW32."
+        ) from None
+
+
 def _needed_documents(index: faiss.Index) -> int:
     """Returns how many documents a kind of index needs to be trained: one for each of its centroids."""
     needed = 1
-    inner = faiss.downcast_index(index)
-    if isinstance(inner, faiss.IndexPreTransform):
-        inner = faiss.downcast_index(inner.index)
+    inner = _innermost(index)
     if isinstance(inner, faiss.IndexIVF):
         needed = int(inner.nlist)
     quantiser = getattr(inner, "pq", None)

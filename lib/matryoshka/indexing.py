@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from matryoshka import artifacts, conditions, corpus, filters, funnel, products, removals, spaces, storage, units, vectors
+from matryoshka import artifacts, conditions, corpus, filters, funnel, nested, products, removals, spaces, storage, units, vectors
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.filters import COLUMNS, Kinds, Origin
 from matryoshka.funnel import COARSE, DENSE, IDS, VECTORS, CallShards, Searcher, Shard, ShardFiles
@@ -27,11 +27,13 @@ from matryoshka.vectors import EmbeddingStore, Float16Array
 SHARDS, TRAINED, SPACE = "shards", "trained", "space.npz"
 PLAIN, PLAIN_IDS = "index.faiss", "ids.parquet"
 NO_INDEX, DENSE_INDEX = "none", "dense"
+TUNED = "tuned"
 
 _OUTGROWN = 4  # a training serves until there are so many times the documents that it was made for
 _LOSS_DOCUMENTS, _LOSS_QUERIES, _LOSS_RESULTS = 20_000, 200, 10
 
 Storage = Literal["float16", "int8"]
+Quality = Literal["fast", "balanced", "high", "exact"]
 
 _DTYPES = {"float16": np.float16, "int8": np.int8}
 
@@ -126,7 +128,7 @@ def needs_training(layout: Layout) -> bool:
 
 
 def check_layout(layout: Layout, plan: FunnelPlan, num_documents: int) -> None:
-    """Checks that an index of this layout can be built of so many documents, and searched with a plan.
+    """Checks that an index of this layout can be learned from so many documents, and searched with a plan.
 
     Raises:
         ValueError: There are too few documents, FAISS has no such index, or the plan has parameters that it does not have.
@@ -351,7 +353,7 @@ def _check_trained(folder: Path, training: Receipt, name: str) -> Path:
 def export_keys(index: "IndexStore", plan: FunnelPlan) -> list[str]:
     """Returns the key of each shard's export, which changes with anything that the export is made of."""
     shards, keys = shard_receipts(index.manifest), []
-    tombstones = {receipt.key: receipt for receipt in index.manifest.receipts}
+    tombstones = {receipt.key: receipt for receipt in index.manifest.receipts if receipt.num_rows < 0}
     for shard in shards:
         own = [shard, *filter(None, [index.training, tombstones.get(removals.key_of(shard))])]
         content = [[file.digest for file in receipt.files] for receipt in own]
@@ -528,9 +530,47 @@ class IndexStore:
         return layout_of(self.manifest)
 
     @property
+    def tuned(self) -> Mapping[str, Any] | None:
+        """What the tune job found for the index; None: it was not tuned."""
+        found: Mapping[str, Any] | None = self.manifest.facts.get(TUNED)
+        return found
+
+    @property
+    def is_tuning_current(self) -> bool:
+        """Whether the tuning is of the documents that are in the index now."""
+        return self.tuned is not None and self.tuned["embeddings"] == self.manifest.inputs["embeddings"]
+
+    @property
     def plan(self) -> FunnelPlan:
-        """The funnel that the index is searched with if nothing else is said."""
-        return FunnelPlan.parse(self.manifest.facts["plan"])
+        """The funnel that the index is searched with if nothing else is said: the balanced one, if it was tuned."""
+        return self.plan_for(None)
+
+    def plan_for(self, quality: Quality | None) -> FunnelPlan:
+        """Returns the funnel of a named quality, as the tune job found it; exact search needs no tuning.
+
+        Args:
+            quality: None: the one for those who do not choose.
+
+        Raises:
+            ValueError: The index was not tuned, or its coarse index leaves no way to search exactly.
+        """
+        if quality is None:
+            return FunnelPlan.parse(self.tuned["plans"]["balanced"]["plan"] if self.tuned else self.manifest.facts["plan"])
+        if quality == "exact":
+            if self.layout.factory not in (NO_INDEX, "Flat") and self.layout.dim == self.width:
+                reason = f"every search at {self.width} dims goes through its {self.layout.factory} index"
+                raise ValueError(f"{self.folder}: cannot be searched exactly, {reason}. Build it with fewer coarse dims.")
+            return nested.exact_plan(self.width)
+        if not self.tuned:
+            raise ValueError(
+                f"{self.folder}: not tuned, so it has no plan named '{quality}'. Run python -m jobs.tune --index {self.folder}."
+            )
+        return FunnelPlan.parse(self.tuned["plans"][quality]["plan"])
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The resolutions of the model that made the vectors, widest first."""
+        return tuple(self.manifest.facts["dims"])
 
     @property
     def width(self) -> int:
@@ -593,3 +633,20 @@ class IndexStore:
                     f" {layout.dim if layout.has_faiss else 'no'} dims. Change the plan."
                 )
             check_parameters(layout.factory, layout.dim, dict(plan.shortlist.parameters))
+
+    def keep_tuning(self, tuned: Mapping[str, Any]) -> None:
+        """Stores what the tune job found with the index, whose fingerprint and shards stay as they are.
+
+        Raises:
+            RuntimeError: The index is no longer the one that was opened.
+        """
+        manifest = artifacts.read(self.folder, "index")
+        if manifest.fingerprint != self.manifest.fingerprint or not manifest.is_complete:
+            raise RuntimeError(f"{self.folder}: was built anew while it was tuned. Run python -m jobs.tune again.")
+        dataclasses.replace(manifest, facts={**manifest.facts, TUNED: dict(tuned)}).write(self.folder)
+
+
+def tuning_of(previous: Manifest | None, plan: FunnelPlan) -> dict[str, Any]:
+    """Returns the facts about tuning that a build hands on: all, unless it was asked for another plan than before."""
+    facts = previous.facts if previous else {}
+    return {TUNED: facts[TUNED]} if TUNED in facts and facts["plan"] == plan.parts else {}

@@ -169,3 +169,12 @@ def default_plan(dims: Sequence[int]) -> FunnelPlan:
     width = max(dims)
     narrow = [dim for dim in dims if dim * 6 <= width] or [dim for dim in dims if dim < width][-1:]
     return FunnelPlan((*(Step(dim, 200) for dim in narrow[:1]), Step(width, 100)))
+
+
+def exact_plan(width: int, num_results: int = 10) -> FunnelPlan:
+    """Returns the plan of one step that compares every document at full width.
+
+    >>> exact_plan(384).describe()
+    '384d keep 10'
+    """
+    return FunnelPlan((Step(width, num_results),))

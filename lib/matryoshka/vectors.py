@@ -18,6 +18,7 @@ from matryoshka import artifacts
 Float16Array = npt.NDArray[np.float16]
 
 _END_BYTES = 8
+EMBEDDING = "embedding"
 
 
 def write_unit(path: Path, ids: Sequence[str], vectors: Float16Array) -> None:
@@ -26,9 +27,9 @@ def write_unit(path: Path, ids: Sequence[str], vectors: Float16Array) -> None:
     Shapes: ids [N], vectors [N, D].
     """
     embedding = pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(vectors).ravel()), vectors.shape[1])
-    table = pa.table({"id": pa.array(ids, pa.large_string()), "embedding": embedding})
+    table = pa.table({"id": pa.array(ids, pa.large_string()), EMBEDDING: embedding})
     # Random mantissas neither repeat nor compress; reading is three times faster without trying.
-    pq.write_table(table, path, use_dictionary=False, compression={"id": "zstd", "embedding": "none"})
+    pq.write_table(table, path, use_dictionary=False, compression={"id": "zstd", EMBEDDING: "none"})
 
 
 def read_unit(path: Path) -> tuple[pa.Array, Float16Array]:
@@ -41,7 +42,7 @@ def read_unit(path: Path) -> tuple[pa.Array, Float16Array]:
     """
     try:
         table = pq.read_table(path, memory_map=True)
-        embedding = table.column("embedding").combine_chunks()
+        embedding = table.column(EMBEDDING).combine_chunks()
         width = embedding.type.list_size
         vectors = embedding.flatten().to_numpy().reshape(-1, width)
         return table.column("id").combine_chunks(), vectors
@@ -152,3 +153,14 @@ def open_ids(path: Path) -> pa.Array:
 def take(ids: pa.Array, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.object_]:
     """Returns the ids of some rows."""
     return np.asarray(ids.take(pa.array(rows)).to_pylist(), dtype=object)
+
+
+def find(ids: pa.Array, wanted: Sequence[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Returns (rows, places): where the wanted ids stand, and which of them is at each of these rows.
+
+    >>> [found.tolist() for found in find(pa.array(["a", "b", "c"]), ["c", "x", "a"])]
+    [[0, 2], [2, 0]]
+    """
+    places = pc.index_in(ids, value_set=pa.array(wanted, ids.type))
+    rows = np.flatnonzero(places.is_valid().to_numpy(zero_copy_only=False))
+    return rows, places.drop_null().to_numpy().astype(np.int64)

@@ -120,6 +120,15 @@ def test_equal_vectors_tie_in_a_shortlist_whatever_the_size_of_their_shards(rand
     assert found == [brute_force(full, ids, plan, query, 30) for query in queries]
 
 
+@pytest.mark.parametrize("num_documents", [8_191, 12_300, 21_001, 30_000])
+def test_a_scan_of_several_blocks_finds_what_brute_force_finds(random_vectors: Make, num_documents: int):
+    full, queries = random_vectors(num_documents, 6), shrink(random_vectors(5, 6, 1), 6)
+    scores, rows = Shard(full).scan(queries, 7)
+    expected = np.sort(queries @ shrink(full, 6).T, axis=1)[:, :-8:-1]
+    np.testing.assert_allclose(-np.sort(-scores, axis=1)[:, :7], expected, atol=1e-6)  # sums of six products
+    assert ((rows >= 0).sum(axis=1) >= 7).all()
+
+
 INNER = ["Flat", "SQ8", "PQ11x4fs", "RaBitQ", "RaBitQfs"]
 KINDS = ["dense", *INNER, "SQfp16", "PQ11x4", *(f"IVF3,{kind}" for kind in INNER)]
 

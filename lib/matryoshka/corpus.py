@@ -30,6 +30,7 @@ _BATCH_ROWS = 16_384
 _SHOWN = 3
 _MOST_HASHES = 2**25  # at once: 256 MiB
 _LOOKED_AT = 1_000
+_COMPARED_AT_ONCE = 16  # batches
 _FORMATS = {".parquet": "Parquet", ".csv": "CSV", ".jsonl": "JSONL"}
 _TYPES = {int: pa.int64(), str: pa.large_string(), list[str]: pa.list_(pa.large_string())}
 
@@ -462,8 +463,10 @@ def find_texts_in(paths: Iterable[Path], ids: Iterable[str], columns: Columns) -
 def find_rows(source: Corpus, ids: pa.Array) -> Iterator[pa.RecordBatch]:
     """Yields ids and texts of the documents with these ids, in the order of the corpus."""
     for file in source.files:
-        for batch in text_batches(source.path_of(file.name), [source.columns.id, source.columns.text], [source.columns.id]):
-            yield batch.filter(pc.is_in(batch.column(0), ids)).rename_columns(["id", "text"])
+        batches = text_batches(source.path_of(file.name), [source.columns.id, source.columns.text], [source.columns.id])
+        while group := list(itertools.islice(batches, _COMPARED_AT_ONCE)):  # each time, all ids are made ready to be looked up
+            table = pa.Table.from_batches(group).rename_columns(["id", "text"])
+            yield from table.filter(pc.is_in(table.column("id"), ids)).to_batches()
 
 
 def read_ids(paths: Iterable[Path], column: str = "id") -> Iterator[str]:

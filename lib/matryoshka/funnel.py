@@ -36,7 +36,7 @@ _MOST_FETCHED = 1 << 24  # scores and rows at once: 200 MB
 # A condition that leaves so few documents is answered by comparing just these at the plan's last dim: at this share a shortlist
 # would have to fetch twenty times what it keeps, and so many documents take no longer than a coarse search of all.
 _FEW_SHARE, _FEW_DOCUMENTS = 0.05, 20_000
-_GATHERED_SHARE = 0.5  # of a shard's rows: copying more of them takes longer than comparing all
+_GATHERED_SHARE = 0.75  # of a shard's rows: copying four fifths takes what it saves (100,000 rows of 384 dims on a CPU)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path:
     embed.run(embed.Settings(**files, model=tiny, unit_rows=20, precision="float32"))
     plan, kept = ("16:20", "64:10"), ("year", "kind")
     files = {"output": str(root / "index"), "embeddings": str(root / "embeddings")}
-    index.run(index.Settings(**files, shards=_SHARDS, plan=plan, filter_columns=kept))
+    index.run(index.Settings(**files, shards=_SHARDS, plan=plan, coarse_index="Flat", filter_columns=kept))
     ids = [f"q{number}" for number in range(_QUERIES)]
     questions = [" ".join(text.split()[:6]) for text in texts.documents(5, 5 + _QUERIES)["text"]]
     vectors = Encoder(Path(tiny), "cpu", "float32").encode(questions, "query").vectors

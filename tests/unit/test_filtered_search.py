@@ -13,6 +13,7 @@ from matryoshka import funnel
 from matryoshka.funnel import Searcher, Shard, call_locally
 from matryoshka.index import CoarseIndex
 from matryoshka.nested import FunnelPlan, shrink
+from matryoshka.products import StoredVectors
 from matryoshka.spaces import Space
 
 WIDTH = 12
@@ -96,6 +97,24 @@ def test_a_plan_finds_among_many_what_it_finds_where_the_others_are_not_there(
         return
     alone = full[left], [ids[row] for row in left], columns.take(pa.array(left)), queries
     assert found == search(alone, [], [], FunnelPlan.parse(parts), None, k)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([np.float16, np.int8, np.uint16]), st.integers(1, 20), st.integers(1, WIDTH))
+@settings(max_examples=50)
+def test_chosen_rows_alone_give_what_all_rows_give_of_which_only_these_are_allowed(
+    seed: int, dtype: type, num_kept: int, dim: int
+):
+    rng = np.random.default_rng(seed)
+    pool = shrink(rng.standard_normal((9, WIDTH)), WIDTH)
+    bits = (pool.view(np.uint32) >> 16).astype(np.uint16)
+    stored = {np.float16: pool.astype(np.float16), np.int8: np.rint(100 * pool).astype(np.int8), np.uint16: bits}[dtype]
+    vectors = StoredVectors(stored[rng.integers(0, 9, 400)])
+    allowed, queries = rng.random(400) < 0.3, rng.standard_normal((5, dim)).astype(np.float32)
+    whole = vectors.best(queries, num_kept, allowed)
+    alone = vectors.best_of(queries, num_kept, np.flatnonzero(allowed))
+    pairs = [[sorted(zip(*own, strict=True)) for own in zip(*found, strict=True)] for found in (whole, alone)]
+    strip = [[[pair for pair in own if pair[1] >= 0] for own in lists] for lists in pairs]
+    assert strip[0] == strip[1]
 
 
 def test_a_condition_that_nothing_fulfils_finds_nothing():

@@ -13,7 +13,7 @@ from jobs import cluster
 from jobs.cluster import Session
 from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import Counter, say
-from matryoshka import artifacts, corpus, indexing, layouts, model, nested, removals, storage, vectors
+from matryoshka import artifacts, corpus, filters, indexing, layouts, model, nested, removals, storage, vectors
 from matryoshka.artifacts import Journal, Manifest, Receipt
 from matryoshka.config import Field, FolderPath, InputPath, check_settings
 from matryoshka.corpus import Columns
@@ -55,6 +55,7 @@ class Settings(StageSettings):
         None, description="Parquet files with real queries, as text or as vectors in column 'embedding', for a projection."
     )
     text_column: str = Field("text", description="Column of --queries with the query's text.")
+    filter_columns: tuple[str, ...] = Field((), description="Columns of the corpus that searches can be restricted by.")
     remove: InputPath | None = Field(
         None, description="Parquet files with ids of documents to take out, now and in every later build."
     )
@@ -173,9 +174,13 @@ def run(settings: Settings) -> Manifest:
         previous = artifacts.claim(output, "index", identity, settings.replace)
         num_shards = settings.shards or _default_shards(store)
         slots, plans = indexing.plan_shards(store, num_shards, previous.facts["slots"] if previous else {})
+        kinds = filters.find_kinds(corpus.recall(store.manifest.facts["corpus"]), settings.filter_columns)
+        if kinds:
+            plans = indexing.find_origins(plans, store, kinds)
         finished = indexing.finished(output, previous, plans, store.manifest.num_rows, replace=settings.replace)
         state = _State(finished, plans, choice.layout)
-        manifest = Manifest("index", identity, {"embeddings": store.manifest.fingerprint}, _facts(settings, store, choice, slots))
+        facts = {**_facts(settings, store, choice, slots), "filter_columns": kinds}
+        manifest = Manifest("index", identity, {"embeddings": store.manifest.fingerprint}, facts)
         if previous and _is_current(previous, manifest, state, removed):
             say(f"index: nothing to do, {output} is complete ({previous.num_rows} documents)")
             return previous
@@ -211,15 +216,14 @@ def _choose(
         store.manifest.num_rows,
         settings.shards or _default_shards(store),
         store.dims,
-        bool(store.manifest.facts["is_tuned"]),
         has_queries,
         vectors.mean_id_bytes(store),
-        _device(stack) if settings.device == _AUTO and wanted.factory is None else settings.device.replace(_AUTO, "cpu"),
+        *(_machine(settings, stack) if wanted.factory is None else (settings.device.replace(_AUTO, "cpu"), False)),
         settings.memory_limit and settings.memory_limit * _GB,
     )
     choice = layouts.choose(given, wanted)
-    check_plan(settings, store.width, store.dims if given.is_tuned else (), choice.layout.space)
-    indexing.check_layout(choice.layout, choice.plan, given.num_documents)
+    check_plan(settings, store.width, store.dims if store.manifest.facts["is_tuned"] else (), choice.layout.space)
+    indexing.check_layout(choice.layout, choice.plan, min(given.num_documents, settings.sample))
     if before == choice.layout and known and not settings.plan:
         choice = dataclasses.replace(choice, plan=FunnelPlan.parse(known.facts["plan"]))
     if before is None:
@@ -246,9 +250,11 @@ def _removed(settings: Settings, output: Path, known: Manifest | None, store: Em
     return Removed.open(output, known, asked)
 
 
-def _device(stack: contextlib.ExitStack) -> str:
-    stack.enter_context(cluster.connected())
-    return cluster.capacity().device
+def _machine(settings: Settings, stack: contextlib.ExitStack) -> tuple[str, bool]:
+    """Returns where the index will be searched, and whether bf16 pays there."""
+    session = stack.enter_context(cluster.connected())
+    device = cluster.capacity().device if settings.device == _AUTO else settings.device
+    return device, device == "cuda" or session.choose_precision("auto") == "bf16"
 
 
 def _identity(
@@ -265,6 +271,7 @@ def _identity(
         "storage": layout.storage,
         "shards": settings.shards,
         "queries": learned,
+        "filter_columns": list(settings.filter_columns) or None,
     }
 
 

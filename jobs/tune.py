@@ -126,6 +126,7 @@ def _from_dataset(data: DatasetStore, split: str) -> _Queries:
     ids, texts = data.queries(split)
     fingerprint = storage.digest_json([data.manifest.fingerprint, split])
     if data.is_chunked:
+        say(f"tune: {data.folder} is cut into chunks, which nobody judged; the floor is a share of their exact neighbours")
         return _Queries(ids, texts, None, None, fingerprint)
     if split not in data.judged_splits:
         raise ValueError(_without_judgements(data.folder, split))
@@ -199,14 +200,12 @@ def _model_of(index: IndexStore, settings: Settings) -> ModelInfo:
 
 
 def _encode(index: IndexStore, queries: _Queries, settings: Settings) -> Vectors:
-    """Returns the vectors of the queries; the workers that made them are gone when plans are timed."""
+    """Returns the vectors of the queries."""
     info = _model_of(index, settings)
     with cluster.connected() as session:
         tokens_per_step = TOKENS_PER_STEP[cluster.capacity().device]
         pool = session.encoders(info, index.manifest.facts["precision"], tokens_per_step, settings.workers)
-        encoded = pool.encode(queries.texts, "query")
-        session.release()
-    return encoded
+        return pool.encode(queries.texts, "query")
 
 
 def _tune(index: IndexStore, queries: _Queries, query_vectors: Vectors, settings: Settings) -> Tuning:

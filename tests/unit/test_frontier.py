@@ -74,7 +74,7 @@ def test_plans_to_be_timed_are_few_and_spread_over_what_they_lose():
     lost = np.geomspace(0.05, 0.0001, 400)
     chosen = frontier.worth_timing(np.linspace(1, 400, 400), 1 - lost, 1 - lost - 0.01, [0.995])
     assert len(chosen) <= 30
-    assert np.diff(np.log(lost[chosen])).min() > -1.0
+    assert np.diff(np.log(lost[chosen])).min() > -1.1  # a factor of three
     assert frontier.worth_timing(np.empty(0), np.empty(0), np.empty(0), [0.995]) == []
 
 
@@ -113,12 +113,11 @@ def test_an_interval_holds_the_share_and_narrows_with_more_queries():
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    rng, hits = np.random.default_rng(2), 0
-    for _ in range(200):
-        worth = rng.choice([1.0, 0.5], (1, 200), p=[0.9, 0.1])  # 0.95 of exact search, on average
-        low, high = frontier.interval(worth, np.ones(200))
-        hits += bool(low[0] <= 0.95 <= high[0])
-    assert 0.9 <= hits / 200 <= 0.99
+    rng = np.random.default_rng(2)
+    # Many plans at once, on the same queries: each is a case of its own.
+    worth = rng.choice([1.0, 0.5], (400, 200), p=[0.9, 0.1])  # 0.95 of exact search, on average
+    low, high = frontier.interval(worth, np.ones(200))
+    assert 0.9 <= np.mean((low <= 0.95) & (high >= 0.95)) <= 0.99
 
 
 @pytest.mark.parametrize(("floor", "fast", "high"), [(0.995, 0.98, 0.999), (1.0, 1.0, 1.0), (0.5, 0.0, 0.9)])

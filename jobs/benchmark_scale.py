@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jobs import benchmark_search
-from jobs.benchmark_search import Vectors
+from jobs import benchmark_search, benchmark_vectors
+from jobs.benchmark_vectors import Vectors
 from jobs.terminal import say, show_table
 from matryoshka import storage, tradeoffs
 from matryoshka.tradeoffs import EXACT, OURS
@@ -51,7 +51,7 @@ def _first(vectors: Vectors, num_documents: int, folder: Path) -> "tuple[Embeddi
 
     if vectors.spectrum:
         spectrum = dataclasses.replace(vectors.spectrum, num_documents=num_documents)
-        return synthetic.make_store(folder, spectrum, benchmark_search.MADE_QUERIES)
+        return synthetic.make_store(folder, spectrum, benchmark_vectors.MADE_QUERIES)
     documents = vectors.documents[:num_documents]
     blocks = (documents[start : start + _BLOCK_ROWS].astype(np.float16) for start in range(0, num_documents, _BLOCK_ROWS))
     return synthetic.write_store(folder, blocks, *documents.shape), vectors.queries
@@ -61,9 +61,9 @@ def _measure_row(
     settings: "Settings", store: "EmbeddingStore", queries: "Float32Array", folder: Path, num_shards: int
 ) -> dict[str, Any]:
     num_documents = store.manifest.num_rows
-    index = benchmark_search.build_index(settings, store, folder, num_shards)
+    index = benchmark_vectors.build_index(settings, store, folder, num_shards)
     nothing: Any = np.empty(0, dtype=object)
-    own = Vectors(benchmark_search.documents_of(index), nothing, queries, [], {})
+    own = Vectors(benchmark_vectors.documents_of(index), nothing, queries, [], {})
     systems = benchmark_search.our_systems(index, own) | {EXACT: benchmark_search.build_peer(EXACT, own, folder)}
     measured = benchmark_search.measure_systems(systems, own, settings.rounds)
     points = benchmark_search.points_of(measured)

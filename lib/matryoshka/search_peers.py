@@ -166,8 +166,8 @@ class _Usearch:
         self._index.expansion_search = parameters["expansion_search"]
         matches: Any = self._index.search(queries, num_results, threads=self._num_threads)
         keys = np.atleast_2d(matches.keys).astype(np.int64)
-        counts = np.atleast_1d(getattr(matches, "counts", keys.shape[1]))  # the matches of an only query are not padded
-        return np.where(np.arange(keys.shape[1]) < counts[:, None], keys, -1)
+        counts: Any = getattr(matches, "counts", keys.shape[1])  # the matches of an only query are not padded
+        return np.where(np.arange(keys.shape[1]) < np.reshape(counts, (-1, 1)), keys, -1)
 
     def write(self, path: Path) -> None:
         """Writes the index to a file."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import texts
 
-from jobs import benchmark, benchmark_search, cluster, measurement
+from jobs import benchmark, benchmark_search, benchmark_vectors, cluster, measurement
 from jobs import index as index_job
 from matryoshka import charts, model, storage, synthetic, tradeoffs, vectors
 from matryoshka.artifacts import Manifest
@@ -32,7 +32,7 @@ def _few_settings() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark_search, "_DIALS", (("IVF", "nprobe", (4, 64), (10, 200)),))
         patch.setattr(benchmark_search, "_SINGLE_QUERIES", 2)
-        patch.setattr(benchmark_search, "MADE_QUERIES", _QUERIES)
+        patch.setattr(benchmark_vectors, "MADE_QUERIES", _QUERIES)
         yield
 
 
@@ -221,6 +221,21 @@ def test_an_index_without_documents_is_refused(root: Path, tmp_path: Path):
     Manifest("index", known.identity, known.inputs, known.facts, (), is_complete=True).write(tmp_path / "empty")
     with pytest.raises(ValueError, match=r"empty: has no documents\. Index some first"):
         benchmark.run(_of_index(root, index=str(tmp_path / "empty")))
+
+
+def test_an_index_with_removed_documents_is_refused(root: Path, tmp_path: Path):
+    shutil.copytree(root / "index", tmp_path / "index")
+    removed = texts.write_parquet(tmp_path / "removed.parquet", {"id": ["000000007"]})
+    folders = {"embeddings": str(root / "embeddings"), "output": str(tmp_path / "index")}
+    index_job.run(index_job.Settings(**folders, shards=2, remove=str(removed)))
+    with pytest.raises(ValueError, match=r"index: documents were removed since its shards were built\. Measure one built"):
+        benchmark.run(_of_index(root, index=str(tmp_path / "index")))
+
+
+def test_queries_that_are_none_are_refused(root: Path, tmp_path: Path):
+    vectors.write_unit(tmp_path / "q.parquet", [], np.ones((0, _WIDTH), np.float16))
+    with pytest.raises(ValueError, match=r": no queries\. Pass a file that has some"):
+        benchmark.run(_of_index(root, queries=str(tmp_path)))
 
 
 def test_an_output_within_the_index_is_refused(root: Path):

@@ -145,7 +145,7 @@ def test_exact_search_finds_all_of_its_own_documents(build: Build, queries: np.n
 @pytest.mark.parametrize("measure", [JUDGED, UNJUDGED])
 def test_tuning_gives_a_frontier_a_plan_for_each_name_and_json(build: Build, queries: np.ndarray, measure: str):
     index, names = build("IVF8,Flat"), [f"q{number}" for number in range(NUM_QUERIES)]
-    found = tuning.tune(index, answers_of(index, queries, measure), names, 0.9, 32, tuning.open_shards(index))
+    found = tuning.tune(index, answers_of(index, queries, measure), names, tuning.open_shards(index), floor=0.9, batch=32)
     speeds = [point.queries_per_second for point in found.points]
     assert speeds == sorted(speeds, reverse=True)
     assert set(found.choices) == {"fast", "balanced", "high"}
@@ -168,7 +168,7 @@ def test_judgements_of_documents_that_exact_search_never_finds_are_refused(build
     opposite = index.searcher(FunnelPlan.parse([f"16:{NUM_DOCUMENTS}"])).search(queries, NUM_DOCUMENTS).ids[:, -1]
     answers = Answers.judged(index, queries, NAMES, {name: {own: 1} for name, own in zip(NAMES, opposite, strict=True)}, 10)
     with pytest.raises(ValueError, match=r"exact search finds no judged document for any query\. Check that"):
-        tuning.tune(index, answers, NAMES, 0.995, 32, tuning.open_shards(index))
+        tuning.tune(index, answers, NAMES, tuning.open_shards(index), batch=32)
 
 
 def test_an_index_that_cannot_be_searched_exactly_cannot_be_tuned(build: Build, queries: np.ndarray):
@@ -180,7 +180,7 @@ def test_an_index_that_cannot_be_searched_exactly_cannot_be_tuned(build: Build, 
 def test_a_tuning_survives_being_kept_and_leaves_the_index_as_it_is(build: Build, queries: np.ndarray):
     index = build("IVF8,Flat")
     files = {path: path.read_bytes() for path in index.folder.rglob("*") if path.is_file() and path.name != artifacts.MANIFEST}
-    found = tuning.tune(index, answers_of(index, queries, UNJUDGED), NAMES, 0.9, 32, tuning.open_shards(index))
+    found = tuning.tune(index, answers_of(index, queries, UNJUDGED), NAMES, tuning.open_shards(index), floor=0.9, batch=32)
     index.keep_tuning({"embeddings": "e", **found.as_json()})
     again = IndexStore.open(index.folder)
     assert again.manifest.fingerprint == index.manifest.fingerprint

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from jobs import cluster, embed, measurement
 from jobs.entry import main
 from jobs.terminal import say, show_table
@@ -21,7 +19,7 @@ from matryoshka.pairs import DatasetStore
 from matryoshka.tuning import Tuning
 from matryoshka.vectors import EMBEDDING
 
-_SALT = "tune"
+_SALT = "sample to tune by"  # not the one that halves are dealt with: these would all be of one half
 
 
 class Settings(JobSettings):
@@ -42,6 +40,9 @@ class Settings(JobSettings):
     id_column: str = Field("id", description="Column of --queries with the query's id.")
     text_column: str = Field("text", description="Column of --queries with the query's text.")
     floor: float = Field(0.995, gt=0, le=1, description="Least share of exact search that the index's new plan keeps.")
+    confidence: float = Field(
+        frontier.CONFIDENCE, gt=0, lt=1, description="Of the interval of a plan's share, which must lie at or above the floor."
+    )
     results: int = Field(10, ge=1, description="Documents per query that searches will ask for.")
     batch: int = Field(1024, ge=1, description="Queries that are searched at once where plans are timed.")
     max_queries: int = Field(2_000, ge=1, description="Most queries to use; which, their ids decide.")
@@ -76,6 +77,7 @@ def run(settings: Settings) -> None:
     queries = _read(settings, index)
     asked = {
         "floor": settings.floor,
+        "confidence": settings.confidence,
         "results": settings.results,
         "batch": settings.batch,
         "queries": storage.digest_json([queries.fingerprint, settings.max_queries]),
@@ -155,19 +157,15 @@ def _from_beir(folder: Path, split: str) -> _Queries:
 def _from_parquet(settings: Settings, index: IndexStore) -> _Queries:
     location = settings.queries or ""
     _, files = corpus.find_files(location)
-    if not all(corpus.has_column(path, EMBEDDING) for path in files):
-        _model_of(index, settings)
-        source = corpus.inspect(location, Columns(settings.id_column, settings.text_column))
-        ids, texts = corpus.read_texts(source)
-        return _Queries(ids, texts, None, None, source.fingerprint)
-    parts = [vectors.read_unit(path) for path in files]
-    ids = [name for names, _ in parts for name in names.to_pylist()]
-    widths = {block.shape[1] for _, block in parts}
-    if widths != {index.width}:
-        found = ", ".join(map(str, sorted(widths)))
-        raise ValueError(f"{location}: vectors of {found} dims, the index has {index.width}. Use its own model for queries.")
-    own = np.concatenate([block for _, block in parts])
-    return _Queries(ids, [""] * len(ids), own, None, storage.digest_json([storage.digest_file(path) for path in files]))
+    if corpus.has_column(files[0], EMBEDDING):
+        own = vectors.read_embeddings(files, index.width)
+        fingerprint = storage.digest_json([storage.digest_file(path) for path in files])
+        ids = [*corpus.read_ids(files)]
+        return _Queries(ids, [""] * len(ids), own, None, fingerprint)
+    _model_of(index, settings)
+    source = corpus.inspect(location, Columns(settings.id_column, settings.text_column))
+    ids, texts = corpus.read_texts(source)
+    return _Queries(ids, texts, None, None, source.fingerprint)
 
 
 def _choose(queries: _Queries, settings: Settings) -> _Queries:
@@ -215,7 +213,7 @@ def _tune(index: IndexStore, queries: _Queries, query_vectors: Vectors, settings
         answers = Answers.unjudged(exact, query_vectors, settings.results)
     else:
         answers = Answers.judged(index, query_vectors, queries.ids, queries.qrels, settings.results)
-    return tuning.tune(index, answers, queries.ids, settings.floor, settings.batch, call)
+    return tuning.tune(index, answers, queries.ids, call, settings.floor, settings.confidence, settings.batch)
 
 
 def _split_of(settings: Settings) -> str | None:
@@ -229,7 +227,7 @@ def _show(found: Tuning) -> None:
     points = sorted({*found.points, *names}, key=lambda point: -point.queries_per_second)
     header = ["", "plan", "choosing", "confirming", "queries/s", "ms"]
     rows = [[", ".join(names.get(point, [])), *_row(point)] for point in points]
-    show_table(f"{found.answers.measure}, as a share of exact search", [header, *rows], text_columns=(0, 1))
+    show_table(f"Plans, fastest first: {found.answers.measure}", [header, *rows], text_columns=(0, 1))
     for name, choice in found.choices.items():
         say(_sentence(name, choice.floor, len(choice.passed_over), choice.point, found.exact))
 
@@ -237,7 +235,7 @@ def _show(found: Tuning) -> None:
 def _row(point: Point) -> list[str]:
     confirmed = f"{point.confirmed:.4f} ({point.low:.4f}-{point.high:.4f})"
     speed = f"{point.queries_per_second:,.0f}", f"{point.milliseconds:.2f}"
-    return [",".join(point.plan.parts), f"{point.chosen:.4f}", confirmed, *speed]
+    return [", ".join(point.plan.parts), f"{point.chosen:.4f}", confirmed, *speed]
 
 
 def _sentence(name: str, floor: float, num_passed: int, point: Point, exact: Point) -> str:

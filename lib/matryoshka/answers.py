@@ -19,7 +19,7 @@ from matryoshka.topk import IntArray
 
 Vectors = npt.NDArray[np.floating[Any]]
 
-JUDGED, UNJUDGED = "nDCG@10", "share of the exact neighbours"
+JUDGED, UNJUDGED = "nDCG@10 as a share of exact search", "share of the exact neighbours"
 
 
 @dataclass(frozen=True, slots=True)

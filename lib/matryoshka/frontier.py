@@ -22,6 +22,7 @@ CONFIDENCE = 0.95
 _SALT = "tune"
 _RESAMPLES = 1_000
 _MOST_LOST, _LEAST_LOST = 4.0, 0.2
+_CAUTION = (1.25, 1.6, 2.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ def share(worth: FloatArray, reference: FloatArray) -> FloatArray:
     return shares
 
 
-def interval(worth: FloatArray, reference: FloatArray) -> tuple[FloatArray, FloatArray]:
+def interval(worth: FloatArray, reference: FloatArray, confidence: float = CONFIDENCE) -> tuple[FloatArray, FloatArray]:
     """Returns the ends of the confidence intervals of shares: the queries are drawn again and again, with replacement.
 
     The draws are the same for every plan and every run.
@@ -130,7 +131,7 @@ def interval(worth: FloatArray, reference: FloatArray) -> tuple[FloatArray, Floa
     totals = draws @ reference  # [R]
     # Where a draw holds no query that exact search answers, there is nothing to have a share of.
     shares = np.divide(worth @ draws.T, totals, out=np.ones((len(worth), _RESAMPLES)), where=totals > 0)
-    outside = (1 - CONFIDENCE) / 2
+    outside = (1 - confidence) / 2
     low, high = np.quantile(shares, [outside, 1 - outside], axis=1)
     return low, high
 
@@ -173,7 +174,7 @@ def worth_timing(costs: FloatArray, shares: FloatArray, lows: FloatArray, wanted
 
     These are some of those that nothing else beats, by their share and by the lower end of its interval, spread evenly over
     the orders of magnitude of what they lose; and for each floor the cheapest that hold it, by either, since of estimates that
-    are close any may be wrong.
+    are close any may be wrong, and some that cost more, for the case that the other half of the queries asks for more.
     """
     chosen: list[int] = []
     for worth in (shares, lows):
@@ -183,5 +184,8 @@ def worth_timing(costs: FloatArray, shares: FloatArray, lows: FloatArray, wanted
         chosen += [int(steps[np.abs(lost - level).argmin()]) for level in levels if steps.size]
         for floor in wanted:
             holding = np.flatnonzero(worth >= floor)
-            chosen += holding[np.argsort(costs[holding], kind="stable")][:3].tolist()
+            ordered = holding[np.argsort(costs[holding], kind="stable")]
+            chosen += ordered[:3].tolist()
+            for times in _CAUTION if ordered.size else ():
+                chosen += ordered[costs[ordered] >= times * costs[ordered[0]]][:1].tolist()
     return sorted(set(chosen))

@@ -31,7 +31,7 @@ _WIDTHS = (150, 1_000)
 _BELOW_FAST = 2.0
 _SLACK = 1.5  # times the cost of exact search: what an estimate made of one call may be wrong by
 _ROUNDS = 5
-_SINGLE_QUERIES = 25
+_SINGLE_QUERIES = 15
 
 
 def open_shards(index: IndexStore) -> CallShards:
@@ -186,7 +186,7 @@ class Tuner:
             self._known[dim] = _Scores(searcher, self._queries)
         return self._known[dim].look_up(wide.documents), self._known[dim].seconds
 
-    def measure(self, trials: Sequence[Trial], exact: Trial, batch: int) -> list[Point]:
+    def measure(self, trials: Sequence[Trial], exact: Trial, batch: int, confidence: float) -> list[Point]:
         """Returns what trials, and exact search after them, cost and are worth on the other queries, by really searching.
 
         Plans take turns, so that a machine that is slow for a while is slow for all of them; medians of the rounds count.
@@ -195,7 +195,7 @@ class Tuner:
         searchers = {trial.plan: self._searcher(trial.plan) for trial in every}
         worth = np.stack([self._confirm(searcher) for searcher in searchers.values()])
         chosen = frontier.share(np.stack([trial.worth for trial in every]), exact.worth)
-        confirmed, (low, high) = frontier.share(worth, worth[-1]), frontier.interval(worth, worth[-1])
+        confirmed, (low, high) = frontier.share(worth, worth[-1]), frontier.interval(worth, worth[-1], confidence)
         queries, num_results = self._answers.queries, self._answers.num_results
         in_batches = _time_in_turn(searchers, queries, num_results, batch, _ROUNDS)
         alone = _time_in_turn(searchers, queries, num_results, 1, _SINGLE_QUERIES)
@@ -354,16 +354,25 @@ class Tuning:
         }
 
 
-def tune(index: IndexStore, answers: Answers, query_ids: Sequence[str], floor: float, batch: int, call: CallShards) -> Tuning:
+def tune(
+    index: IndexStore,
+    answers: Answers,
+    query_ids: Sequence[str],
+    call: CallShards,
+    floor: float = 0.995,
+    confidence: float = frontier.CONFIDENCE,
+    batch: int = 1024,
+) -> Tuning:
     """Returns the frontier of an index, and the cheapest plan for each named quality.
 
     Args:
         index: The index.
         answers: What to measure plans by.
         query_ids: Of the answers' queries; their hashes say which of them choose.
-        floor: Least share of exact search that the balanced plan keeps.
-        batch: Queries that are searched at once when plans are timed.
         call: How to reach the shards.
+        floor: Least share of exact search that the balanced plan keeps.
+        confidence: Of the intervals that must hold the floors.
+        batch: Queries that are searched at once when plans are timed.
 
     Raises:
         ValueError: There are too few queries, the index leaves no way to search exactly, or that finds nothing.
@@ -378,7 +387,7 @@ def tune(index: IndexStore, answers: Answers, query_ids: Sequence[str], floor: f
     shares, (lows, _) = frontier.share(worth, exact.worth), frontier.interval(worth, exact.worth)
     costs = np.array([trial.seconds for trial in trials])
     timed = frontier.worth_timing(costs[:-1], shares[:-1], lows[:-1], list(wanted.values()))
-    *points, exact_point = tuner.measure([others[place] for place in timed], exact, batch)
+    *points, exact_point = tuner.measure([others[place] for place in timed], exact, batch, confidence)
     choices = {name: frontier.choose(points, own, exact_point) for name, own in wanted.items()}
     every = tuple(frontier.frontier([*points, exact_point]))
     return Tuning(answers, int(np.count_nonzero(is_choosing)), len(trials), every, exact_point, choices)

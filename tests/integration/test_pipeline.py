@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import folders
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from jobs import evaluate, pipeline, verify
 from matryoshka import model
 from matryoshka.artifacts import Manifest, Receipt
+from matryoshka.indexing import IndexStore
 from matryoshka.pairs import DatasetStore
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -134,3 +136,33 @@ def test_candidates_are_ranked_on_dev_or_else_on_train_and_never_on_what_is_repo
     else:
         with pytest.raises(ValueError, match=r"no split to rank candidates on \(with judgements: "):
             pipeline.choosing_split(settings, data, has_gpu=False)
+
+
+def test_an_index_is_tuned_between_being_built_and_being_searched(tmp_path: Path) -> None:
+    def stages(**more: Any) -> list[str]:
+        return [name for name, _, _ in pipeline.plan(pipeline.Settings(output=str(tmp_path), **more), has_gpu=False)]
+
+    assert "tune" not in stages()
+    assert stages(tune={})[-4:] == ["index", "tune", "search", "evaluate"]
+    _, _, settings = pipeline.plan(pipeline.Settings(output=str(tmp_path), tune={"floor": 0.99}), has_gpu=False)[-3]
+    assert (settings.index, settings.data, settings.split) == (str(tmp_path / "index"), str(tmp_path / "data"), "dev")
+    for more in ({"tune": {"split": "test"}}, {"tune": {}, "evaluate": {"split": "dev"}}):
+        with pytest.raises(
+            ValueError, match=r"section 'tune': split '(test|dev)' is the one that is evaluated\. Tune on another"
+        ):
+            stages(**more)
+    with pytest.raises(ValueError, match=r"section 'tune': 'index' is set by the pipeline itself"):
+        stages(tune={"index": "elsewhere"})
+
+
+def test_a_tuned_index_is_what_is_searched_and_evaluated(finished_pipeline: Path, pipeline_config: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished_pipeline, tmp_path / "run")
+    for made in ("results", "evaluation-tuned"):
+        shutil.rmtree(run / made)
+    settings = pipeline.Settings.from_command_line(["--config", str(pipeline_config)], "pipeline")
+    tuning = {"split": "train", "batch": 32, "floor": 0.9}
+    pipeline.run(settings.model_copy(update={"output": str(run), "tune": tuning, "also": {}}))
+    plan = IndexStore.open(run / "index").plan
+    assert folders.manifest(run / "index")["facts"]["tuned"]["plans"]["balanced"]["plan"] == plan.parts
+    assert folders.manifest(run / "results")["identity"]["plan"] == plan.describe()
+    assert folders.manifest(run / "evaluation-tuned")["identity"]["plan"] == plan.describe()

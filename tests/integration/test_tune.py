@@ -13,6 +13,7 @@ import texts
 
 from jobs import embed, index, search, tune, verify
 from matryoshka import vectors
+from matryoshka.answers import JUDGED, UNJUDGED
 from matryoshka.indexing import IndexStore
 from matryoshka.pairs import DatasetStore
 
@@ -83,12 +84,12 @@ def _tuned(root: Path) -> dict[str, Any]:
     return value
 
 
-_UNJUDGED = "share of the exact neighbours"
+_SAMPLED = 80
 
 
 def test_a_tuned_index_is_searched_with_the_cheapest_plan_that_holds_the_floor(tuned: Path) -> None:
     found, store = _tuned(tuned), IndexStore.open(tuned / "index")
-    assert found["measure"] == "nDCG@10"
+    assert found["measure"] == JUDGED
     assert found["num_choosing"] + found["num_confirming"] == _QUERIES
     assert found["exact"]["plan"] == ["64:10"]
     assert found["plans"]["balanced"]["plan"] == store.plan.parts
@@ -108,12 +109,13 @@ def test_an_index_is_tuned_with_queries_from(made: Path, tmp_path: Path, source:
         own = {"data": str(_write(tmp_path / "chunked", is_chunked=True).folder)}
     else:
         own = {"data": None, "queries": str(root / source)}
-    tune.run(_settings(root, dry_run=True, **own))
+    count = _SAMPLED if source == "vectors.parquet" else _QUERIES
+    tune.run(_settings(root, dry_run=True, max_queries=count, **own))
     assert folders.times(root / "index") == before
     said = capsys.readouterr().out
-    assert ("nDCG@10" if source == "beir" else _UNJUDGED) in said
+    assert (JUDGED if source == "beir" else UNJUDGED) in said
     assert "balanced (at least 0.9): " in said
-    assert f"plans compared on {_QUERIES} queries; {root / 'index'} is left as it was" in said
+    assert f"plans compared on {count} queries; {root / 'index'} is left as it was" in said
 
 
 def _write_beir(made: Path, root: Path) -> Path:
@@ -170,7 +172,7 @@ _BAD: dict[str, tuple[dict[str, Any], str]] = {
     "too few queries": ({"split": "test"}, r"30 of each are needed\. Give more queries: at least 90"),
     "too few queries asked for": ({"max_queries": 20}, r"30 of each are needed"),
     "no such split": ({"split": "elsewhere"}, r"no split 'elsewhere' \(found: dev, test, train\)\. Pass --split"),
-    "narrow vectors": ({"data": None, "queries": "narrow.parquet"}, r"vectors of 32 dims, the index has 64\. Use its own model"),
+    "narrow vectors": ({"data": None, "queries": "narrow.parquet"}, r"do not have 64 numbers each\. Use the index's own model"),
     "another model": ({"model": "other"}, r"is not the model that .*index was made with"),
     "no index": ({"index": "data"}, r"holds 'dataset', not 'index'"),
 }

@@ -98,7 +98,12 @@ def make_index(tmp_path: Path) -> Callable[..., IndexStore]:
         identity = {
             "model": "m", "space": layout.space, "dim": layout.dim, "coarse_index": layout.factory, "storage": layout.storage,
         }  # fmt: skip
-        facts = {"slots": slots, "width": store.width, "plan": list(plan or ["4:5", f"{store.width}:3"])}
+        facts = {
+            "slots": slots,
+            "width": store.width,
+            "dims": list(store.dims),
+            "plan": list(plan or ["4:5", f"{store.width}:3"]),
+        }
         receipts = (*shared, *shards, *listed, *buried)
         Manifest("index", identity, {"embeddings": "e"}, facts, receipts, is_complete=True).write(folder)
         return IndexStore.open(folder)

@@ -108,6 +108,9 @@ def test_an_interval_holds_the_share_and_narrows_with_more_queries():
 
     few, many = ends(50), ends(2_000)
     assert many[1] - many[0] < (few[1] - few[0]) / 3
+    reference = rng.uniform(0.2, 1, 50)
+    widths = [np.subtract(*frontier.interval(0.9 * reference[None] ** 2, reference, own)[::-1])[0] for own in (0.5, 0.9, 0.99)]
+    assert 0 < widths[0] < widths[1] < widths[2]
     exact = np.ones((1, 40))
     assert [own.tolist() for own in frontier.interval(exact, exact[0])] == [[1.0], [1.0]]
 

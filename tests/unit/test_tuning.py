@@ -1,7 +1,6 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 
 from matryoshka import artifacts, indexing, metrics, tuning
 from matryoshka.answers import JUDGED, UNJUDGED, Answers
-from matryoshka.artifacts import Manifest
 from matryoshka.index import CoarseIndex, Dial
 from matryoshka.indexing import IndexStore, Layout
 from matryoshka.nested import FunnelPlan
@@ -26,21 +24,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def build(make_store: MakeStore, random_vectors: Make, tmp_path: Path) -> Build:
-    """Builds an index of documents of which a third stand twice, so that there are ties; of two shards."""
+def build(make_store: MakeStore, make_index: Build, random_vectors: Make) -> Build:
+    """Builds an index of two shards; a third of its documents stand twice, so that there are ties, and two are gone."""
 
     def made(factory: str, space: Kind = "prefix", dim: int = 4, name: str = "index") -> IndexStore:
         pool = random_vectors(NUM_DOCUMENTS, WIDTH)
         full = np.concatenate([pool[:160], pool[:80]])
         parts = {f"{n}:0": ([f"d{n}-{row}" for row in range(60)], full[60 * n : 60 * n + 60]) for n in range(4)}
-        store, folder, layout = make_store(parts, f"{name}-embeddings"), tmp_path / name, Layout(space, dim, factory)
-        slots, plans = indexing.plan_shards(store, 2, {})
-        trained = [indexing.train(store, layout, None, 1_000, folder)] if indexing.needs_training(layout) else []
-        receipts = (*trained, *(indexing.build_shard(plan, layout, folder) for plan in plans))
-        identity = {"model": "m", "space": space, "dim": dim, "coarse_index": factory, "storage": "float16"}
-        facts = {"slots": slots, "width": WIDTH, "dims": [WIDTH, 8, 4], "plan": [f"{dim}:20", f"{WIDTH}:10"]}
-        Manifest("index", identity, {"embeddings": "e"}, facts, receipts, is_complete=True).write(folder)
-        return IndexStore.open(folder)
+        store = make_store(parts, f"{name}-embeddings")
+        plan = [f"{dim}:20", f"{WIDTH}:10"] if dim < WIDTH else [f"{WIDTH}:10"]
+        layout = Layout(space, dim, factory)
+        built = make_index(store, name=name, layout=layout, plan=plan, removed=("d3-7", "d0-30"))
+        facts = {**built.manifest.facts, "dims": [WIDTH, 8, 4]}
+        dataclasses.replace(built.manifest, facts=facts).write(built.folder)
+        return IndexStore.open(built.folder)
 
     return made
 
@@ -76,8 +73,8 @@ def trials_of(index: IndexStore, answers: Answers) -> Iterator[Trial]:
 
 
 KINDS: list[tuple[str, Kind]] = [
-    ("Flat", "prefix"), ("none", "prefix"), ("IVF8,Flat", "prefix"), ("IVF8,PQ4x4fs", "rotation"), ("PQ4x4fs", "prefix"),
-    ("SQ8", "rotation"), ("HNSW8", "prefix"), ("PCA4,IVF4,SQ8", "prefix"),
+    ("Flat", "prefix"), ("none", "prefix"), ("dense", "rotation"), ("IVF8,Flat", "prefix"), ("IVF8,PQ4x4fs", "rotation"),
+    ("PQ4x4fs", "prefix"),    ("SQ8", "rotation"), ("HNSW8", "prefix"), ("PCA4,IVF4,SQ8", "prefix"),
 ]  # fmt: skip
 
 
@@ -145,7 +142,7 @@ def test_exact_search_finds_all_of_its_own_documents(build: Build, queries: np.n
 @pytest.mark.parametrize("measure", [JUDGED, UNJUDGED])
 def test_tuning_gives_a_frontier_a_plan_for_each_name_and_json(build: Build, queries: np.ndarray, measure: str):
     index, names = build("IVF8,Flat"), [f"q{number}" for number in range(NUM_QUERIES)]
-    found = tuning.tune(index, answers_of(index, queries, measure), names, 0.9, 32, tuning.open_shards(index))
+    found = tuning.tune(index, answers_of(index, queries, measure), names, tuning.open_shards(index), floor=0.9, batch=32)
     speeds = [point.queries_per_second for point in found.points]
     assert speeds == sorted(speeds, reverse=True)
     assert set(found.choices) == {"fast", "balanced", "high"}
@@ -168,7 +165,7 @@ def test_judgements_of_documents_that_exact_search_never_finds_are_refused(build
     opposite = index.searcher(FunnelPlan.parse([f"16:{NUM_DOCUMENTS}"])).search(queries, NUM_DOCUMENTS).ids[:, -1]
     answers = Answers.judged(index, queries, NAMES, {name: {own: 1} for name, own in zip(NAMES, opposite, strict=True)}, 10)
     with pytest.raises(ValueError, match=r"exact search finds no judged document for any query\. Check that"):
-        tuning.tune(index, answers, NAMES, 0.995, 32, tuning.open_shards(index))
+        tuning.tune(index, answers, NAMES, tuning.open_shards(index), batch=32)
 
 
 def test_an_index_that_cannot_be_searched_exactly_cannot_be_tuned(build: Build, queries: np.ndarray):
@@ -180,7 +177,7 @@ def test_an_index_that_cannot_be_searched_exactly_cannot_be_tuned(build: Build, 
 def test_a_tuning_survives_being_kept_and_leaves_the_index_as_it_is(build: Build, queries: np.ndarray):
     index = build("IVF8,Flat")
     files = {path: path.read_bytes() for path in index.folder.rglob("*") if path.is_file() and path.name != artifacts.MANIFEST}
-    found = tuning.tune(index, answers_of(index, queries, UNJUDGED), NAMES, 0.9, 32, tuning.open_shards(index))
+    found = tuning.tune(index, answers_of(index, queries, UNJUDGED), NAMES, tuning.open_shards(index), floor=0.9, batch=32)
     index.keep_tuning({"embeddings": "e", **found.as_json()})
     again = IndexStore.open(index.folder)
     assert again.manifest.fingerprint == index.manifest.fingerprint

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from matryoshka import nested, storage, vectors
+from matryoshka import corpus, nested, storage, vectors
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
+from matryoshka.corpus import Columns, Corpus
 from matryoshka.nested import Float32Array, shrink
 from matryoshka.vectors import EmbeddingStore, Float16Array
 
@@ -126,6 +127,8 @@ def write_store(folder: Path, parts: Iterator[Float16Array], num_documents: int,
             receipts.append(Receipt(key, len(block), (FileRecord.of(folder, path),), {"slot": f"{key}:0"}))
             done += len(block)
     identity = {"model": "none", "precision": "float32"}
-    facts = {"width": width, "dims": list(nested.default_dims(width)), "is_tuned": False, "model": "none", "corpus": {}}
-    Manifest("embeddings", identity, {"corpus": "none"}, facts, tuple(receipts), is_complete=True).write(folder)
+    source = Corpus(str(folder), Columns(), (), 0)  # there are no texts
+    facts = {"width": width, "dims": list(nested.default_dims(width)), "is_tuned": False, "model": "none"}
+    facts["corpus"] = corpus.remember(source)
+    Manifest("embeddings", identity, {"corpus": source.fingerprint}, facts, tuple(receipts), is_complete=True).write(folder)
     return EmbeddingStore.open(folder)

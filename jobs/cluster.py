@@ -35,6 +35,7 @@ _IN_FLIGHT_PER_WORKER = 3  # one is read and tokenised, one computed, one writte
 _LOSSES_IN_A_ROW = 10  # per worker: then it is not a unit's fault
 _RETURN_SECONDS = 600.0  # how long to wait for a lost worker where there is no other
 _TEXTS_PER_CALL = 1024
+_SHARD_ATTEMPTS = 3
 _MOST_CPUS_PER_GPU = 16
 
 
@@ -116,30 +117,15 @@ class Session:
                 ray.wait(list(window), num_returns=len(window))
 
     @contextlib.contextmanager
-    def shards(self, files: Sequence[ShardFiles], num_workers: int | None) -> "Iterator[CallShards]":
+    def shards(self, files: Sequence[ShardFiles], num_workers: int | None) -> "Iterator[ShardActors]":
         """Opens shards in actors, dealt out in turn, and yields the way to call them."""
         self.release()
-        own = [files_of.resolve() for files_of in files]
-        num_actors = min(check_workers(num_workers) or capacity().num_cpus, len(own))
-        actors: list[Any] = [
-            ray.remote(_ShardActor).options(num_cpus=1).remote(own[number::num_actors]) for number in range(num_actors)
-        ]
-
-        def call(method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-            references = [
-                actors[number % num_actors].call.remote(number // num_actors, method, shared)
-                for number, shared in enumerate(arguments)
-            ]
-            try:
-                return ray.get(references)
-            except (RayTaskError, RayActorError) as error:
-                raise RuntimeError(f"search: a shard could not be searched ({_last_line(error)}). Run it again.") from None
-
+        num_actors = min(check_workers(num_workers) or capacity().num_cpus, len(files))
+        actors = ShardActors([own.resolve() for own in files], num_actors)
         try:
-            yield call
+            yield actors
         finally:
-            for actor in actors:
-                ray.kill(actor)
+            actors.close()
 
 
 _session: Session | None = None
@@ -355,15 +341,119 @@ class Encoders:
         return np.concatenate([results[key] for key in calls])
 
 
+class ShardsLostError(RuntimeError):
+    """Some shards cannot be searched.
+
+    Attributes:
+        faults: What happened to each, by the name of its folder.
+    """
+
+    def __init__(self, faults: Mapping[str, str]) -> None:
+        super().__init__(faults)  # as they are, so that the error can travel
+        self.faults = dict(faults)
+
+    def __str__(self) -> str:
+        """The shards, each with what happened to it."""
+        return "; ".join(f"shard {name}: {fault.rstrip('.')}" for name, fault in self.faults.items())
+
+
 class _ShardActor:
-    """Holds some open shards."""
+    """Holds some shards, each opened when it is first called."""
 
     def __init__(self, files: Sequence[ShardFiles]) -> None:
-        self._shards = [Shard.open(own) for own in files]
+        self._files = files
+        self._shards: dict[int, Shard] = {}
 
     def call(self, number: int, method: str, arguments: tuple[Any, ...]) -> Any:
         """Calls a method of one of them."""
+        if number not in self._shards:
+            try:
+                self._shards[number] = Shard.open(self._files[number])
+            except (OSError, ValueError, EOFError) as error:
+                raise ShardsLostError({self._files[number].folder.name: str(error)}) from None
         return getattr(self._shards[number], method)(*arguments)
+
+
+class ShardActors:
+    """Shards in actors, dealt out in turn. A lost actor starts again and opens its shards again.
+
+    Args:
+        files: The shards.
+        num_actors: How many actors hold them.
+    """
+
+    def __init__(self, files: Sequence[ShardFiles], num_actors: int) -> None:
+        start = ray.remote(_ShardActor).options(num_cpus=1, max_restarts=-1, max_task_retries=0).remote
+        self._actors: list[Any] = [start(files[number::num_actors]) for number in range(num_actors)]
+        self._places = {own.folder.name: divmod(number, num_actors) for number, own in enumerate(files)}
+
+    def close(self) -> None:
+        """Ends the actors."""
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def caller(self, files: Sequence[ShardFiles]) -> CallShards:
+        """Returns a caller for some of the shards, in this order.
+
+        It raises ``ShardsLostError`` with every shard that cannot be read, or whose actor is lost again and again.
+        """
+        names = [own.folder.name for own in files]
+
+        def call(method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+            return self._call(method, dict(zip(names, arguments, strict=True)))
+
+        return call
+
+    def _call(self, method: str, arguments: Mapping[str, tuple[Any, ...]]) -> list[Any]:
+        shared = {id(own): ray.put(own) for own in arguments.values()}  # once, where all shards are asked the same
+        references = {name: self._start(name, method, shared[id(own)]) for name, own in arguments.items()}
+        results: dict[str, Any] = {}
+        faults: dict[str, str] = {}
+        suspects: dict[str, str] = {}
+        for name, reference in references.items():
+            try:
+                results[name] = _get(reference)
+            except ShardsLostError as error:
+                faults |= error.faults
+            except RayError as error:  # the actor was lost: killed, evicted for want of memory, or its node is gone
+                suspects[name] = _last_line(error)
+        for name, reason in suspects.items():  # one by one: a call that ends its worker costs no other shard anything
+            try:
+                results[name] = self._try_again(name, method, arguments[name], reason)
+            except ShardsLostError as error:
+                faults |= error.faults
+        if faults:
+            raise ShardsLostError(faults)
+        return [results[name] for name in arguments]
+
+    def _try_again(self, name: str, method: str, arguments: tuple[Any, ...], reason: str) -> Any:
+        """Returns the result of a call whose actor was lost, once it is back.
+
+        Raises:
+            ShardsLostError: It does not come back, or is lost every time.
+        """
+        for _ in range(_SHARD_ATTEMPTS - 1):
+            if not self._is_back(name):
+                break
+            try:
+                return _get(self._start(name, method, arguments))
+            except RayError as again:
+                reason = _last_line(again)
+        raise ShardsLostError({name: f"its worker was lost ({reason})"})
+
+    def _start(self, name: str, method: str, arguments: Any) -> Any:
+        position, number = self._places[name]
+        return self._actors[number].call.remote(position, method, arguments)
+
+    def _is_back(self, name: str) -> bool:
+        """Waits until the actor that holds a shard has started again, and returns whether it has."""
+        _, number = self._places[name]
+        ready = self._actors[number].__ray_ready__.options(max_task_retries=-1).remote()
+        try:
+            ray.get(ready, timeout=_RETURN_SECONDS)
+        except RayError:  # lost for good, or not back in time
+            return False
+        return True
 
 
 @dataclass(frozen=True, slots=True)

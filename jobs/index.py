@@ -13,7 +13,7 @@ from jobs import cluster
 from jobs.cluster import Session
 from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import Counter, say
-from matryoshka import artifacts, corpus, indexing, layouts, model, nested, removals, storage, vectors
+from matryoshka import artifacts, corpus, filters, indexing, layouts, model, nested, removals, storage, vectors
 from matryoshka.artifacts import Journal, Manifest, Receipt
 from matryoshka.config import Field, FolderPath, InputPath, check_settings
 from matryoshka.corpus import Columns
@@ -55,6 +55,7 @@ class Settings(StageSettings):
         None, description="Parquet files with real queries, as text or as vectors in column 'embedding', for a projection."
     )
     text_column: str = Field("text", description="Column of --queries with the query's text.")
+    filter_columns: tuple[str, ...] = Field((), description="Columns of the corpus that searches can be restricted by.")
     remove: InputPath | None = Field(
         None, description="Parquet files with ids of documents to take out, now and in every later build."
     )
@@ -173,9 +174,13 @@ def run(settings: Settings) -> Manifest:
         previous = artifacts.claim(output, "index", identity, settings.replace)
         num_shards = settings.shards or _default_shards(store)
         slots, plans = indexing.plan_shards(store, num_shards, previous.facts["slots"] if previous else {})
+        kinds = filters.find_kinds(corpus.recall(store.manifest.facts["corpus"]), settings.filter_columns)
+        if kinds:
+            plans = indexing.find_origins(plans, store, kinds)
         finished = indexing.finished(output, previous, plans, store.manifest.num_rows, replace=settings.replace)
         state = _State(finished, plans, choice.layout)
-        manifest = Manifest("index", identity, {"embeddings": store.manifest.fingerprint}, _facts(settings, store, choice, slots))
+        facts = {**_facts(settings, store, choice, slots), "filter_columns": kinds}
+        manifest = Manifest("index", identity, {"embeddings": store.manifest.fingerprint}, facts)
         if previous and _is_current(previous, manifest, state, removed):
             say(f"index: nothing to do, {output} is complete ({previous.num_rows} documents)")
             return previous
@@ -199,7 +204,8 @@ def _choose(
 ) -> Choice:
     """Returns what the index is made of: what was asked for, then what it was made of before, then what the rule says."""
     plan = check_plan(settings, store.width)
-    before = indexing.layout_of(known) if known and not settings.replace else None
+    there = indexing.layout_of(known) if known else None
+    before = None if settings.replace else there
     asked: dict[str, Any] = {
         name: None if value == _AUTO else value
         for name, value in (("space", settings.space), ("factory", settings.coarse_index), ("storage", settings.storage))
@@ -211,16 +217,15 @@ def _choose(
         store.manifest.num_rows,
         settings.shards or _default_shards(store),
         store.dims,
-        bool(store.manifest.facts["is_tuned"]),
         has_queries,
         vectors.mean_id_bytes(store),
-        _device(stack) if settings.device == _AUTO and wanted.factory is None else settings.device.replace(_AUTO, "cpu"),
+        *(_machine(settings, stack) if wanted.factory is None else (settings.device.replace(_AUTO, "cpu"), False)),
         settings.memory_limit and settings.memory_limit * _GB,
     )
     choice = layouts.choose(given, wanted)
-    check_plan(settings, store.width, store.dims if given.is_tuned else (), choice.layout.space)
-    indexing.check_layout(choice.layout, choice.plan, given.num_documents)
-    if before == choice.layout and known and not settings.plan:
+    check_plan(settings, store.width, store.dims if store.manifest.facts["is_tuned"] else (), choice.layout.space)
+    indexing.check_layout(choice.layout, choice.plan, min(given.num_documents, settings.sample))
+    if known and there == choice.layout and not settings.plan:
         choice = dataclasses.replace(choice, plan=FunnelPlan.parse(known.facts["plan"]))
     if before is None:
         for sentence in (choice.describe(), *choice.reasons, choice.weigh(given.num_documents)):
@@ -246,9 +251,11 @@ def _removed(settings: Settings, output: Path, known: Manifest | None, store: Em
     return Removed.open(output, known, asked)
 
 
-def _device(stack: contextlib.ExitStack) -> str:
-    stack.enter_context(cluster.connected())
-    return cluster.capacity().device
+def _machine(settings: Settings, stack: contextlib.ExitStack) -> tuple[str, bool]:
+    """Returns where the index will be searched, and whether bf16 pays there."""
+    session = stack.enter_context(cluster.connected())
+    device = cluster.capacity().device if settings.device == _AUTO else settings.device
+    return device, device == "cuda" or session.choose_precision("auto") == "bf16"
 
 
 def _identity(
@@ -263,8 +270,9 @@ def _identity(
         "dim": layout.dim,
         "coarse_index": layout.factory,
         "storage": layout.storage,
-        "shards": settings.shards,
+        "shards": settings.shards or (known.identity.get("shards") if known and not settings.replace else None),
         "queries": learned,
+        "filter_columns": list(settings.filter_columns) or None,
     }
 
 
@@ -301,6 +309,8 @@ def _build(
     """Does what is left to do, with a receipt for each part on disk as soon as it is done; commits the manifest."""
     output = storage.local_path(settings.output).resolve()
     journal, todo = Journal(output), state.todo
+    if state.training:
+        _tell_age(state.training, store.manifest.num_rows)
     try:
         listed = removals.remember(output, removed.ids) if len(removed.ids) else None
         for receipt in (listed, _train(session, settings, store, state, queries)):
@@ -308,17 +318,12 @@ def _build(
                 state.finished[receipt.key] = receipt
                 journal.add(receipt)
         journal.flush()
-        if state.training and indexing.outgrown(state.training, store.manifest.num_rows):
-            say(
-                f"index: what shards share was learned from {state.training.details['num_documents']} documents, and there are"
-                f" {store.manifest.num_rows} now; --replace learns it anew and builds all shards"
-            )
         calls = [(shard, state.layout, output, state.training, listed) for shard in todo]
         with Counter("index", len(todo), "documents") as counter:
             for receipt in session.run_tasks(indexing.build_shard, calls):
                 journal.add(receipt)
                 state.finished[receipt.key] = receipt
-                counter.advance(receipt.num_rows, shard=receipt.key, **receipt.details)
+                counter.advance(receipt.num_rows, shard=receipt.key, seconds=receipt.details["seconds"])
         for receipt in session.run_tasks(removals.bury, [(output, shard, listed) for shard in state.unburied(listed)]):
             journal.add(receipt)
             state.finished[receipt.key] = receipt
@@ -338,6 +343,14 @@ def _build(
         f" {len(state.shards)} shards built; {FunnelPlan.parse(facts['plan']).describe()}"
     )
     return manifest
+
+
+def _tell_age(training: Receipt, num_documents: int) -> None:
+    advice = f"; there are {num_documents} now: --replace learns it anew, and builds all shards"
+    say(
+        f"index: what shards share is kept as it was learned from {training.details['num_documents']} documents"
+        + (advice if indexing.outgrown(training, num_documents) else "")
+    )
 
 
 def _train(

@@ -95,6 +95,17 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def free_bytes() -> int:
+    """Returns how much memory this process can still take: of the machine, or of the group whose limit it is under."""
+    lines = (line.split() for line in Path("/proc/meminfo").read_text("utf-8").splitlines())
+    free = next(int(fields[1]) * 1024 for fields in lines if fields[0] == "MemAvailable:")
+    with contextlib.suppress(OSError, ValueError):  # no group, or one without a limit
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text("utf-8")) for name in ("max", "current"))
+        figures = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text("utf-8").splitlines())
+        free = min(free, limit - used + int(figures["inactive_file"]))  # a cache that is given back
+    return free
+
+
 def _describe_hardware(device: str) -> dict[str, Any]:
     import torch
 

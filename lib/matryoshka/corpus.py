@@ -30,6 +30,7 @@ _BATCH_ROWS = 16_384
 _SHOWN = 3
 _MOST_HASHES = 2**25  # at once: 256 MiB
 _LOOKED_AT = 1_000
+_COMPARED_AT_ONCE = 16  # batches
 _FORMATS = {".parquet": "Parquet", ".csv": "CSV", ".jsonl": "JSONL"}
 _TYPES = {int: pa.int64(), str: pa.large_string(), list[str]: pa.list_(pa.large_string())}
 
@@ -160,6 +161,15 @@ def text_batches(
     """
     file = open_parquet(path)
     check_columns(path, file.schema_arrow, columns, id_columns, list_columns)
+    for row, batch in _rows(path, file, columns, start, stop):
+        arrays = [_as_text(path, column, batch.column(column), row) for column in columns]
+        yield pa.record_batch(arrays, names=list(columns))
+
+
+def _rows(
+    path: Path, file: pq.ParquetFile, columns: Sequence[str], start: int, stop: int | None
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Yields (number of the first row, rows) of rows ``start`` to ``stop``; row groups that lie outside are not read."""
     groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
     edges = list(itertools.accumulate(groups, initial=0))
     stop = edges[-1] if stop is None else stop
@@ -169,9 +179,7 @@ def text_batches(
         for batch in file.iter_batches(_BATCH_ROWS, row_groups=wanted, columns=list(dict.fromkeys(columns))):
             first, last = max(start - row, 0), min(stop - row, batch.num_rows)
             if first < last:
-                part = batch.slice(first, last - first)
-                arrays = [_as_text(path, column, part.column(column), row + first) for column in columns]
-                yield pa.record_batch(arrays, names=list(columns))
+                yield row + first, batch.slice(first, last - first)
             row += batch.num_rows
             if row >= stop:
                 break
@@ -210,6 +218,7 @@ def check_names(path: Path, names: Sequence[str], columns: Iterable[str]) -> Non
         ValueError: It does not.
     """
     flags = {name: f"--{name}-column" for name in ("id", "text", "query", "positive", "title", "body", "label")}
+    flags["embedding"] = "--vector-column"
     for column in columns:
         if names.count(column) > 1:
             raise ValueError(f"{path}: column '{column}' is there more than once. Rename or drop all but one of them.")
@@ -379,13 +388,35 @@ def read_unit(path: Path, columns: Columns, unit: Unit) -> tuple[list[str], list
     Raises:
         ValueError: The file is not the one that was planned with, or not readable.
     """
-    status = path.stat()
-    if _digest_once(path, status.st_size, status.st_mtime_ns) != unit.digest:
+    if not is_as_planned(path, unit):
         raise ValueError(f"{path}: changed since this run began. Run the same command again.")
     batches = text_batches(path, [columns.id, columns.text], [columns.id], unit.start, unit.stop)
     parts = [batch.filter(has_text(batch.column(1))) for batch in batches]
     table = pa.Table.from_batches(parts) if parts else pa.table({columns.id: [], columns.text: []})
     return table.column(0).to_pylist(), table.column(1).to_pylist()
+
+
+def read_columns(path: Path, unit: Unit, names: Sequence[str]) -> pa.Table:
+    """Returns columns of all rows of one unit, as they are stored.
+
+    Raises:
+        ValueError: The file is not the one that was planned with, or not readable, or lacks a column.
+    """
+    if not is_as_planned(path, unit):
+        raise ValueError(f"{path}: changed since this run began. Run the same command again.")
+    file = open_parquet(path)
+    check_names(path, file.schema_arrow.names, names)
+    parts = [batch for _, batch in _rows(path, file, names, unit.start, unit.stop)]
+    schema = pa.schema([file.schema_arrow.field(name) for name in dict.fromkeys(names)])
+    return pa.Table.from_batches([batch.select(schema.names) for batch in parts], schema)
+
+
+def is_as_planned(path: Path, unit: Unit) -> bool:
+    """Returns whether a file is there and the one that a unit was planned with."""
+    if not path.is_file():
+        return False
+    status = path.stat()
+    return _digest_once(path, status.st_size, status.st_mtime_ns) == unit.digest
 
 
 def _digest_once(path: Path, size: int, mtime_ns: int) -> str:
@@ -427,6 +458,15 @@ def find_texts_in(paths: Iterable[Path], ids: Iterable[str], columns: Columns) -
             hits = batch.filter(pc.is_in(batch.column(0), wanted))
             found.update(zip(hits.column(0).to_pylist(), hits.column(1).to_pylist(), strict=True))
     return found
+
+
+def find_rows(source: Corpus, ids: pa.Array) -> Iterator[pa.RecordBatch]:
+    """Yields ids and texts of the documents with these ids, in the order of the corpus."""
+    for file in source.files:
+        batches = text_batches(source.path_of(file.name), [source.columns.id, source.columns.text], [source.columns.id])
+        while group := list(itertools.islice(batches, _COMPARED_AT_ONCE)):  # each time, all ids are made ready to be looked up
+            table = pa.Table.from_batches(group).rename_columns(["id", "text"])
+            yield from table.filter(pc.is_in(table.column("id"), ids)).to_batches()
 
 
 def read_ids(paths: Iterable[Path], column: str = "id") -> Iterator[str]:

@@ -7,6 +7,7 @@ only needs a way to call a method on each of them.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from matryoshka import topk, vectors
+from matryoshka import conditions, filters, topk
+from matryoshka.conditions import Condition
+from matryoshka.filters import COLUMNS
 from matryoshka.index import CoarseIndex
 from matryoshka.nested import Float32Array, FunnelPlan, Step, shrink
 from matryoshka.products import Mask, StoredVectors
@@ -28,6 +31,12 @@ COARSE, DENSE, VECTORS, IDS = "coarse.faiss", "coarse.npy", "vectors.npy", "ids.
 # Scores closer than this may have been ordered by rounding; both candidates are then looked at.
 _ROUNDING = 1e-5
 _EXTRA_SHARE, _LEAST_EXTRA = 8, 8
+_MOST_FETCHED = 1 << 24  # scores and rows at once: 200 MB
+
+# A condition that leaves so few documents is answered by comparing just these at the plan's last dim: at this share a shortlist
+# would have to fetch twenty times what it keeps, and so many documents take no longer than a coarse search of all.
+_FEW_SHARE, _FEW_DOCUMENTS = 0.05, 20_000
+_GATHERED_SHARE = 0.75  # of a shard's rows: copying four fifths takes what it saves (100,000 rows of 384 dims on a CPU)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +59,7 @@ class Shard:
         coarse: A FAISS index, or coarse vectors that are all compared; None where every search compares full vectors.
         removed: Rows that are gone from the results.
         device: Where inner products are computed.
+        columns: What conditions may ask for.
 
     Shapes: stored [N, D], removed [R].
     """
@@ -60,8 +70,10 @@ class Shard:
         coarse: CoarseIndex | StoredVectors | None = None,
         removed: IntArray | None = None,
         device: str = "cpu",
+        columns: pa.RecordBatch | None = None,
     ) -> None:
-        self._coarse = coarse
+        self._coarse, self._columns = coarse, columns
+        self._asked: tuple[Condition, Mask] | None = None
         self._vectors = StoredVectors(stored, device)
         self._alive: Mask | None = None
         if removed is not None and len(removed):
@@ -73,46 +85,59 @@ class Shard:
         """Returns the shard in a folder; vectors stay on disk until they are looked at."""
         stored = np.load(files.folder / VECTORS, mmap_mode="r", allow_pickle=False)
         removed = np.load(files.removed, allow_pickle=False) if files.removed else None
+        columns = filters.open_columns(files.folder / COLUMNS) if (files.folder / COLUMNS).exists() else None
         coarse: CoarseIndex | StoredVectors | None = None
         if (files.folder / COARSE).exists():
             coarse = CoarseIndex.read(files.folder / COARSE)
         elif (files.folder / DENSE).exists():
             coarse = StoredVectors(np.load(files.folder / DENSE, mmap_mode="r", allow_pickle=False), device)
-        return cls(stored, coarse, removed, device)
+        return cls(stored, coarse, removed, device, columns)
 
     @property
     def num_documents(self) -> int:
         """Rows of the shard, those included that were removed."""
         return len(self._vectors)
 
-    def num_allowed(self) -> int:
-        """Returns how many rows may be found."""
-        allowed = self._allowed()
+    def num_allowed(self, condition: Condition | None = None) -> int:
+        """Returns how many rows may be found.
+
+        Raises:
+            ValueError: The condition does not fit the shard's columns.
+        """
+        allowed = self._allowed(condition)
         return self.num_documents if allowed is None else int(np.count_nonzero(allowed))
 
-    def shortlist(self, queries: Float32Array, step: Step) -> tuple[Float32Array, IntArray]:
+    def shortlist(self, queries: Float32Array, step: Step, condition: Condition | None = None) -> tuple[Float32Array, IntArray]:
         """Returns (scores, rows) of the best documents by the coarse index, and of all that tie with the last of them.
 
-        Where the last places are so close that rounding, or a tie, may have decided, more are fetched until a gap shows.
+        Where the last places are so close that rounding, or a tie, may have decided, or too many rows were hidden, more are
+        fetched until a gap shows.
 
         Shapes: queries [Q, dim] (coarse vectors) -> [Q, M], [Q, M]; row -1 pads.
         """
         assert self._coarse is not None
-        allowed = self._allowed()
+        allowed, num_allowed = self._allowed(condition), self.num_allowed(condition)
         if isinstance(self._coarse, StoredVectors):
-            return self._coarse.best(queries, step.keep, allowed)
-        num_hidden = 0 if allowed is None else int(np.count_nonzero(~allowed))
-        num_fetched = min(step.keep + max(step.keep // _EXTRA_SHARE, _LEAST_EXTRA) + num_hidden, self.num_documents)
+            return _best(self._coarse, queries, step.keep, allowed)
+        if not num_allowed:
+            return _nothing(len(queries))
+        num_wanted = step.keep + max(step.keep // _EXTRA_SHARE, _LEAST_EXTRA)
+        num_hidden = self.num_documents - num_allowed
+        # Hidden rows may all stand before the wanted ones; usually they stand anywhere.
+        num_fetched = min(num_wanted + num_hidden, 2 * num_wanted * self.num_documents // num_allowed, self.num_documents)
         found: list[tuple[Float32Array, IntArray]] = []
         order: list[IntArray] = []
         pending = np.arange(len(queries))
-        while pending.size and self.num_documents:
-            raw, rows = self._coarse.search(queries[pending], num_fetched, dict(step.parameters))
-            scores = raw if allowed is None else np.where((rows >= 0) & allowed[rows], raw, np.float32(topk.PADDING))
-            is_done = (num_fetched == self.num_documents) | _has_gap(scores, raw, step.keep)
-            found.append(topk.cut(scores[is_done], rows[is_done], step.keep))
-            order.append(pending[is_done])
-            pending = pending[~is_done]
+        while pending.size:
+            open_ones = [np.empty(0, np.int64)]
+            for now in np.split(pending, range(_at_once(num_fetched), len(pending), _at_once(num_fetched))):
+                raw, rows = self._coarse.search(queries[now], num_fetched, dict(step.parameters))
+                scores = raw if allowed is None else np.where((rows >= 0) & allowed[rows], raw, np.float32(topk.PADDING))
+                is_done = (num_fetched == self.num_documents) | _has_gap(scores, raw, step.keep)
+                found.append(topk.cut(scores[is_done], rows[is_done], step.keep))
+                order.append(now[is_done])
+                open_ones.append(now[~is_done])
+            pending = np.concatenate(open_ones)
             num_fetched = min(2 * num_fetched, self.num_documents)
         if not order:
             return _nothing(len(queries))
@@ -120,12 +145,12 @@ class Shard:
         back = np.argsort(np.concatenate(order))
         return scores[back], rows[back]
 
-    def scan(self, queries: Float32Array, num_kept: int) -> tuple[Float32Array, IntArray]:
+    def scan(self, queries: Float32Array, num_kept: int, condition: Condition | None = None) -> tuple[Float32Array, IntArray]:
         """Returns (scores, rows) of the best documents by a prefix of the stored vectors, every one compared; ties are kept.
 
         Shapes: queries [Q, dim] -> [Q, M], [Q, M]; row -1 pads.
         """
-        return self._vectors.best(queries, num_kept, self._allowed())
+        return _best(self._vectors, queries, num_kept, self._allowed(condition))
 
     def score(self, queries: Float32Array, numbers: IntArray, rows: IntArray) -> Float32Array:
         """Returns the inner products of chosen queries with prefixes of chosen documents, pair by pair.
@@ -134,12 +159,30 @@ class Shard:
         """
         return self._vectors.score(queries, numbers, rows)
 
-    def _allowed(self) -> Mask | None:
-        return self._alive
+    def _allowed(self, condition: Condition | None = None) -> Mask | None:
+        if condition is None:
+            return self._alive
+        if self._asked is None or self._asked[0] != condition:  # a search asks for the same one several times
+            mask = filters.select(self._columns, condition)
+            self._asked = condition, mask if self._alive is None else mask & self._alive
+        return self._asked[1]
 
 
 def _nothing(num_queries: int) -> tuple[Float32Array, IntArray]:
     return np.empty((num_queries, 0), np.float32), np.empty((num_queries, 0), np.int64)
+
+
+def _best(stored: StoredVectors, queries: Float32Array, num_kept: int, allowed: Mask | None) -> tuple[Float32Array, IntArray]:
+    """Returns the best of the vectors that may be found; where these are few, no other is looked at."""
+    num_allowed = len(stored) if allowed is None else int(np.count_nonzero(allowed))
+    if allowed is not None and num_allowed < _GATHERED_SHARE * len(stored):
+        return stored.best_of(queries, num_kept, np.flatnonzero(allowed))
+    return stored.best(queries, num_kept, allowed)
+
+
+def _at_once(num_fetched: int) -> int:
+    """Returns how many queries may fetch so many rows each without filling the memory."""
+    return max(_MOST_FETCHED // num_fetched, 1)
 
 
 def _has_gap(scores: Float32Array, fetched: Float32Array, num_kept: int) -> Mask:
@@ -229,24 +272,67 @@ class Searcher:
         """Returns how many candidates of one query all shards together may hand over."""
         return min(num_results * len(self._ids), self.num_documents)
 
-    def search(self, queries: npt.NDArray[np.floating[Any]], num_results: int) -> Ranking:
+    def search(self, queries: npt.NDArray[np.floating[Any]], num_results: int, where: str | None = None) -> Ranking:
         """Returns the best documents of each query.
+
+        Args:
+            queries: Of any length.
+            num_results: K.
+            where: Only documents for which this condition holds are found; see ``conditions``. The plan then finds what it
+                would find if there were no other documents, or better: few documents are compared one and all.
 
         Shapes: queries [Q, D]; see ``Ranking`` for what comes out.
 
         Raises:
-            ValueError: ``num_results`` is below 1, a query is not finite, or queries are narrower than the plan.
+            ValueError: ``num_results`` is below 1, a query is not finite, queries are narrower than the plan, or the index
+                cannot be asked this condition.
+        """
+        scores, documents = self.find(queries, num_results, where)
+        return Ranking(scores, documents, self._look_up(documents))
+
+    def find(
+        self, queries: npt.NDArray[np.floating[Any]], num_results: int, where: str | None = None
+    ) -> tuple[Float32Array, IntArray]:
+        """Returns (scores, numbers) of the best documents of each query, as ``search`` does, without their ids.
+
+        Shapes: queries [Q, D] -> [Q, K], [Q, K]; number -1 pads.
+
+        Raises:
+            ValueError: As ``search``.
         """
         self._check(queries, num_results)
-        plan = self._plan.for_results(num_results)
-        scores, documents = self._shortlist(queries, plan.shortlist)
+        condition = conditions.parse(where) if where is not None else None
+        plan = self._plan_for(condition).for_results(num_results)
+        scores, documents = self._shortlist(queries, plan.shortlist, condition)
         for step in plan.reranks:
             scores = self._score(shrink(queries, step.dim), documents)
             scores, documents = topk.cut(scores, documents, step.keep)
         columns = topk.rank(scores, documents, num_results, self._look_up)
         columns = columns[:, : int(np.count_nonzero(documents >= 0, axis=1).max(initial=0))]
-        scores, documents = np.take_along_axis(scores, columns, axis=1), np.take_along_axis(documents, columns, axis=1)
-        return Ranking(scores, documents, self._look_up(documents))
+        return np.take_along_axis(scores, columns, axis=1), np.take_along_axis(documents, columns, axis=1)
+
+    def ids_of(self, documents: IntArray) -> pa.Array:
+        """Returns the ids of documents.
+
+        Shapes: documents [P] (numbers as in ``Ranking``) -> [P].
+        """
+        shards = np.searchsorted(self._offsets, documents, side="right") - 1
+        order = np.argsort(shards, kind="stable")
+        edges = np.searchsorted(shards[order], np.arange(len(self._ids) + 1))
+        parts = [
+            own.take(pa.array(documents[order[start:stop]] - offset))
+            for own, offset, (start, stop) in zip(self._ids, self._offsets, itertools.pairwise(edges), strict=False)
+            if stop > start
+        ]
+        return pa.concat_arrays(parts).take(pa.array(np.argsort(order))) if parts else pa.array([], pa.large_string())
+
+    def _plan_for(self, condition: Condition | None) -> FunnelPlan:
+        """Returns the plan, or its last step alone where a condition leaves few documents; all shards together decide."""
+        last = self._plan.steps[-1]
+        if condition is None or (self._space and self._space.dim == last.dim):
+            return self._plan
+        num_left = sum(self._call("num_allowed", [(condition,)] * len(self._ids)))
+        return self._plan if num_left > max(_FEW_DOCUMENTS, _FEW_SHARE * self.num_documents) else FunnelPlan((last,))
 
     def score(self, queries: npt.NDArray[np.floating[Any]], documents: IntArray) -> Float32Array:
         """Returns the scores that a search gives documents at the end of the funnel; document -1 scores ``PADDING``.
@@ -268,7 +354,7 @@ class Searcher:
             ValueError: As ``score``.
         """
         self._check(queries, num_results=1)
-        return self._shortlist(queries, step)
+        return self._shortlist(queries, step, None)
 
     def order(self, scores: Float32Array, documents: IntArray) -> IntArray:
         """Returns the columns of candidates in the order in which a search would return them: by score, then id.
@@ -287,12 +373,14 @@ class Searcher:
             rows = np.flatnonzero(~np.isfinite(queries).all(axis=1))[:3].tolist()
             raise ValueError(f"search: queries {rows} are not finite. Check the model that made them.")
 
-    def _shortlist(self, queries: npt.NDArray[np.floating[Any]], step: Step) -> tuple[Float32Array, IntArray]:
+    def _shortlist(
+        self, queries: npt.NDArray[np.floating[Any]], step: Step, condition: Condition | None
+    ) -> tuple[Float32Array, IntArray]:
         """Returns the candidates of all shards together."""
         if self._space and self._space.dim == step.dim:
-            results = self._call("shortlist", [(self._space.queries(queries), step)] * len(self._ids))
+            results = self._call("shortlist", [(self._space.queries(queries), step, condition)] * len(self._ids))
         else:
-            results = self._call("scan", [(shrink(queries, step.dim), step.keep)] * len(self._ids))
+            results = self._call("scan", [(shrink(queries, step.dim), step.keep, condition)] * len(self._ids))
         scores = np.concatenate([part for part, _ in results], axis=1)
         documents = np.concatenate(
             [np.where(rows >= 0, rows + offset, -1) for (_, rows), offset in zip(results, self._offsets, strict=False)], axis=1
@@ -311,8 +399,6 @@ class Searcher:
 
     def _look_up(self, documents: IntArray) -> npt.NDArray[np.object_]:
         found = np.full(documents.shape, "", dtype=object)
-        shards = np.searchsorted(self._offsets, documents, side="right") - 1
-        for shard, ids in enumerate(self._ids):
-            mask = (shards == shard) & (documents >= 0)
-            found[mask] = vectors.take(ids, documents[mask] - self._offsets[shard])
+        is_there = documents >= 0
+        found[is_there] = self.ids_of(documents[is_there]).to_pylist()
         return found

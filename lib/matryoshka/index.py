@@ -171,8 +171,12 @@ def _set_parameters(index: faiss.Index, parameters: Parameters) -> None:
 
 
 def bytes_per_document(factory: str, dim: int) -> float:
-    """Returns how many bytes a kind of index takes for one more document: its code, its links, and its number in a list."""
-    whole = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)  # owns its parts: they must not outlive it
+    """Returns how many bytes a kind of index takes for one more document: its code, its links, and its number in a list.
+
+    Raises:
+        ValueError: FAISS has no such index.
+    """
+    whole = _make(factory, dim)  # owns its parts: they must not outlive it
     index, num_bytes = faiss.downcast_index(whole), 0.0
     if isinstance(index, faiss.IndexPreTransform):
         index = faiss.downcast_index(index.index)
@@ -229,12 +233,7 @@ def check_factory(factory: str, dim: int, num_documents: int) -> None:
     Raises:
         ValueError: It has not, it must learn from more documents than there are, or it loses vectors.
     """
-    try:
-        probe = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError:
-        raise ValueError(
-            f"--coarse-index {factory}: not a FAISS factory string for {dim} dims. Write for example Flat or HNSW32."
-        ) from None
+    probe = _make(factory, dim)
     if not probe.is_trained:
         needed = _needed_documents(probe)
         if num_documents < needed:
@@ -251,6 +250,15 @@ def check_factory(factory: str, dim: int, num_documents: int) -> None:
         rows = np.empty((0, 1), dtype=np.int64)
     if rows.ravel().tolist() != list(range(len(known))):
         raise ValueError(f"--coarse-index {factory}: does not find unit vectors again. Choose Flat or HNSW32.")
+
+
+def _make(factory: str, dim: int) -> faiss.Index:
+    try:
+        return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError:
+        raise ValueError(
+            f"--coarse-index {factory}: not a FAISS factory string for {dim} dims. Write for example Flat or HNSW32."
+        ) from None
 
 
 def _needed_documents(index: faiss.Index) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from matryoshka import artifacts, funnel, nested, products, removals, spaces, storage, units, vectors
+from matryoshka import artifacts, conditions, corpus, filters, funnel, nested, products, removals, spaces, storage, units, vectors
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
+from matryoshka.filters import COLUMNS, Kinds, Origin
 from matryoshka.funnel import COARSE, DENSE, IDS, VECTORS, CallShards, Searcher, Shard, ShardFiles
 from matryoshka.index import CoarseIndex, check_factory, check_parameters, is_trained
 from matryoshka.nested import FunnelPlan, shrink
@@ -20,6 +21,7 @@ from matryoshka.products import CoarseVectors
 from matryoshka.removals import REMOVED
 from matryoshka.spaces import Kind, Space
 from matryoshka.topk import IntArray
+from matryoshka.units import Unit
 from matryoshka.vectors import EmbeddingStore, Float16Array
 
 SHARDS, TRAINED, SPACE = "shards", "trained", "space.npz"
@@ -38,12 +40,13 @@ _DTYPES = {"float16": np.float16, "int8": np.int8}
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """One shard to build: its key (which changes with its content), and the embedding files that it covers."""
+    """One shard to build: its key (which changes with its content), the embedding files that it covers, and their origin."""
 
     key: str
     store: Path
     files: tuple[FileRecord, ...]
     num_rows: int
+    origin: Origin | None = None
 
 
 def plan_shards(store: EmbeddingStore, num_shards: int, previous: Mapping[str, int]) -> tuple[dict[str, int], list[ShardPlan]]:
@@ -69,6 +72,20 @@ def plan_shards(store: EmbeddingStore, num_shards: int, previous: Mapping[str, i
             files, num_rows = tuple(receipt.files[0] for receipt in own), sum(receipt.num_rows for receipt in own)
             plans.append(ShardPlan(f"{shard:05d}-{content[:16]}", store.folder.absolute(), files, num_rows))
     return slots, plans
+
+
+def find_origins(plans: Sequence[ShardPlan], store: EmbeddingStore, kinds: Kinds) -> list[ShardPlan]:
+    """Returns the plans with the places where the columns that shards are to keep come from."""
+    source = corpus.recall(store.manifest.facts["corpus"])
+    digests = {file.name: file.digest for file in source.files}
+    receipts = {receipt.files[0].path: receipt for receipt in store.manifest.receipts}
+    found = []
+    for plan in plans:
+        slots = [(receipts[file.path].key, str(receipts[file.path].details["slot"])) for file in plan.files]
+        own = [Unit.of(key, slot, digests[slot.rpartition(":")[0]]) for key, slot in slots]
+        origin = Origin(source.columns, kinds, tuple((source.path_of(unit.name), unit) for unit in own))
+        found.append(dataclasses.replace(plan, origin=origin))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +128,7 @@ def needs_training(layout: Layout) -> bool:
 
 
 def check_layout(layout: Layout, plan: FunnelPlan, num_documents: int) -> None:
-    """Checks that an index of this layout can be built of so many documents, and searched with a plan.
+    """Checks that an index of this layout can be learned from so many documents, and searched with a plan.
 
     Raises:
         ValueError: There are too few documents, FAISS has no such index, or the plan has parameters that it does not have.
@@ -240,7 +257,7 @@ def build_shard(
         listed: Receipt of the documents to leave out.
 
     Raises:
-        ValueError: An embedding file, or what was trained, is missing or not what its receipt says, or a vector is not finite.
+        ValueError: An embedding file, what was trained, or the corpus is not what it was, or a vector is not finite.
     """
     start = time.perf_counter()
     space, index = open_trained(folder, layout, training)
@@ -248,10 +265,11 @@ def build_shard(
     num_rows = sum(map(len, kept.values())) if listed else plan.num_rows
     target = folder / SHARDS / plan.key
     all_ids, done = [], 0
+    columns: list[pa.Table] = []
     with storage.publish(target) as temporary:
         temporary.mkdir()
         stored: Any = None
-        for file in plan.files:
+        for position, file in enumerate(plan.files):
             ids, block = vectors.read_unit(artifacts.check_file(plan.store, file))
             _refuse_infinite(plan.store / file.path, ids, block)
             if listed:
@@ -262,13 +280,17 @@ def build_shard(
             stored[done : done + len(block)] = pack(block, layout.storage)
             if index:
                 index.add(space.documents(block))
+            if plan.origin:
+                columns.append(filters.read_columns(plan.origin, position, ids))
             all_ids.append(ids)
             done += len(block)
         stored.flush()
         vectors.write_ids(temporary / IDS, all_ids)
+        if columns:
+            filters.write_columns(temporary / COLUMNS, columns)
         if index:
             index.write(temporary / layout.coarse_name)
-    names = (layout.coarse_name, VECTORS, IDS) if index else (VECTORS, IDS)
+    names = [*([layout.coarse_name] if index else []), VECTORS, IDS, *([COLUMNS] if columns else [])]
     files = tuple(FileRecord.of(folder, target / name) for name in names)
     details = {
         "num_left_out": plan.num_rows - num_rows,
@@ -331,7 +353,7 @@ def _check_trained(folder: Path, training: Receipt, name: str) -> Path:
 def export_keys(index: "IndexStore", plan: FunnelPlan) -> list[str]:
     """Returns the key of each shard's export, which changes with anything that the export is made of."""
     shards, keys = shard_receipts(index.manifest), []
-    tombstones = {receipt.key: receipt for receipt in index.manifest.receipts}
+    tombstones = {receipt.key: receipt for receipt in index.manifest.receipts if receipt.num_rows < 0}
     for shard in shards:
         own = [shard, *filter(None, [index.training, tombstones.get(removals.key_of(shard))])]
         content = [[file.digest for file in receipt.files] for receipt in own]
@@ -388,9 +410,11 @@ def count_missing(manifest: Manifest) -> int:
     return left_out - sum(min(receipt.num_rows, 0) for receipt in manifest.receipts)
 
 
-def layout_of(manifest: Manifest) -> Layout:
-    """Returns what an index is made of, finished or not."""
+def layout_of(manifest: Manifest) -> Layout | None:
+    """Returns what an index is made of, finished or not; None where it was made before there was a choice."""
     identity = manifest.identity
+    if "space" not in identity:
+        return None
     return Layout(identity["space"], int(identity["dim"]), identity["coarse_index"], identity["storage"])
 
 
@@ -401,10 +425,31 @@ def shard_receipts(manifest: Manifest) -> list[Receipt]:
 
 @dataclass(frozen=True, slots=True)
 class IndexStore:
-    """A finished index artifact."""
+    """A finished index artifact.
+
+    Attributes:
+        folder: Of the artifact.
+        manifest: Its own.
+        missing: Keys of shards that are left out.
+
+    >>> import tempfile
+    >>> made = tempfile.TemporaryDirectory()
+    >>> folder = Path(made.name)
+    >>> vectors.write_unit(folder / "unit.parquet", ["a", "b", "c"], np.eye(3, 8, dtype=np.float16))
+    >>> plan = ShardPlan("0-abc", folder, (FileRecord.of(folder, folder / "unit.parquet"),), 3)
+    >>> receipt = build_shard(plan, Layout("prefix", 4, "Flat"), folder / "index")
+    >>> identity = {"model": "m", "space": "prefix", "dim": 4, "coarse_index": "Flat", "storage": "float16"}
+    >>> facts = {"width": 8, "plan": ["4:2", "8:2"]}
+    >>> Manifest("index", identity, facts=facts, receipts=(receipt,), is_complete=True).write(folder / "index")
+    >>> searcher = IndexStore.open(folder / "index").searcher()
+    >>> searcher.search(np.array([[0, 1, 0.5, 0, 0, 0, 0, 0]]), num_results=2).ids.tolist()
+    [['b', 'c']]
+    >>> made.cleanup()
+    """
 
     folder: Path
     manifest: Manifest
+    missing: frozenset[str] = frozenset()
 
     @classmethod
     def open(cls, folder: Path) -> "IndexStore":
@@ -419,14 +464,76 @@ class IndexStore:
         """
         manifest = artifacts.read_complete(folder, "index")
         faults = artifacts.find_faults(folder, manifest, only_sizes=(VECTORS,))
+        if layout_of(manifest) is None:
+            faults = [f"{folder}: was made by an earlier version, and is laid out otherwise"]
         if faults:
             raise ValueError(f"{faults[0]}. Build the index anew: python -m jobs.index with --replace.")
         return cls(folder, manifest)
 
+    @classmethod
+    def open_partial(cls, folder: Path) -> tuple["IndexStore", dict[str, str]]:
+        """Returns the index without the shards that cannot be read, and what is wrong with each of these.
+
+        Files are looked at as by ``open``. A shard whose tombstones cannot be read would find what was removed.
+
+        Raises:
+            ValueError: There is no index, it is not finished, what all shards share cannot be read, or no shard can.
+        """
+        manifest = artifacts.read_complete(folder, "index")
+        names = {removals.key_of(receipt): receipt.key for receipt in shard_receipts(manifest)}
+        faults: dict[str, str] = {}
+        for receipt in manifest.receipts:
+            own = dataclasses.replace(manifest, receipts=(receipt,))
+            for fault in artifacts.find_faults(folder, own, only_sizes=(VECTORS,)):
+                faults.setdefault(names.get(receipt.key, receipt.key), fault)
+        for shared in faults.keys() - set(names.values()):
+            raise ValueError(f"{faults[shared]}. Build the index anew: python -m jobs.index with --replace.")
+        return cls(folder, manifest).without(faults), faults
+
+    def without(self, keys: Collection[str]) -> "IndexStore":
+        """Returns the index with more of its shards left out.
+
+        Raises:
+            ValueError: None is left.
+        """
+        rest = dataclasses.replace(self, missing=self.missing | set(keys))
+        if not rest.shards:
+            raise ValueError(f"{self.folder}: none of its {len(rest.missing)} shards can be searched. Build the index anew.")
+        return rest
+
+    @property
+    def num_documents_of(self) -> dict[str, int]:
+        """Documents of every shard that may be found, by its key, those of shards that are left out included."""
+        gone = {receipt.key: receipt.num_rows for receipt in self.manifest.receipts if receipt.num_rows < 0}
+        return {own.key: own.num_rows + gone.get(removals.key_of(own), 0) for own in shard_receipts(self.manifest)}
+
+    @property
+    def coverage(self) -> float:
+        """The share of the index's documents that is in shards which are not left out."""
+        counts = self.num_documents_of
+        return sum(count for key, count in counts.items() if key not in self.missing) / max(sum(counts.values()), 1)
+
+    @property
+    def filter_columns(self) -> Kinds:
+        """What conditions can ask for, and what it is."""
+        kinds: Kinds = self.manifest.facts.get("filter_columns", {})
+        return kinds
+
+    def check_where(self, where: str | None) -> None:
+        """Checks that a search can be restricted by a condition.
+
+        Raises:
+            ValueError: It is not a condition, or the index has not kept its columns.
+        """
+        if where is not None:
+            filters.check(conditions.parse(where), self.filter_columns)
+
     @property
     def layout(self) -> Layout:
         """What the index is made of."""
-        return layout_of(self.manifest)
+        layout = layout_of(self.manifest)
+        assert layout is not None
+        return layout
 
     @property
     def tuned(self) -> Mapping[str, Any] | None:
@@ -480,10 +587,11 @@ class IndexStore:
     def shards(self) -> list[ShardFiles]:
         """Where each shard is, in order."""
         buried = {receipt.key: receipt.files[0].path for receipt in self.manifest.receipts if receipt.num_rows < 0}
-        removed = [buried.get(removals.key_of(receipt)) for receipt in shard_receipts(self.manifest)]
+        own = [receipt for receipt in shard_receipts(self.manifest) if receipt.key not in self.missing]
+        removed = [buried.get(removals.key_of(receipt)) for receipt in own]
         return [
             ShardFiles(self.folder / SHARDS / receipt.key, self.folder / path if path else None)
-            for receipt, path in zip(shard_receipts(self.manifest), removed, strict=True)
+            for receipt, path in zip(own, removed, strict=True)
         ]
 
     @property

@@ -14,12 +14,14 @@ from matryoshka.spaces import Kind
 
 # Up to so many documents every one is compared with every query, by a prefix: a coarse index would save less than it costs.
 _SCANNED = {"cpu": 20_000, "cuda": 10_000_000}
-_CODES = 500_000  # up to so many, codes of all documents are scanned; beyond, only those in the nearest lists
-_LEARNED_SHARE, _LEARNED_STEP = 3, 8  # a learned space has a third of the full width, in steps of eight dims
+_COMPARED = 2_000_000  # up to so many in a shard, all are compared; beyond, only those in the nearest lists
+# Of the exact top 10, half the width holds .996 in a shortlist of 50, a third .943, and a prefix of half the width .950
+# (250,000 posts, MiniLM tuned on another domain).
+_LEARNED_SHARE, _LEARNED_STEP = 2, 8
 _DOCUMENTS_PER_DIM = 50  # fewer, and a learned space is that of the sample
-_LISTS_PER_ROOT, _LISTS_PER_PROBE = 4, 16
+_LISTS_PER_ROOT, _LISTS_PER_PROBE = 4, 4
 _LEAST_FOR_CODES = 1_000  # codebooks of fewer documents are those of the sample
-_SHORTLIST, _KEPT = 200, 100
+_SHORTLIST, _DENSE_SHORTLIST, _KEPT = 200, 60, 50  # codes lose what coarse vectors keep
 _BYTES = {"float16": 2, "int8": 1}
 _GB = 1e9
 
@@ -32,20 +34,20 @@ class Given:
         num_documents: In all shards.
         num_shards: Each is held by a process of its own.
         dims: The resolutions of the model, widest first.
-        is_tuned: Whether the model was trained for these resolutions.
         has_queries: Whether there are queries to learn a projection from.
         id_bytes: Of one id, on average.
         device: ``cpu`` or ``cuda``.
+        has_bf16: Whether products in bf16 are faster there than in float32.
         memory_bytes: Of a process that holds a shard; None: there is no limit.
     """
 
     num_documents: int
     num_shards: int
     dims: tuple[int, ...]
-    is_tuned: bool = False
     has_queries: bool = False
     id_bytes: float = 16.0
     device: str = "cpu"
+    has_bf16: bool = False
     memory_bytes: float | None = None
 
     @property
@@ -110,8 +112,8 @@ def choose(given: Given, wanted: Wanted) -> Choice:
 
     >>> choose(Given(5_000, 1, (384, 128, 64)), Wanted()).describe()
     'no coarse index, vectors as float16, funnel 64d keep 200 > 384d keep 100'
-    >>> choose(Given(250_000, 1, (384, 128, 64), is_tuned=True), Wanted()).layout.factory
-    'PQ32x4fs'
+    >>> choose(Given(250_000, 1, (384, 128, 64), has_bf16=True), Wanted()).describe()
+    'dense on 192 dims (rotation), vectors as float16, funnel 192d keep 60 > 384d keep 50'
     """
     reasons: list[str] = []
     scanned = _is_scanned(given, wanted, reasons)
@@ -151,13 +153,10 @@ def _space(given: Given, reasons: list[str]) -> Kind:
     if given.has_queries:
         reasons.append("there are queries to learn a projection from")
         return "projection"
-    if given.is_tuned:
-        reasons.append("the model was trained for prefixes")
-        return "prefix"
     if given.num_documents < _DOCUMENTS_PER_DIM * _learned_dim(given.width):
         reasons.append("there are too few documents to learn a rotation from, so the space is the prefix")
         return "prefix"
-    reasons.append("the model was not trained for prefixes, so that a rotation of the same width holds more")
+    reasons.append("a rotation holds more of full scores than a prefix of the same width, and what tuning taught the prefix too")
     return "rotation"
 
 
@@ -178,8 +177,12 @@ def _factory(given: Given, dim: int, reasons: list[str]) -> str:
     if given.num_documents < _LEAST_FOR_CODES:
         return "Flat"
     codes = f"PQ{dim // 2 if dim % 2 == 0 else dim}x4fs"
-    if given.num_documents <= _CODES:
-        reasons.append(f"4-bit codes of {given.num_documents} documents are scanned faster than lists of them are chosen")
+    num_held = -(-given.num_documents // given.num_shards)
+    if num_held <= _COMPARED and given.has_bf16 and given.memory_bytes is None:
+        reasons.append(f"products in bf16 are fast here, so all {num_held} coarse vectors of a shard are compared")
+        return DENSE_INDEX
+    if num_held <= _COMPARED:
+        reasons.append(f"4-bit codes of all {num_held} documents of a shard are scanned: lists of them would miss some")
         return codes
     num_lists = round(_LISTS_PER_ROOT * math.sqrt(given.num_documents))
     reasons.append(f"of {given.num_documents} documents only those in the nearest of {num_lists} lists are looked at")
@@ -191,7 +194,8 @@ def _plan(width: int, dim: int, factory: str) -> FunnelPlan:
     parameters = (("nprobe", max(int(lists[1]) // _LISTS_PER_PROBE, 1)),) if lists else ()
     if dim >= width:
         return FunnelPlan((Step(width, _SHORTLIST, parameters),))
-    return FunnelPlan((Step(dim, _SHORTLIST, parameters), Step(width, _KEPT)))
+    keep = _DENSE_SHORTLIST if factory == DENSE_INDEX else _SHORTLIST
+    return FunnelPlan((Step(dim, keep, parameters), Step(width, _KEPT)))
 
 
 def _check_memory(given: Given, num_held: int, coarse_bytes: float) -> None:

@@ -5,14 +5,15 @@ on what else is in the batch: sums of float32 run over each vector by itself, in
 such an order, only choose what is scored.
 """
 
+import copy
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from matryoshka import rates, topk
 from matryoshka.nested import Float32Array
 from matryoshka.topk import PADDING, IntArray
 
+T = TypeVar("T")
 Mask = npt.NDArray[np.bool_]
 Lists = tuple[Float32Array, IntArray]
 
@@ -29,7 +31,7 @@ _GROUP = 4  # documents of which the best one's score is noted
 _SUPERGROUP = 32  # documents of which the best one's is noted as well, to find the groups by
 _FOLDED_AT_ONCE = 8  # products
 _LEAST_PAIRS = 4_096  # that are worth a thread
-_BIN = 128  # documents of which the best one's tells how good the best so many are at least
+_BIN = 256  # documents of which the best one's tells how good the best so many are at least
 _INTEGERS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 _LAST_BIT = {torch.bfloat16: 2.0**-9, torch.float32: 2.0**-24}  # half a unit in the last place, as a share
 
@@ -41,17 +43,26 @@ class _Tiles:
     Attributes:
         queries: Of one product.
         documents: Of one product; with the queries, scores that stay in a core's cache.
+        most_documents: Of one product with few queries.
         segment: Documents whose scores are looked through together.
-        pairs: Candidates whose vectors are widened to float32 at once.
+        rounded: The same, where vectors are first brought into the dtype of products.
+        widened: Documents whose vectors are widened to float32 at once.
+        pairs: Candidates whose vectors are.
     """
 
     queries: int
     documents: int
+    most_documents: int
     segment: int
+    rounded: int
+    widened: int
     pairs: int
 
 
-_TILES = {"cpu": _Tiles(1_024, 512, 1 << 18, 1_024), "cuda": _Tiles(4_096, 32_768, 1 << 18, 1 << 18)}
+_TILES = {
+    "cpu": _Tiles(1_024, 1_024, 1 << 14, 1 << 18, 1 << 16, 1 << 12, 1 << 10),
+    "cuda": _Tiles(1 << 12, 1 << 15, 1 << 17, 1 << 18, 1 << 18, 1 << 18, 1 << 18),
+}
 
 
 class StoredVectors:
@@ -81,7 +92,8 @@ class StoredVectors:
         if not self._is_plain:
             return 1.0
         starts = range(0, len(self), self._tiles.segment)
-        return max((_longest(self._vectors[start : start + self._tiles.segment]) for start in starts), default=0.0)
+        parts = (self._vectors[start : start + self._tiles.segment].float() for start in starts)
+        return max((float(torch.linalg.vector_norm(part, dim=1).max()) for part in parts), default=0.0)
 
     def score(self, queries: Float32Array, numbers: IntArray, rows: IntArray) -> Float32Array:
         """Returns the inner products of chosen queries with chosen vectors, pair by pair.
@@ -106,12 +118,27 @@ class StoredVectors:
         if not len(self) or not len(queries):
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
         compared = torch.from_numpy(self._as_compared(queries)).to(self._vectors.device)
-        scan = _Scan(compared, num_kept, len(self), self._tiles)
-        for start in range(0, len(self), self._tiles.segment):
-            part = slice(start, min(start + self._tiles.segment, len(self)))
-            block, error = self._rounded(part, queries.shape[1], scan.dtype)
-            scan.look_through(block, error, self._longest, start, None if allowed is None else allowed[part])
+        scan = _Scan(compared, num_kept, len(self), self._tiles, self._longest, is_rounded=not self._is_plain)
+        size = self._tiles.segment if self._is_plain else self._tiles.rounded
+        room = torch.empty(min(size, len(self)), queries.shape[1], dtype=scan.dtype, device=compared.device)
+        for start in range(0, len(self), size):
+            part = slice(start, min(start + size, len(self)))
+            scan.look_through(self._block(part, room), start, None if allowed is None else allowed[part])
         return topk.pad([self._finish(queries[part], numbers, rows, num_kept) for part, numbers, rows in scan.noted()])
+
+    def best_of(self, queries: Float32Array, num_kept: int, chosen: IntArray) -> Lists:
+        """Returns what ``best`` does where only some rows are allowed, for the cost of looking at these rows alone.
+
+        Shapes: queries [Q, dim], chosen [R] -> [Q, M], [Q, M]; in no order.
+        """
+        prefixes, parts = self._vectors[:, : queries.shape[1]], []
+        for start in range(0, max(len(chosen), 1), self._tiles.segment):
+            own, gathered = chosen[start : start + self._tiles.segment], copy.copy(self)
+            gathered._vectors = prefixes.index_select(0, torch.from_numpy(own).to(prefixes.device))
+            scores, places = gathered.best(queries, num_kept)
+            parts.append((scores, np.where(places >= 0, own[places], -1)))
+        scores, rows = (np.concatenate(lists, axis=1) for lists in zip(*parts, strict=True))
+        return topk.cut(scores, rows, num_kept)
 
     def _finish(self, queries: Float32Array, numbers: IntArray, rows: IntArray, num_kept: int) -> Lists:
         scores = self.score(queries, numbers, rows)
@@ -122,17 +149,24 @@ class StoredVectors:
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         return torch.from_numpy(queries).bfloat16().float().numpy() if self._is_plain else queries
 
-    def _rounded(self, part: slice, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
-        """Returns prefixes, at unit length unless they are plain, in another dtype; and how far any of them is off by that."""
-        prefixes = self._vectors[part, :dim]
+    def _block(self, part: slice, room: torch.Tensor) -> torch.Tensor:
+        """Returns prefixes, at unit length unless they are plain, in the dtype of products; in memory that is at hand.
+
+        Shapes: room [N or more, dim] -> [N, dim].
+        """
+        prefixes = self._vectors[part, : room.shape[1]]
         if self._is_plain:
-            return prefixes.to(dtype), 0.0
-        wide = prefixes.float()
-        wide.div_(torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min_(1e-30))
-        if dtype == torch.float32:
-            return wide, 0.0
-        rounded = wide.to(dtype)
-        return rounded, float(torch.linalg.vector_norm(wide.sub_(rounded), dim=1).max())
+            return prefixes.to(room.dtype)
+        block = room[: len(prefixes)]
+        starts = range(0, len(prefixes), self._tiles.widened)
+
+        def fill(start: int) -> None:
+            wide = prefixes[start : start + self._tiles.widened].float()
+            wide.div_(torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min_(1e-30))
+            block[start : start + self._tiles.widened] = wide
+
+        _in_threads(fill, starts, room.device.type)
+        return block
 
     def _score_in_threads(self, queries: Float32Array, numbers: IntArray, rows: IntArray) -> Float32Array:
         size = max(-(-len(rows) // _num_threads("cpu")), _LEAST_PAIRS)
@@ -206,7 +240,6 @@ class _Lot:
     Attributes:
         part: Which queries.
         rounded: The queries in the dtype of products.
-        error: How far any of them is off by that.
         best: The best scores of bins so far: so many documents score at least as much.
         noted: Numbers of queries, rows, and the bits of their group's best score, segment by segment.
 
@@ -215,7 +248,6 @@ class _Lot:
 
     part: slice
     rounded: torch.Tensor
-    error: float
     best: torch.Tensor
     noted: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
@@ -227,34 +259,36 @@ class _Scan:
     are below all of those, but in no order among themselves; where the bar is not above zero, everything is noted.
     """
 
-    def __init__(self, queries: torch.Tensor, num_kept: int, num_documents: int, tiles: _Tiles) -> None:
+    def __init__(
+        self, queries: torch.Tensor, num_kept: int, num_documents: int, tiles: _Tiles, longest: float, *, is_rounded: bool
+    ) -> None:
         self.dtype = _scan_dtype(queries.device.type)
         self._num_kept = num_kept
         size = min(max(-(-len(queries) // _num_threads(queries.device.type)), 1), tiles.queries)
         room = tiles.queries * tiles.documents // size
-        self._num_columns = max(min(1 << (room.bit_length() - 1), tiles.segment, 1 << (num_documents - 1).bit_length()), _BIN)
+        self._num_columns = max(
+            min(1 << (room.bit_length() - 1), tiles.most_documents, 1 << (num_documents - 1).bit_length()), _BIN
+        )
         self._lots = []
-        self._block_error, self._longest = 0.0, 0.0
+        # Of q.x, summing moves at most a share of |q| |x| (Cauchy-Schwarz), and so does rounding each factor.
+        self._moved = longest * queries.shape[1] * 2.0**-23
+        if is_rounded and self.dtype != torch.float32:
+            self._moved += longest * 2.01 * _LAST_BIT[self.dtype]
         for start in range(0, len(queries), size):
             own = queries[start : start + size]
-            rounded = own.to(self.dtype)
             nothing = torch.empty(len(own), 0, dtype=self.dtype, device=queries.device)
-            self._lots.append(_Lot(slice(start, start + len(own)), rounded, _longest(own - rounded.float()), nothing))
+            self._lots.append(_Lot(slice(start, start + len(own)), own.to(self.dtype), nothing))
 
-    def look_through(self, block: torch.Tensor, error: float, longest: float, start: int, allowed: Mask | None) -> None:
+    def look_through(self, block: torch.Tensor, start: int, allowed: Mask | None) -> None:
         """Notes the groups of a segment that may hold one of the best documents.
 
         Args:
             block: Vectors of the segment.
-            error: How far any of them is off.
-            longest: Their greatest length, before that.
             start: Row of the first.
             allowed: Which may be found.
 
         Shapes: block [N, dim], allowed [N].
         """
-        self._block_error = max(self._block_error, error)
-        self._longest = max(self._longest, longest)
         hidden = torch.zeros(len(block), dtype=torch.bool) if allowed is None else torch.from_numpy(~allowed)
         whole = len(block) - len(block) % self._num_columns
         missing = self._num_columns - len(block) + whole
@@ -270,7 +304,7 @@ class _Scan:
 
     def _look(self, lot: _Lot, block: torch.Tensor, hidden: torch.Tensor, start: int) -> None:
         groups, supergroups, bins = self._maxima(lot, block, hidden)
-        lot.best = torch.cat([lot.best, *bins.view(self.dtype)], dim=1)
+        lot.best = torch.cat([lot.best, bins.transpose(0, 1).reshape(len(lot.best), -1).view(self.dtype)], dim=1)
         if lot.best.shape[1] > self._num_kept:
             lot.best = lot.best.topk(self._num_kept, dim=1, sorted=False).values
         bars = self._bars(lot)
@@ -290,12 +324,11 @@ class _Scan:
         Shapes: block [N, dim], hidden [N] -> [products, Q, groups of a product], [products, Q, ...], [products, Q, ...].
         """
         num_products = len(block) // self._num_columns
-        product, groups = _room(lot.rounded, num_products, self._num_columns)
+        product, groups, supergroups, bins = _room(lot.rounded, num_products, self._num_columns)
         left, right = product.view(groups.dtype).chunk(2, dim=1)
         near, far = left.chunk(2, dim=1)
         is_hidden = hidden.view(num_products, -1)
         has_hidden = is_hidden.any(dim=1).tolist()
-        supergroups, bins = [], []
         for number, columns in enumerate(torch.split(block.T, self._num_columns, dim=1)):
             torch.mm(lot.rounded, columns, out=product)
             if has_hidden[number]:
@@ -303,16 +336,15 @@ class _Scan:
             torch.maximum(left, right, out=left)
             torch.maximum(near, far, out=groups[number])
             if number % _FOLDED_AT_ONCE == _FOLDED_AT_ONCE - 1 or number == num_products - 1:  # while they are in the cache
-                recent = groups[number - number % _FOLDED_AT_ONCE : number + 1]
-                supergroups.append(_fold(recent, _SUPERGROUP // _GROUP))
-                bins.append(_fold(supergroups[-1], _BIN // _SUPERGROUP))
-        return groups, torch.cat(supergroups), torch.cat(bins)
+                recent = slice(number - number % _FOLDED_AT_ONCE, number + 1)
+                _fold(groups[recent], supergroups[recent])
+                _fold(supergroups[recent], bins[recent])
+        return groups, supergroups, bins
 
     def _bars(self, lot: _Lot) -> torch.Tensor:
         """Returns the bits of the scores below which no document can be among the best, whatever was rounded.
 
-        So many bins have a document that scores at least ``worst``. Of q.x, rounding the vectors moves at most
-        |dq| |x| + |q| |dx| (Cauchy-Schwarz), and summing and rounding the product a share of |q| |x|.
+        So many bins have a document that scores at least ``worst``, give or take what it was moved by.
 
         Shapes: [Q].
         """
@@ -320,11 +352,9 @@ class _Scan:
         if lot.best.shape[1] < self._num_kept:
             return torch.full((len(lot.best),), torch.iinfo(integer).min, dtype=integer, device=lot.best.device)
         worst = lot.best.amin(dim=1).float()
-        length, dim = _longest(lot.rounded.float()) + lot.error, lot.rounded.shape[1]
-        moved = lot.error * self._longest + length * self._block_error
-        summed = dim * 2.0**-23 * length * (self._longest + self._block_error)
+        moved = self._moved * torch.linalg.vector_norm(lot.rounded.float(), dim=1)
         # Rounded are the score of a document, that of the last of the best, and the bar.
-        bars = (worst - 2 * (moved + summed) - 3.01 * _LAST_BIT[self.dtype] * worst.abs()).to(self.dtype)
+        bars = (worst - 2 * moved - 3.01 * _LAST_BIT[self.dtype] * worst.abs()).to(self.dtype)
         return torch.where(bars > 0, bars.view(integer), torch.iinfo(integer).min)
 
     def noted(self) -> Iterator[tuple[slice, IntArray, IntArray]]:
@@ -377,33 +407,38 @@ class _Found:
         return _Found(lines, places.view(-1)[good], scores.view(-1)[good], width)
 
 
-def _fold(bits: torch.Tensor, size: int) -> torch.Tensor:
-    """Returns the greatest of so many columns each, halving again and again.
+def _fold(bits: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes the greatest of columns at equal distances, halving again and again.
 
-    Shapes: bits [..., N] -> [..., N / size].
+    Shapes: bits [..., N], out [..., N / size].
     """
-    while size > 1:
-        bits = torch.maximum(*bits.chunk(2, dim=-1))
-        size //= 2
-    return bits
+    while bits.shape[-1] > out.shape[-1]:
+        is_last = bits.shape[-1] == 2 * out.shape[-1]
+        bits = torch.maximum(*bits.chunk(2, dim=-1), out=out if is_last else None)
 
 
 _rooms: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
 
-def _room(queries: torch.Tensor, num_products: int, num_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns this thread's memory for a product and for groups; on CPUs the same again, as fresh memory costs more than a fold.
+def _room(queries: torch.Tensor, num_products: int, num_columns: int) -> tuple[torch.Tensor, ...]:
+    """Returns this thread's memory for a product, and for its groups, supergroups and bins.
 
-    Shapes: [Q, columns], [products, Q, columns / group].
+    On CPUs it is the same every time: memory that is fresh from the system costs more than what is written to it.
+
+    Shapes: [Q, columns], [products, Q, groups], [products, Q, supergroups], [products, Q, bins].
     """
-    sizes = len(queries) * num_columns, num_products * len(queries) * num_columns // _GROUP
-    thread = threading.get_ident()
-    product, groups = _rooms.get(thread, (queries.new_empty(0), queries.new_empty(0)))
-    if product.dtype != queries.dtype or product.device != queries.device or len(product) < sizes[0] or len(groups) < sizes[1]:
-        product, groups = queries.new_empty(sizes[0]), queries.new_empty(sizes[1], dtype=_INTEGERS[queries.dtype])
+    size, thread = len(queries) * num_columns, threading.get_ident()
+    widths = [num_columns // own for own in (_GROUP, _SUPERGROUP, _BIN)]
+    product, rest = _rooms.get(thread, (queries.new_empty(0), queries.new_empty(0)))
+    num_wanted = num_products * len(queries) * sum(widths)
+    is_other = product.dtype != queries.dtype or product.device != queries.device
+    if is_other or len(product) < size or len(rest) < num_wanted:
+        product, rest = queries.new_empty(size), queries.new_empty(num_wanted, dtype=_INTEGERS[queries.dtype])
         if queries.device.type == "cpu":
-            _rooms[thread] = product, groups
-    return product[: sizes[0]].view(len(queries), -1), groups[: sizes[1]].view(num_products, len(queries), -1)
+            _rooms[thread] = product, rest
+    parts = torch.split(rest[:num_wanted], [num_products * len(queries) * width for width in widths])
+    shaped = (part.view(num_products, len(queries), width) for part, width in zip(parts, widths, strict=True))
+    return product[:size].view(len(queries), -1), *shaped
 
 
 def _members(places: torch.Tensor, distance: int, size: int) -> torch.Tensor:
@@ -414,18 +449,13 @@ def _members(places: torch.Tensor, distance: int, size: int) -> torch.Tensor:
     return places[:, None] + distance * torch.arange(size, device=places.device)
 
 
-def _longest(vectors: torch.Tensor) -> float:
-    """Returns the greatest length of some vectors."""
-    return float(torch.linalg.vector_norm(vectors, dim=1).max())
-
-
-def _in_threads(function: Callable[[_Lot], None], lots: list[_Lot], device: str) -> None:
-    """Calls a function for each lot; on CPUs in threads of one core each, which do not wait for each other at every product."""
+def _in_threads(function: Callable[[T], None], parts: Iterable[T], device: str) -> None:
+    """Calls a function for each part; on CPUs in threads of one core each, which do not wait for each other at every product."""
     if device == "cpu":
-        list(_threads().map(function, lots))
+        list(_threads().map(function, parts))
     else:
-        for lot in lots:
-            function(lot)
+        for part in parts:
+            function(part)
 
 
 @functools.cache

@@ -28,6 +28,12 @@ class Unit:
     start: int
     stop: int
 
+    @classmethod
+    def of(cls, key: str, slot: str, digest: str) -> "Unit":
+        """Returns the unit with this key and slot, given the whole digest of its file."""
+        name, _, start = slot.rpartition(":")
+        return cls(name, digest, int(start), int(key.rpartition("-")[2]))
+
     @property
     def key(self) -> str:
         """Identity of the content: another byte in the file is another key, another name is not."""

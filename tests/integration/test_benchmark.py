@@ -152,7 +152,7 @@ def test_a_cluster_is_refused(root: Path, tiny: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["index"], "'work': input should be 'encode' or 'finetune' .found 'index'"),
+        (["index"], "'work': input should be 'encode', 'finetune' or 'search' .found 'index'"),
         ([], "'work' is missing"),
         (["finetune"], r"benchmark finetune: no pairs\. Pass --pairs PATH"),
         (["finetune", "--pairs", "pairs"], r"--corpus: says nothing to benchmark finetune\. Leave it out"),

@@ -12,7 +12,9 @@ LIB, JOBS = ROOT / "lib" / "matryoshka", ROOT / "jobs"
 SOURCES = sorted([*LIB.rglob("*.py"), *JOBS.rglob("*.py")])
 DOORS = {
     "ray": ("jobs/",),
-    "faiss": ("lib/matryoshka/index.py",),
+    "faiss": ("lib/matryoshka/index.py", "lib/matryoshka/search_peers.py"),
+    **dict.fromkeys(("hnswlib", "usearch"), ("lib/matryoshka/search_peers.py",)),
+    "PIL": ("lib/matryoshka/charts.py",),
     **dict.fromkeys(("ir_measures", "scipy"), ("lib/matryoshka/metrics.py",)),
     "pydantic": ("lib/matryoshka/config.py",),
     "yaml": ("lib/matryoshka/config.py",),
@@ -27,35 +29,23 @@ DOORS = {
     "datasketch": ("lib/matryoshka/leaks.py",),
     "pyarrow": tuple(
         f"lib/matryoshka/{room}.py"
-        for room in ("corpus", "sources", "partitions", "vectors", "funnel", "removals", "indexing", "verification")
+        for room in {"corpus", "sources", "partitions", "vectors", "filters", "funnel", "indexing", "verification"}
+        | {"removals", "queries", "results"}
     ),
     **dict.fromkeys(("nncf", "onnxruntime", "openvino"), ("lib/matryoshka/peers.py",)),
     "rich": ("jobs/terminal.py",),
     "jobs": ("jobs/",),
 }
-PURE = ("units", "nested", "topk", "clock", "batches")
+PURE = ("units", "nested", "topk", "conditions", "clock", "batches", "tradeoffs")
 LAYERS = [
-    {"config", "units", "nested", "topk", "clock", "batches", "frontier"},
-    {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves"}
+    {"config", "units", "nested", "topk", "conditions", "clock", "batches", "frontier", "tradeoffs"},
+    {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves", "charts"}
     | {"splits", "sources", "partitions", "leaks", "chunks", "rates"},
-    {
-        "artifacts",
-        "model",
-        "pairs",
-        "positives",
-        "sts",
-        "encode",
-        "tokens",
-        "packed",
-        "vectors",
-        "products",
-        "spaces",
-        "funnel",
-        "removals",
-    }
-    | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"},
+    {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "products", "spaces", "funnel"}
+    | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"}
+    | {"removals", "filters", "queries"},
     {"preparation", "mining", "training", "card", "embedding", "indexing", "layouts", "evaluation", "report", "verification"}
-    | {"calibration", "peers", "plain_trainer", "answers", "tuning"},
+    | {"calibration", "peers", "plain_trainer", "answers", "tuning", "results", "search_peers", "synthetic"},
 ]
 
 

@@ -60,7 +60,8 @@ def test_kinds_that_take_vectors_as_they_come_pass_whatever_number_there_is(fact
 def test_kinds_that_learn_pass_where_there_are_documents_enough_to_learn_from(random_vectors: Make, factory: str, needed: int):
     index.check_factory(factory, 64, needed)
     assert not index.is_trained(factory, 64)
-    assert CoarseIndex.train(shrink(random_vectors(needed, 64), 64), factory).ntotal == 0
+    if needed < 256:  # more take seconds
+        assert CoarseIndex.train(shrink(random_vectors(needed, 64), 64), factory).ntotal == 0
     if needed > 1:
         with pytest.raises(ValueError, match=rf"--coarse-index {factory}: needs {needed} documents to learn from, and there"):
             index.check_factory(factory, 64, needed - 1)

@@ -132,6 +132,14 @@ def test_a_plan_that_starts_at_other_dims_than_the_coarse_index_scans_them(
         assert index.searcher(FunnelPlan.parse(plan)).search(queries, 3).ids.tolist() == expected.tolist()
 
 
+def test_an_index_of_an_earlier_version_is_refused(make_store: MakeStore, make_index: MakeIndex, parts: dict):
+    index = make_index(make_store(parts))
+    identity = {"model": "m", "plan": ["4:5"], "coarse_index": "Flat", "shards": None}
+    dataclasses.replace(index.manifest, identity=identity).write(index.folder)
+    with pytest.raises(ValueError, match=r"was made by an earlier version, and is laid out otherwise\. Build the index anew"):
+        IndexStore.open(index.folder)
+
+
 def test_altered_vectors_are_opened_and_left_to_verify_to_find(make_store: MakeStore, make_index: MakeIndex, parts: dict):
     index = make_index(make_store(parts))
     path = index.shards[1].folder / VECTORS
@@ -319,6 +327,8 @@ EXPORTED = {
     "projection, codes, int8": (Layout("projection", 8, "SQ8", "int8"), ["8:40", "24:20"]),
     "a scan": (Layout("prefix", 24, indexing.NO_INDEX), ["6:40", "24:20"]),
     "a scan beside a coarse index": (Layout("rotation", 8, "Flat"), ["12:40", "24:20"]),
+    "rotation, dense": (Layout("rotation", 8, indexing.DENSE_INDEX), ["8:60", "24:20"]),
+    "projection, dense, int8": (Layout("projection", 8, indexing.DENSE_INDEX, "int8"), ["8:60", "24:20"]),
     "one step": (Layout("prefix", 24, indexing.NO_INDEX), ["24:20"]),
 }
 

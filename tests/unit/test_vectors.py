@@ -79,3 +79,44 @@ def test_ids_come_back_in_order_and_are_taken_by_row(
     assert ids.to_pylist() == every_id
     rows = data.draw(st.lists(st.integers(0, len(every_id) - 1), max_size=9)) if every_id else []
     assert vectors.take(ids, np.array(rows, dtype=np.int64)).tolist() == [every_id[row] for row in rows]
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.float16(), 4)])
+def test_vectors_that_anybody_wrote_are_read_from_all_files(tmp_path: Path, kind: pa.DataType):
+    rows = np.arange(12, dtype=np.float16).reshape(3, 4)
+    for name, part in (("a", rows[:2]), ("b", rows[2:])):
+        pq.write_table(pa.table({"embedding": pa.array([list(row) for row in part], kind)}), tmp_path / f"{name}.parquet")
+    found = vectors.read_embeddings([tmp_path / "a.parquet", tmp_path / "b.parquet"], 4)
+    assert found.dtype == np.float16
+    np.testing.assert_array_equal(found, rows)
+
+
+BAD_EMBEDDINGS = {
+    "no column": (pa.table({"vector": [[1.0]]}), r"no vectors in column 'embedding' \(.*\)\. Pass another file"),
+    "numbers": (pa.table({"embedding": [1.0]}), r"no vectors in column 'embedding'"),
+    "texts": (pa.table({"embedding": [["a", "b"]]}), r"no vectors in column 'embedding'"),
+    "another width": (pa.table({"embedding": [[1.0, 2.0], [1.0]]}), r"do not have 2 numbers each\. Use the index's own model"),
+    "no vector": (pa.table({"embedding": [[1.0, 2.0], None]}), r"do not have 2 numbers each"),
+    "not finite": (pa.table({"embedding": [[1.0, 2.0], [1.0, np.inf]]}), r"row 1: not finite\. Check the model"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_EMBEDDINGS)
+def test_files_without_usable_vectors_are_named(tmp_path: Path, case: str):
+    table, message = BAD_EMBEDDINGS[case]
+    pq.write_table(table, tmp_path / "queries.parquet")
+    with pytest.raises(ValueError, match=rf"queries\.parquet: .*{message}"):
+        vectors.read_embeddings([tmp_path / "queries.parquet"], 2)
+
+
+def test_ids_of_a_unit_are_read_without_its_vectors(tmp_path: Path):
+    vectors.write_unit(tmp_path / "unit.parquet", ["a", "bcd"], np.eye(2, dtype=np.float16))
+    assert vectors.read_ids(tmp_path / "unit.parquet").to_pylist() == ["a", "bcd"]
+    (tmp_path / "unit.parquet").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"unit\.parquet: not a file of embeddings .*Run python -m jobs\.embed again"):
+        vectors.read_ids(tmp_path / "unit.parquet")
+
+
+def test_the_bytes_of_an_id_are_its_own_and_its_end(make_store):
+    store = make_store({"a:0": ([], np.zeros((0, 4), np.float16)), "b:0": (["abc", "é"], np.eye(2, 4, dtype=np.float16))})
+    assert vectors.mean_id_bytes(store) == 8 + 2.5

@@ -9,7 +9,8 @@ import pytest
 
 from matryoshka import artifacts, corpus, verification
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
-from matryoshka.indexing import IndexStore
+from matryoshka.funnel import VECTORS
+from matryoshka.indexing import IndexStore, Layout
 from matryoshka.vectors import EmbeddingStore
 
 Make = Callable[..., np.ndarray]
@@ -101,6 +102,51 @@ def test_counts_and_widths_other_than_the_manifest_says_are_found(
     assert sum("the manifest says (7, 8)" in fault for fault in verification.verify(artifact.folder)[1]) == len(receipts)
     dataclasses.replace(artifact.manifest, facts={**artifact.manifest.facts, "width": 9}).write(artifact.folder)
     assert len(verification.verify(artifact.folder)[1]) == len(receipts)
+
+
+def test_an_index_of_int8_is_verified_by_the_largest_component(
+    make_store: MakeStore, make_index: MakeIndex, random_vectors: Make
+):
+    index = make_index(make_store(good_parts(random_vectors)), layout=Layout("prefix", 4, "Flat", "int8"))
+    assert verification.verify(index.folder)[1] == []
+    path = index.shards[0].folder / VECTORS
+    stored = np.load(path)
+    stored[1] //= 2
+    np.save(path, stored)
+    _rewrite(index)
+    assert verification.verify(index.folder)[1] == [f"{path}: 1 vectors are not finite or not of unit length (first: 'y')"]
+
+
+def _rewrite(index: IndexStore, **details: object) -> None:
+    """Commits the files of an index as they are now, the first shard with other details."""
+    receipts = [
+        dataclasses.replace(receipt, files=tuple(FileRecord.of(index.folder, index.folder / file.path) for file in receipt.files))
+        for receipt in index.manifest.receipts
+    ]
+    number = next(n for n, receipt in enumerate(receipts) if receipt.files[0].path.startswith("shards/"))
+    receipts[number] = dataclasses.replace(receipts[number], details={**receipts[number].details, **details})
+    dataclasses.replace(index.manifest, receipts=tuple(receipts)).write(index.folder)
+
+
+def test_tombstones_that_are_not_those_of_the_list_are_found(make_store: MakeStore, make_index: MakeIndex, random_vectors: Make):
+    index = make_index(make_store(good_parts(random_vectors)), removed=["y"])
+    assert verification.verify(index.folder)[1] == []
+    path = index.shards[0].removed
+    np.save(path, np.array([0]))
+    _rewrite(index)
+    assert verification.verify(index.folder)[1] == [
+        f"{path}: does not leave out exactly the documents on the list of removed ones"
+    ]
+
+
+def test_a_shard_of_another_training_is_found(make_store: MakeStore, make_index: MakeIndex, random_vectors: Make):
+    store = make_store({f"{n}:0": ([f"{n}-{i}" for i in range(5)], random_vectors(5, 8, n)) for n in range(2)})
+    index = make_index(store, layout=Layout("rotation", 4, "Flat"))
+    assert verification.verify(index.folder)[1] == []
+    _rewrite(index, training="other")
+    assert verification.verify(index.folder)[1] == [
+        f"{index.shards[0].folder}: was built with another training than the other shards"
+    ]
 
 
 def test_judgements_of_queries_that_are_not_there_are_found(tmp_path: Path):

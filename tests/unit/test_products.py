@@ -1,0 +1,105 @@
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from matryoshka import products
+from matryoshka.nested import shrink
+from matryoshka.products import CoarseVectors, StoredVectors
+
+_SMALL = products._Tiles(
+    queries=3, documents=256, most_documents=512, segment=1_024, rounded=768, widened=100, pairs=7
+)  # so that a few thousand documents go through every loop more than once
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float32], autouse=True)
+def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(products._TILES, "cpu", _SMALL)
+    monkeypatch.setattr(products, "_scan_dtype", lambda _device: request.param)
+    monkeypatch.setattr(products, "_LEAST_PAIRS", 16)
+    yield
+    products._rooms.clear()
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, np.ndarray | None]:
+    """Stored vectors of which many are equal or nearly so, queries that may dislike them all, how many to keep, and a mask."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    num_documents, width = draw(st.sampled_from([1, 5, 255, 256, 257, 700, 2_600])), draw(st.sampled_from([3, 8, 33]))
+    middle = draw(st.sampled_from([0.0, 2.0])) * rng.standard_normal(width)
+    pool = middle + rng.standard_normal((draw(st.sampled_from([2, 40, 3_000])), width))
+    full = pool[rng.integers(0, len(pool), num_documents)]
+    kind = draw(st.sampled_from(["float16", "int8", "coarse"]))
+    queries = rng.standard_normal((draw(st.integers(1, 8)), width)).astype(np.float32)
+    if draw(st.booleans()):
+        queries = -np.abs(middle).astype(np.float32) + 0.1 * queries
+    allowed = rng.random(num_documents) < draw(st.sampled_from([0.0, 0.01, 0.7])) if draw(st.booleans()) else None
+    return stored_as(kind, full), queries, draw(st.sampled_from([1, 4, 30, 400])), allowed
+
+
+def stored_as(kind: str, full: np.ndarray) -> np.ndarray:
+    if kind == "coarse":
+        collected = CoarseVectors()
+        collected.add(full.astype(np.float32))
+        return collected._parts[0]
+    unit = shrink(full, full.shape[1])
+    return unit.astype(np.float16) if kind == "float16" else np.rint(127 * unit).astype(np.int8)
+
+
+def expected_scores(stored: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    if stored.dtype == np.uint16:
+        documents = (stored.astype(np.uint32) << 16).view(np.float32)
+        rounded = torch.from_numpy(queries).bfloat16().double().numpy()
+        return rounded @ documents.T.astype(np.float64)
+    return queries.astype(np.float64) @ shrink(stored, stored.shape[1]).T.astype(np.float64)
+
+
+@given(cases())
+@settings(max_examples=80)
+def test_a_scan_finds_what_brute_force_finds_and_everything_that_ties(
+    case: tuple[np.ndarray, np.ndarray, int, np.ndarray | None],
+):
+    stored, queries, num_kept, allowed = case
+    scores, rows = StoredVectors(stored).best(queries, num_kept, allowed)
+    truth = expected_scores(stored, queries)
+    truth[:, ~allowed if allowed is not None else []] = -np.inf
+    num_there = len(stored) if allowed is None else int(allowed.sum())
+    for own, own_scores, true in zip(rows, scores, truth, strict=True):
+        found = own[own >= 0]
+        assert len(set(found)) == len(found) >= min(num_kept, num_there)
+        np.testing.assert_allclose(own_scores[own >= 0], true[found], atol=1e-4)  # sums of float32
+        assert np.isneginf(own_scores[own < 0]).all()
+        if num_there:
+            last = -np.sort(-true)[min(num_kept, num_there) - 1]
+            assert set(np.flatnonzero(true > last + 1e-4)) <= set(found)
+            assert (true[found] >= last - 1e-4).all()
+
+
+@given(cases(), st.integers(1, 3))
+@settings(max_examples=30)
+def test_a_prefix_is_scanned_as_if_nothing_else_were_stored(
+    case: tuple[np.ndarray, np.ndarray, int, np.ndarray | None], dim: int
+):
+    stored, queries, num_kept, _ = case
+    if stored.dtype == np.uint16:
+        stored = stored_as("float16", np.random.default_rng(0).standard_normal(stored.shape))
+    found = StoredVectors(stored).best(queries[:, :dim], num_kept)
+    alone = StoredVectors(np.ascontiguousarray(stored[:, :dim])).best(queries[:, :dim], num_kept)
+    for own, other in zip(found, alone, strict=True):
+        np.testing.assert_array_equal(np.sort(own, axis=1), np.sort(other, axis=1))
+
+
+@given(cases())
+@settings(max_examples=30)
+def test_only_what_is_chosen_is_found_if_it_is_gathered_first(case: tuple[np.ndarray, np.ndarray, int, np.ndarray | None]):
+    stored, queries, num_kept, allowed = case
+    chosen = np.arange(len(stored)) if allowed is None else np.flatnonzero(allowed)
+    vectors = StoredVectors(stored)
+    gathered, masked = vectors.best_of(queries, num_kept, chosen), vectors.best(queries, num_kept, allowed)
+    for own, other in zip(gathered, masked, strict=True):
+        filling = [-np.inf if own.dtype == np.float32 else -1]
+        lists = [[sorted(line[line != filling]) for line in lines] for lines in (own, other)]
+        assert lists[0] == lists[1]

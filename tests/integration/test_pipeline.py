@@ -140,11 +140,14 @@ def test_candidates_are_ranked_on_dev_or_else_on_train_and_never_on_what_is_repo
 
 def test_an_index_is_tuned_between_being_built_and_being_searched(tmp_path: Path) -> None:
     def stages(**more: Any) -> list[str]:
-        return [name for name, _, _ in pipeline.plan(pipeline.Settings(output=str(tmp_path), **more), has_gpu=False)]
+        own = pipeline.Settings(output=str(tmp_path), prepare={"python_docs": True}, **more)
+        return [name for name, _, _ in pipeline.plan(own, has_gpu=False)]
 
     assert "tune" not in stages()
     assert stages(tune={})[-4:] == ["index", "tune", "search", "evaluate"]
-    _, _, settings = pipeline.plan(pipeline.Settings(output=str(tmp_path), tune={"floor": 0.99}), has_gpu=False)[-3]
+    _, _, settings = pipeline.plan(
+        pipeline.Settings(output=str(tmp_path), prepare={"python_docs": True}, tune={"floor": 0.99}), has_gpu=False
+    )[-3]
     assert (settings.index, settings.data, settings.split) == (str(tmp_path / "index"), str(tmp_path / "data"), "dev")
     for more in ({"tune": {"split": "test"}}, {"tune": {}, "evaluate": {"split": "dev"}}):
         with pytest.raises(

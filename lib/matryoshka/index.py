@@ -42,6 +42,7 @@ class CoarseIndex:
 
     def __init__(self, index: faiss.Index) -> None:
         self._index = index
+        self._usual = _usual_parameters(index)
 
     @classmethod
     def train(cls, sample: Float32Array, factory: str) -> "CoarseIndex":
@@ -153,7 +154,7 @@ class CoarseIndex:
 
         Shapes: queries [Q, dim] -> [Q, num_results], [Q, num_results].
         """
-        _set_parameters(self._index, parameters or {})
+        _set_parameters(self._index, {**self._usual, **(parameters or {})})  # an earlier search's must not stay
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         scores, rows = self._index.search(queries, num_results)
         if isinstance(self._index, faiss.IndexFlat) and queries.size:
@@ -196,6 +197,14 @@ def _innermost(index: faiss.Index) -> faiss.Index:
     while isinstance(inner, faiss.IndexPreTransform | faiss.IndexRefine):
         inner = faiss.downcast_index(inner.index if isinstance(inner, faiss.IndexPreTransform) else inner.base_index)
     return inner
+
+
+def _usual_parameters(index: faiss.Index) -> Parameters:
+    """Returns the search parameters that an index has of itself."""
+    inner = _innermost(index)
+    if isinstance(inner, faiss.IndexIVF):
+        return {"nprobe": int(inner.nprobe)}
+    return {"efSearch": int(inner.hnsw.efSearch)} if isinstance(inner, faiss.IndexHNSW) else {}
 
 
 def _steps(first: int, last: int) -> tuple[int, ...]:

@@ -39,6 +39,17 @@ def test_lists_that_come_out_short_are_padded(random_vectors: Make):
     assert rows[:, 2:].tolist() == [[-1, -1], [-1, -1]]
 
 
+@pytest.mark.parametrize(("factory", "name"), [("IVF8,Flat", "nprobe"), ("PCA4,IVF8,SQ8", "nprobe"), ("HNSW4", "efSearch")])
+def test_a_search_leaves_no_parameter_to_the_next(random_vectors: Make, factory: str, name: str):
+    full = shrink(random_vectors(600, 8), 8)
+    built = CoarseIndex.build(full, factory)
+    before = built.search(full[:50], 20)
+    wide = built.search(full[:50], 20, {name: 8 if name == "nprobe" else 400})
+    assert (wide[1] != before[1]).any()
+    for found, expected in zip(built.search(full[:50], 20), before, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not an index at all"])
 def test_a_file_that_is_no_index_is_named(tmp_path: Path, content: bytes | None):
     if content is not None:

@@ -6,13 +6,19 @@ PIP := $(BIN)/python -m pip install --quiet --constraint .constraints/$(HARDWARE
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check clean
+.PHONY: demo test test-unit test-integration check clean
 
 demo: .venv/ready  ## Runs the whole job on the documentation of the installed Python packages.
 	$(BIN)/python -m jobs.pipeline --config jobs/demo.yaml --replace
 
-test: .venv/ready  ## Runs the tests.
-	$(BIN)/python -m pytest
+test: .venv/ready  ## Runs the tests: those that wait for Ray beside those that compute.
+	$(MAKE) --jobs=2 --keep-going --output-sync=target test-integration test-unit
+
+test-unit:
+	$(BIN)/python -m pytest lib tests/unit
+
+test-integration:
+	$(BIN)/python -m pytest tests/integration tests/gpu
 
 check: .venv/ready  ## Checks style and types.
 	$(BIN)/ruff check

@@ -112,7 +112,7 @@ def measure(settings: "Settings", device: str, output: Path) -> dict[str, Any]:
     output.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(environment({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}))
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=storage.TEMPORARY, dir=output.parent)))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=storage.TEMPORARY, dir=output.parent.resolve())))
         work = _plan(settings, info, device, recipe, texts, folder)
         crews = {name: _start(stack, name, work, num_ranks) for name in _SYSTEMS}
         for process in (process for crew in crews.values() for process in crew):

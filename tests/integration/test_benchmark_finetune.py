@@ -94,6 +94,15 @@ def test_too_few_pairs_are_refused_with_what_is_needed(root: Path, tiny: str) ->
         benchmark.run(_settings(root, tiny, steps=_STEPS + 1))
 
 
+def test_two_ranks_meet_where_the_report_has_a_relative_path(
+    root: Path, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark_finetune, "_SYSTEMS", ("ours",))
+    monkeypatch.chdir(tmp_path)
+    ours = benchmark.run(_settings(root, tiny, workers=2, output="report.json"))["systems"]["ours"]
+    assert ours["processes"] == 2
+
+
 def test_a_batch_that_workers_cannot_share_is_refused(root: Path, tiny: str) -> None:
     with pytest.raises(ValueError, match="--batch-size 8 cannot be shared by 3 workers"):
         benchmark.run(_settings(root, tiny, workers=3))

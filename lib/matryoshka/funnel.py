@@ -162,10 +162,11 @@ class Shard:
     def _allowed(self, condition: Condition | None = None) -> Mask | None:
         if condition is None:
             return self._alive
-        if self._asked is None or self._asked[0] != condition:  # a search asks for the same one several times
+        asked = self._asked  # read once: another thread may ask for another condition meanwhile
+        if asked is None or asked[0] != condition:  # a search asks for the same one several times
             mask = filters.select(self._columns, condition)
-            self._asked = condition, mask if self._alive is None else mask & self._alive
-        return self._asked[1]
+            asked = self._asked = condition, mask if self._alive is None else mask & self._alive
+        return asked[1]
 
 
 def _nothing(num_queries: int) -> tuple[Float32Array, IntArray]:
@@ -269,7 +270,10 @@ class Searcher:
         return int(self._offsets[-1])
 
     def count_candidates(self, num_results: int) -> int:
-        """Returns how many candidates of one query all shards together may hand over."""
+        """Returns how many candidates of one query all shards together may hand over, where few documents tie.
+
+        All that tie with the last of a list are handed over: copies of one text may be many more.
+        """
         return min(num_results * len(self._ids), self.num_documents)
 
     def search(self, queries: npt.NDArray[np.floating[Any]], num_results: int, where: str | None = None) -> Ranking:

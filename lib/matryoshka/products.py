@@ -33,7 +33,7 @@ _FOLDED_AT_ONCE = 8  # products
 _LEAST_PAIRS = 4_096  # that are worth a thread
 _BIN = 256  # documents of which the best one's tells how good the best so many are at least
 _INTEGERS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
-_LAST_BIT = {torch.bfloat16: 2.0**-9, torch.float32: 2.0**-24}  # half a unit in the last place, as a share
+_LAST_BIT = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}  # half a unit in the last place, as a share
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class _Tiles:
 
 
 _TILES = {
-    "cpu": _Tiles(1_024, 1_024, 1 << 14, 1 << 18, 1 << 16, 1 << 12, 1 << 10),
+    "cpu": _Tiles(1_024, 1_024, 1 << 14, 1 << 17, 1 << 16, 1 << 12, 1 << 10),
     "cuda": _Tiles(1 << 12, 1 << 15, 1 << 17, 1 << 18, 1 << 18, 1 << 18, 1 << 18),
 }
 
@@ -270,8 +270,9 @@ class _Scan:
             min(1 << (room.bit_length() - 1), tiles.most_documents, 1 << (num_documents - 1).bit_length()), _BIN
         )
         self._lots = []
-        # Of q.x, summing moves at most a share of |q| |x| (Cauchy-Schwarz), and so does rounding each factor.
-        self._moved = longest * queries.shape[1] * 2.0**-23
+        # Of q.x, summing moves at most a share of |q| |x| (Cauchy-Schwarz), and so does rounding each factor. Products, final
+        # scores and lengths are such sums.
+        self._moved = longest * 1.5 * queries.shape[1] * 2.0**-23
         if is_rounded and self.dtype != torch.float32:
             self._moved += longest * 2.01 * _LAST_BIT[self.dtype]
         for start in range(0, len(queries), size):
@@ -291,20 +292,21 @@ class _Scan:
         """
         hidden = torch.zeros(len(block), dtype=torch.bool) if allowed is None else torch.from_numpy(~allowed)
         whole = len(block) - len(block) % self._num_columns
-        missing = self._num_columns - len(block) + whole
-        rest = torch.nn.functional.pad(block[whole:], (0, 0, 0, missing))
-        rest_hidden = torch.nn.functional.pad(hidden[whole:], (0, missing), value=True)
-        parts = ((block[:whole], hidden[:whole], start), (rest, rest_hidden, start + whole))
-        for own, own_hidden, own_start in parts if missing < self._num_columns else parts[:1]:
-            if len(own):
-                self._look_at_all(own, own_hidden.to(block.device), own_start)
+        if whole:
+            self._look_at_all(block[:whole], hidden[:whole].to(block.device), start)
+        if whole < len(block):
+            missing = self._num_columns - len(block) + whole
+            rest = torch.nn.functional.pad(block[whole:], (0, 0, 0, missing))
+            rest_hidden = torch.nn.functional.pad(hidden[whole:], (0, missing), value=True)
+            self._look_at_all(rest, rest_hidden.to(block.device), start + whole)
 
     def _look_at_all(self, block: torch.Tensor, hidden: torch.Tensor, start: int) -> None:
         _in_threads(lambda lot: self._look(lot, block, hidden, start), self._lots, block.device.type)
 
     def _look(self, lot: _Lot, block: torch.Tensor, hidden: torch.Tensor, start: int) -> None:
-        groups, supergroups, bins = self._maxima(lot, block, hidden)
-        lot.best = torch.cat([lot.best, bins.transpose(0, 1).reshape(len(lot.best), -1).view(self.dtype)], dim=1)
+        groups, supergroups, bins = levels = self._maxima(lot, block, hidden)
+        told_by = next((own for own in reversed(levels) if own.shape[0] * own.shape[2] >= self._num_kept), groups)
+        lot.best = torch.cat([lot.best, told_by.transpose(0, 1).reshape(len(lot.best), -1).view(self.dtype)], dim=1)
         if lot.best.shape[1] > self._num_kept:
             lot.best = lot.best.topk(self._num_kept, dim=1, sorted=False).values
         bars = self._bars(lot)
@@ -353,12 +355,15 @@ class _Scan:
             return torch.full((len(lot.best),), torch.iinfo(integer).min, dtype=integer, device=lot.best.device)
         worst = lot.best.amin(dim=1).float()
         moved = self._moved * torch.linalg.vector_norm(lot.rounded.float(), dim=1)
-        # Rounded are the score of a document, that of the last of the best, and the bar.
-        bars = (worst - 2 * moved - 3.01 * _LAST_BIT[self.dtype] * worst.abs()).to(self.dtype)
+        # ``worst`` was rounded; and so are scores and the bar, which keep their order by that.
+        bars = (worst - 2 * moved - 1.01 * _LAST_BIT[self.dtype] * worst.abs()).to(self.dtype)
         return torch.where(bars > 0, bars.view(integer), torch.iinfo(integer).min)
 
     def noted(self) -> Iterator[tuple[slice, IntArray, IntArray]]:
-        """Yields, lot by lot, which queries, and the numbers (within the lot) and rows of all that may be among the best."""
+        """Yields, lot by lot, which queries, and numbers (within the lot) and rows of all documents that may be among the best.
+
+        They are the documents of groups whose best one may be.
+        """
         for lot in self._lots:
             numbers, rows, scores = (torch.cat(own) for own in zip(*lot.noted, strict=True))
             is_good = scores >= self._bars(lot)[numbers]
@@ -423,7 +428,8 @@ _rooms: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 def _room(queries: torch.Tensor, num_products: int, num_columns: int) -> tuple[torch.Tensor, ...]:
     """Returns this thread's memory for a product, and for its groups, supergroups and bins.
 
-    On CPUs it is the same every time: memory that is fresh from the system costs more than what is written to it.
+    On CPUs it is the same every time, about 80 MB for each core: memory that is fresh from the system costs more than what
+    is written to it.
 
     Shapes: [Q, columns], [products, Q, groups], [products, Q, supergroups], [products, Q, bins].
     """
@@ -460,7 +466,18 @@ def _in_threads(function: Callable[[T], None], parts: Iterable[T], device: str) 
 
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_num_threads("cpu"), "products", initializer=torch.set_num_threads, initargs=(1,))
+    """Returns threads in which torch uses one core; everywhere else it keeps the number that it had."""
+    number, before = _num_threads("cpu"), torch.get_num_threads()
+    pool = ThreadPoolExecutor(number, "products", initializer=_take_one_core)
+    all_there = threading.Barrier(number)
+    list(pool.map(lambda _: all_there.wait(), range(number)))
+    torch.set_num_threads(before)  # which the last one to start had set for threads to come
+    return pool
+
+
+def _take_one_core() -> None:
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # a thread takes the number of the process when it first asks
 
 
 @functools.cache

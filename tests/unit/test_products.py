@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -103,3 +104,35 @@ def test_only_what_is_chosen_is_found_if_it_is_gathered_first(case: tuple[np.nda
         filling = [-np.inf if own.dtype == np.float32 else -1]
         lists = [[sorted(line[line != filling]) for line in lines] for lines in (own, other)]
         assert lists[0] == lists[1]
+
+
+def test_rounding_to_bf16_hides_no_best_document(monkeypatch: pytest.MonkeyPatch):
+    # Components just above the middle of two bf16 numbers: rounding moves each product the same way, as far as it can.
+    monkeypatch.setattr(products, "_scan_dtype", lambda _device: torch.bfloat16)
+    above = 1 + 2.0**-10
+    full = np.zeros((512, 256), np.float16)
+    full[0, :97], full[0, 97:194], full[0, 194:254], full[0, 254] = 1, -above, 1, 0.3
+    full[300, :97], full[300, 97:254] = -1, above
+    query = np.zeros((1, 256), np.float32)
+    query[0, :97], query[0, 97:194], query[0, 194:254], query[0, 254] = 1, above, 1, 1.5
+    query /= np.sqrt(np.float32(254.25))
+    truth = expected_scores(full, query)
+    assert StoredVectors(full).best(query, 1)[1].tolist() == [[int(truth.argmax())]]
+
+
+def test_searching_leaves_torch_its_threads_everywhere_else(monkeypatch: pytest.MonkeyPatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(products, "_threads", products._threads.__wrapped__)
+    with products._threads() as pool, ThreadPoolExecutor(1) as others:
+        assert pool.submit(torch.get_num_threads).result() == 1
+        assert others.submit(torch.get_num_threads).result() == before
+    assert torch.get_num_threads() == before
+
+
+def test_long_lists_are_not_made_of_everything(monkeypatch: pytest.MonkeyPatch):
+    rng, counted = np.random.default_rng(0), []
+    full, queries = rng.standard_normal((2_600, 8)).astype(np.float16), rng.standard_normal((3, 8)).astype(np.float32)
+    score = StoredVectors.score
+    monkeypatch.setattr(StoredVectors, "score", lambda self, *own: counted.append(len(own[2])) or score(self, *own))
+    StoredVectors(full).best(queries, 40)
+    assert sum(counted) < 3 * 1_300

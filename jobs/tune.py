@@ -160,7 +160,8 @@ def _from_parquet(settings: Settings, index: IndexStore) -> _Queries:
     if corpus.has_column(files[0], EMBEDDING):
         own = vectors.read_embeddings(files, index.width)
         fingerprint = storage.digest_json([storage.digest_file(path) for path in files])
-        ids = [*corpus.read_ids(files)]
+        corpus.inspect(location, Columns(settings.id_column, settings.id_column))  # every id once
+        ids = [*corpus.read_ids(files, settings.id_column)]
         return _Queries(ids, [""] * len(ids), own, None, fingerprint)
     _model_of(index, settings)
     source = corpus.inspect(location, Columns(settings.id_column, settings.text_column))

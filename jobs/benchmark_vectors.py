@@ -167,10 +167,8 @@ def _encode(settings: "Settings", index: "IndexStore", texts: list[str]) -> Floa
     from matryoshka import model
     from matryoshka.encode import TOKENS_PER_STEP, Encoder
 
-    place = settings.model if "model" in settings.model_fields_set else str(index.manifest.facts["model"])
-    info = model.describe(place)
-    if info.fingerprint != index.manifest.identity["model"]:
-        raise ValueError(f"{info.folder}: is not the model that {index.folder} was made with. Pass --model, or index again.")
+    moved_to = settings.model if "model" in settings.model_fields_set else None
+    info = model.describe_maker(index.folder, index.manifest, moved_to)
     model.quieten()
     encoder = Encoder(info.folder, "cpu", index.manifest.facts["precision"], TOKENS_PER_STEP["cpu"])
     return shrink(encoder.encode(texts, "query").vectors, index.width)

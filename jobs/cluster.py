@@ -405,7 +405,7 @@ class ShardActors:
         return call
 
     def _call(self, method: str, arguments: Mapping[str, tuple[Any, ...]]) -> list[Any]:
-        shared = {id(own): ray.put(own) for own in arguments.values()}  # once, where all shards are asked the same
+        shared = {id(own): ray.put(own) for own in arguments.values()}  # what all shards are asked alike travels once
         references = {name: self._start(name, method, shared[id(own)]) for name, own in arguments.items()}
         results: dict[str, Any] = {}
         faults: dict[str, str] = {}
@@ -417,23 +417,33 @@ class ShardActors:
                 faults |= error.faults
             except RayError as error:  # the actor was lost: killed, evicted for want of memory, or its node is gone
                 suspects[name] = _last_line(error)
+        gone: set[int] = set()
         for name, reason in suspects.items():  # one by one: a call that ends its worker costs no other shard anything
             try:
-                results[name] = self._try_again(name, method, arguments[name], reason)
+                results[name] = self._try_again(name, method, arguments[name], reason, gone)
             except ShardsLostError as error:
                 faults |= error.faults
         if faults:
             raise ShardsLostError(faults)
         return [results[name] for name in arguments]
 
-    def _try_again(self, name: str, method: str, arguments: tuple[Any, ...], reason: str) -> Any:
+    def _try_again(self, name: str, method: str, arguments: tuple[Any, ...], reason: str, gone: set[int]) -> Any:
         """Returns the result of a call whose actor was lost, once it is back.
+
+        Args:
+            name: Of the shard.
+            method: To call.
+            arguments: Of the call.
+            reason: Why the actor was lost.
+            gone: Numbers of the actors that did not come back, which are not waited for again; this one may be added.
 
         Raises:
             ShardsLostError: It does not come back, or is lost every time.
         """
+        _, number = self._places[name]
         for _ in range(_SHARD_ATTEMPTS - 1):
-            if not self._is_back(name):
+            if number in gone or not self._is_back(number):
+                gone.add(number)
                 break
             try:
                 return _get(self._start(name, method, arguments))
@@ -445,9 +455,8 @@ class ShardActors:
         position, number = self._places[name]
         return self._actors[number].call.remote(position, method, arguments)
 
-    def _is_back(self, name: str) -> bool:
-        """Waits until the actor that holds a shard has started again, and returns whether it has."""
-        _, number = self._places[name]
+    def _is_back(self, number: int) -> bool:
+        """Waits until an actor has started again, and returns whether it has."""
         ready = self._actors[number].__ray_ready__.options(max_task_retries=-1).remote()
         try:
             ray.get(ready, timeout=_RETURN_SECONDS)

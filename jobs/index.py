@@ -118,9 +118,7 @@ class _Queries:
         rows = np.unique(np.linspace(0, self.num_rows - 1, min(settings.sample, self.num_rows)).astype(np.int64))
         if self.vectors is not None:
             return self.vectors[rows]
-        info = model.describe(str(store.manifest.facts["model"]))
-        if info.fingerprint != store.manifest.identity["model"]:
-            raise ValueError(f"{info.folder}: is not the model that made {store.folder}. Pass --queries with vectors.")
+        info = model.describe_maker(store.folder, store.manifest, None, "Pass --queries with vectors")
         tokens_per_step = TOKENS_PER_STEP[cluster.capacity().device]
         pool = session.encoders(info, store.manifest.identity["precision"], tokens_per_step, settings.workers)
         return pool.encode([self.texts[row] for row in rows], "query")

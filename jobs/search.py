@@ -80,19 +80,12 @@ def run(settings: Settings) -> None:
     index.check_where(settings.where)
     if index.tuned and not index.is_tuning_current and not settings.plan:
         say("search: the index was tuned with other documents than it has now; python -m jobs.tune measures again")
-    info = None if settings.vector_column else _model_of(index, settings)
+    info = None if settings.vector_column else model.describe_maker(index.folder, index.manifest, settings.model)
     if info and settings.query is not None:
         _answer(settings.query, index, info, plan, settings)
         _report_missing(index, faults)
     else:
         _answer_all(settings, index, info, plan, faults)
-
-
-def _model_of(index: IndexStore, settings: Settings) -> ModelInfo:
-    info = model.describe(settings.model or str(index.manifest.facts["model"]))
-    if info.fingerprint != index.manifest.identity["model"]:
-        raise ValueError(f"{info.folder}: is not the model that {index.folder} was made with. Pass --model, or index again.")
-    return info
 
 
 def _answer(query: str, index: IndexStore, info: ModelInfo, plan: FunnelPlan, settings: Settings) -> None:

@@ -14,7 +14,6 @@ from matryoshka.encode import TOKENS_PER_STEP
 from matryoshka.frontier import Point
 from matryoshka.indexing import IndexStore
 from matryoshka.metrics import Qrels
-from matryoshka.model import ModelInfo
 from matryoshka.pairs import DatasetStore
 from matryoshka.tuning import Tuning
 from matryoshka.vectors import EMBEDDING
@@ -116,7 +115,7 @@ def _read(settings: Settings, index: IndexStore) -> _Queries:
     """
     if settings.queries:
         return _from_parquet(settings, index)
-    info = _model_of(index, settings)
+    info = model.describe_maker(index.folder, index.manifest, settings.model)
     if settings.beir:
         return _from_beir(storage.local_path(settings.beir), settings.split)
     data = DatasetStore.open(storage.local_path(settings.data or ""))
@@ -160,9 +159,10 @@ def _from_parquet(settings: Settings, index: IndexStore) -> _Queries:
     if corpus.has_column(files[0], EMBEDDING):
         own = vectors.read_embeddings(files, index.width)
         fingerprint = storage.digest_json([storage.digest_file(path) for path in files])
-        ids = [*corpus.read_ids(files)]
+        corpus.inspect(location, Columns(settings.id_column, settings.id_column))  # every id once
+        ids = [*corpus.read_ids(files, settings.id_column)]
         return _Queries(ids, [""] * len(ids), own, None, fingerprint)
-    _model_of(index, settings)
+    model.describe_maker(index.folder, index.manifest, settings.model)
     source = corpus.inspect(location, Columns(settings.id_column, settings.text_column))
     ids, texts = corpus.read_texts(source)
     return _Queries(ids, texts, None, None, source.fingerprint)
@@ -190,16 +190,9 @@ def _choose(queries: _Queries, settings: Settings) -> _Queries:
     )
 
 
-def _model_of(index: IndexStore, settings: Settings) -> ModelInfo:
-    info = model.describe(settings.model or str(index.manifest.facts["model"]))
-    if info.fingerprint != index.manifest.identity["model"]:
-        raise ValueError(f"{info.folder}: is not the model that {index.folder} was made with. Pass --model, or index again.")
-    return info
-
-
 def _encode(index: IndexStore, queries: _Queries, settings: Settings) -> Vectors:
     """Returns the vectors of the queries."""
-    info = _model_of(index, settings)
+    info = model.describe_maker(index.folder, index.manifest, settings.model)
     with cluster.connected() as session:
         tokens_per_step = TOKENS_PER_STEP[cluster.capacity().device]
         pool = session.encoders(info, index.manifest.facts["precision"], tokens_per_step, settings.workers)

@@ -55,11 +55,11 @@ class Answers:
         Raises:
             ValueError: None of these documents is in the index.
         """
-        names = sorted({name for query in query_ids for name in qrels[query]})
+        wanted = [{name: grade for name, grade in qrels[query].items() if grade > 0} for query in query_ids]
+        names = sorted({name for own in wanted for name in own})
         numbers, num_documents = _find(index, names)
         if not numbers:
             raise ValueError(f"{index.folder}: none of the {len(names)} judged documents is in it. Pass the data of this index.")
-        wanted = [{name: grade for name, grade in qrels[query].items() if grade > 0} for query in query_ids]
         gains = {
             query * num_documents + number: float(grade)
             for query, own in enumerate(wanted)

@@ -5,6 +5,7 @@ compare by the code points of their characters, times are in UTC.
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,6 +187,8 @@ def _constants(leaf: Comparison | Membership | Likeness | Absence) -> tuple[Cons
 
 def _check_value(column: str, kind: Kind, value: Constant) -> None:
     is_fit = isinstance(value, _COMPARED[kind]) and (isinstance(value, bool) == (kind == "boolean"))
+    if is_fit and kind == "number":
+        is_fit = abs(value) <= sys.float_info.max  # type: ignore[arg-type]
     if is_fit and kind in ("date", "time"):
         try:
             pa.scalar(value).cast(_STORED[kind])
@@ -237,8 +240,15 @@ def _compare(leaf: Comparison | Membership | Likeness, values: pa.Array) -> pa.A
         return _compare_one(values, leaf.operator, leaf.value)
     is_whole = pa.types.is_integer(values.type)
     wanted = [value for value in leaf.values if not is_whole or _is_integer(value)]
-    is_in = pc.is_in(values, pa.array([int(value) if is_whole else value for value in wanted]).cast(values.type))
+    is_in = pc.is_in(values, pa.array([_as_stored(value, values.type) for value in wanted]).cast(values.type))
     return pc.if_else(pc.is_valid(values), is_in, None)
+
+
+def _as_stored(constant: Constant, own: pa.DataType) -> Constant:
+    """Returns a number as a column of this type has it: Arrow takes no large whole number for a float."""
+    if pa.types.is_integer(own):
+        return int(constant)
+    return float(constant) if pa.types.is_floating(own) else constant
 
 
 def _is_integer(constant: Constant) -> bool:
@@ -249,7 +259,7 @@ def _is_integer(constant: Constant) -> bool:
 
 def _compare_one(values: pa.Array, operator: Operator, constant: Constant) -> pa.Array:
     if not pa.types.is_integer(values.type):
-        return _COMPARE[operator](values, pa.scalar(constant).cast(values.type))
+        return _COMPARE[operator](values, pa.scalar(_as_stored(constant, values.type)).cast(values.type))
     # As floats, large whole numbers would be rounded; so a constant between two of them moves to the one below.
     assert not isinstance(constant, str)
     if not -_LARGEST - 1 <= constant <= _LARGEST:

@@ -395,10 +395,13 @@ class Searcher:
         """Asks each shard for the scores of its own candidates, and puts them where they belong."""
         shards = np.where(documents >= 0, np.searchsorted(self._offsets, documents, side="right") - 1, -1)
         places = [np.nonzero(shards == number) for number in range(len(self._ids))]
-        arguments = [(queries, place[0], documents[place] - offset) for place, offset in zip(places, self._offsets, strict=False)]
+        arguments = []
+        for place, offset in zip(places, self._offsets, strict=False):
+            own, numbers = np.unique(place[0], return_inverse=True)  # the queries that have a candidate in this shard
+            arguments.append((queries[own], numbers, documents[place] - offset))
         scores = np.full(documents.shape, topk.PADDING, dtype=np.float32)
-        for place, own in zip(places, self._call("score", arguments), strict=True):
-            scores[place] = own
+        for place, found in zip(places, self._call("score", arguments), strict=True):
+            scores[place] = found
         return scores
 
     def _look_up(self, documents: IntArray) -> npt.NDArray[np.object_]:

@@ -223,17 +223,16 @@ def is_trained(factory: str, dim: int) -> bool:
 
 
 def check_parameters(factory: str, dim: int, parameters: Parameters) -> None:
-    """Checks that a kind of index has search parameters of these names.
+    """Checks that the search parameters are the one that a kind of index is tuned by: only that is set anew for every search.
 
     Raises:
-        ValueError: It has not.
+        ValueError: There is another one.
     """
-    probe = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    for name, value in parameters.items():
-        try:
-            faiss.ParameterSpace().set_index_parameter(probe, name, value)
-        except RuntimeError:
-            raise ValueError(f"plan: an index of kind {factory} has no parameter '{name}'. Leave it out.") from None
+    dial = CoarseIndex(faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)).dial
+    for name in parameters:
+        if dial is None or name != dial.name:
+            there = f" (it has '{dial.name}')" if dial else ""
+            raise ValueError(f"plan: an index of kind {factory} has no parameter '{name}'{there}. Leave it out.")
 
 
 def check_factory(factory: str, dim: int, num_documents: int) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matryoshka import artifacts, nested, storage
+from matryoshka.artifacts import Manifest
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -60,6 +61,26 @@ def describe(name: str) -> ModelInfo:
     width = _read_width(folder)
     dims = tuple(tuned.identity["dims"]) if tuned else nested.default_dims(width)
     return ModelInfo(folder, fingerprint(folder), width, _read_max_tokens(folder), dims, tuned is not None)
+
+
+def describe_maker(
+    made: Path, manifest: Manifest, moved_to: str | None, advice: str = "Pass --model, or index again"
+) -> ModelInfo:
+    """Returns the model that vectors or an index were made with.
+
+    Args:
+        made: Folder of what was made.
+        manifest: Its manifest.
+        moved_to: Where the model is now; None: where it was.
+        advice: What to do if another model is there.
+
+    Raises:
+        ValueError: Another model is there, or none.
+    """
+    info = describe(moved_to or str(manifest.facts["model"]))
+    if info.fingerprint != manifest.identity["model"]:
+        raise ValueError(f"{info.folder}: is not the model that {made} was made with. {advice}.")
+    return info
 
 
 def _resolve(name: str) -> Path:

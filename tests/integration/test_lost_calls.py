@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray import cloudpickle
 
 from jobs import cluster
-from jobs.cluster import Encoders, Outcome
+from jobs.cluster import Encoders, Outcome, ShardActors, ShardsLostError
+from matryoshka.funnel import ShardFiles
 from matryoshka.units import Unit
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
@@ -166,3 +168,26 @@ def test_where_no_worker_is_left_every_other_call_has_failed(tmp_path: Path, poo
     outcomes = _embed(encoders, _units("kill", *["fine"] * 5))
     assert list(outcomes.values()).count("done") <= 2, "those beside the first call may have been quicker"
     assert all(outcomes.values())
+
+
+def test_a_shard_actor_that_does_not_come_back_is_waited_for_once(tmp_path: Path, local_ray: cluster.Session) -> None:
+    local_ray.release()
+    waits: list[int] = []
+
+    class Counted(ShardActors):
+        def _is_back(self, number: int) -> bool:
+            waits.append(number)
+            return super()._is_back(number)
+
+    files = [ShardFiles(tmp_path / f"shard-{number}") for number in range(5)]
+    actors = Counted(files, 2)
+    try:
+        ray.kill(actors._actors[0])  # for good
+        with pytest.raises(ShardsLostError) as caught:
+            actors.caller(files)("num_allowed", [()] * len(files))
+    finally:
+        actors.close()
+    faults = caught.value.faults
+    assert [name for name in sorted(faults) if "its worker was lost" in faults[name]] == ["shard-0", "shard-2", "shard-4"]
+    assert faults.keys() == {own.folder.name for own in files}  # the others are not there, which the other actor says
+    assert waits == [0]

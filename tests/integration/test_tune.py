@@ -7,6 +7,7 @@ from typing import Any
 
 import folders
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import small_data
 import texts
@@ -50,6 +51,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path:
     texts.write_parquet(root / "queries.parquet", {"id": ids, "text": questions})
     own = np.random.default_rng(0).standard_normal((_QUERIES, 64)).astype(np.float16)
     vectors.write_unit(root / "vectors.parquet", ids, own)
+    pq.write_table(pq.read_table(root / "vectors.parquet").rename_columns({"id": "name"}), root / "vectors.parquet")
+    vectors.write_unit(root / "twice.parquet", [ids[0], *ids[:-1]], own)
     vectors.write_unit(root / "narrow.parquet", ids, own[:, :32])
     return root
 
@@ -108,7 +111,7 @@ def test_an_index_is_tuned_with_queries_from(made: Path, tmp_path: Path, source:
     elif source == "chunks":
         own = {"data": str(_write(tmp_path / "chunked", is_chunked=True).folder)}
     else:
-        own = {"data": None, "queries": str(root / source)}
+        own = {"data": None, "queries": str(root / source), "id_column": "name" if source == "vectors.parquet" else "id"}
     count = _SAMPLED if source == "vectors.parquet" else _QUERIES
     tune.run(_settings(root, dry_run=True, max_queries=count, **own))
     assert folders.times(root / "index") == before
@@ -173,6 +176,7 @@ _BAD: dict[str, tuple[dict[str, Any], str]] = {
     "too few queries asked for": ({"max_queries": 20}, r"30 of each are needed"),
     "no such split": ({"split": "elsewhere"}, r"no split 'elsewhere' \(found: dev, test, train\)\. Pass --split"),
     "narrow vectors": ({"data": None, "queries": "narrow.parquet"}, r"do not have 64 numbers each\. Use the index's own model"),
+    "an id that stands twice": ({"data": None, "queries": "twice.parquet"}, r"1 ids stand more than once \(first: 'q-"),
     "another model": ({"model": "other"}, r"is not the model that .*index was made with"),
     "no index": ({"index": "data"}, r"holds 'dataset', not 'index'"),
 }

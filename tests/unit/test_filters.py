@@ -120,11 +120,28 @@ BAD_CONDITIONS = {
     "x = 1": r"no column 'x' \(the index has 't', 'i', 'f', 'b', 'd'\)\. Name another, or build the index with --filter-columns",
     "t = 1": r"column 't' is text, and 1 is not\. Compare it with a text, such as 'python'",
     "i = 'a'": r"column 'i' is integer, and 'a' is not\. Compare it with a number",
+    f"f < 1{'0' * 309}": r"column 'f' is number, and 10+ is not\. Compare it with a number, such as 0\.5",
+    f"f IN (0.5, -1{'0' * 309})": r"column 'f' is number, and -10+ is not\. Compare it with a number",
     "f IN (1, TRUE)": r"column 'f' is number, and True is not",
     "b = 1": r"column 'b' is boolean, and 1 is not\. Compare it with TRUE or FALSE",
     "d > '2024-13-01'": r"column 'd' is date, and '2024-13-01' is not\. Compare it with a date, such as '2024-12-31'",
     "NOT (t = 'a' OR i LIKE '%')": r"column 'i' is integer, and LIKE compares texts",
 }
+
+
+LARGE = {
+    "f < 100000000000000000000": [True, False, True],
+    "f = 100000000000000000000": [False, True, False],
+    "f IN (100000000000000000000, 3)": [False, True, False],
+    "f >= 9007199254740993": [False, True, False],
+    "f NOT IN (9007199254740993, 0.5)": [False, True, True],
+}
+
+
+@pytest.mark.parametrize("where", LARGE)
+def test_whole_numbers_of_any_size_compare_with_floats(where: str):
+    columns = pa.record_batch({"f": [0.5, 1e20, -1.0, None]})
+    assert filters.select(columns, parse(where)).tolist() == [*LARGE[where], False]
 
 
 @pytest.mark.parametrize("where", BAD_CONDITIONS)

@@ -1,6 +1,7 @@
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from random import Random
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -184,6 +185,23 @@ def test_an_approximate_index_returns_no_padding_as_documents(random_vectors: Ma
     assert ((ranking.ids == "") == (ranking.documents < 0)).all()
     assert (np.isneginf(ranking.scores) == (ranking.documents < 0)).all()
     assert all(len(set(found) - {""}) == len([name for name in found if name]) for found in ranking.ids.tolist())
+
+
+def test_a_shard_is_sent_only_the_queries_that_have_candidates_in_it(random_vectors: Make):
+    full, queries = random_vectors(30, WIDTH), random_vectors(5, WIDTH, 1)
+    parts = [slice(0, 10), slice(10, 20), slice(20, 30)]
+    call, sent = call_locally([Shard(full[part]) for part in parts]), dict[str, list[int]]()
+
+    def counting(method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        sent[method] = [len(own[0]) for own in arguments]
+        return call(method, arguments)
+
+    searcher = Searcher(counting, [pa.array([f"d{n}" for n in range(30)][part]) for part in parts], FunnelPlan.parse(["12:9"]))
+    documents = np.array([[1, 12, -1], [-1, 2, 3], [-1, -1, -1], [9, 19, 0], [13, -1, 11]])
+    scores = searcher.score(queries, documents)
+    assert sent == {"score": [3, 3, 0]}
+    exact = np.einsum("qd,qmd->qm", shrink(queries, WIDTH), shrink(full, WIDTH)[documents])
+    np.testing.assert_allclose(scores, np.where(documents >= 0, exact, -np.inf), atol=2e-3)
 
 
 def test_no_queries_give_no_rankings(random_vectors: Make):

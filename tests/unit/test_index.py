@@ -99,9 +99,18 @@ def test_a_sample_that_faiss_cannot_train_on_is_an_error_of_the_user():
         CoarseIndex.train(np.eye(3, 8, dtype=np.float32), "IVF16,Flat")
 
 
-@pytest.mark.parametrize(("factory", "name"), [("Flat", "nprobe"), ("HNSW32", "nprobe"), ("IVF4,Flat", "depth")])
-def test_parameters_that_a_kind_does_not_have_are_named(factory: str, name: str):
-    with pytest.raises(ValueError, match=rf"plan: an index of kind {factory} has no parameter '{name}'\. Leave it out"):
+BAD_PARAMETERS = [
+    ("Flat", "nprobe", ""),
+    ("HNSW32", "nprobe", r" \(it has 'efSearch'\)"),
+    ("IVF4,Flat", "depth", r" \(it has 'nprobe'\)"),
+    ("IVF4_HNSW8,Flat", "quantizer_efSearch", r" \(it has 'nprobe'\)"),  # the next search would find it still set
+]
+
+
+@pytest.mark.parametrize(("factory", "name", "there"), BAD_PARAMETERS)
+def test_parameters_that_a_kind_does_not_have_are_named(factory: str, name: str, there: str):
+    message = rf"plan: an index of kind {factory} has no parameter '{name}'{there}\. Leave it out"
+    with pytest.raises(ValueError, match=message):
         index.check_parameters(factory, 8, {name: 3})
 
 

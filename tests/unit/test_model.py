@@ -40,6 +40,16 @@ def test_the_fingerprint_does_not_depend_on_the_place_or_on_notes(minilm: ModelI
     assert model.describe(str(folder)).fingerprint == minilm.fingerprint
 
 
+def test_the_model_that_made_something_is_found_where_it_was_or_where_it_is_now(minilm: ModelInfo, minilm_copy: Copy):
+    there = Manifest("index", {"model": minilm.fingerprint}, facts={"model": "minilm"})
+    moved = minilm_copy()
+    assert model.describe_maker(Path("index"), there, None) == minilm
+    assert model.describe_maker(Path("index"), there, str(moved)).folder == moved
+    (moved / "sentence_bert_config.json").write_text('{"max_seq_length": 128}')
+    with pytest.raises(ValueError, match=rf"^{moved}: is not the model that index was made with\. Index again\.$"):
+        model.describe_maker(Path("index"), there, str(moved), "Index again")
+
+
 @pytest.mark.parametrize(
     "changes",
     [

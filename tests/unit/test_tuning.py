@@ -154,8 +154,9 @@ def test_tuning_gives_a_frontier_a_plan_for_each_name_and_json(build: Build, que
     assert made["plans"]["balanced"]["plan"] == found.choices["balanced"].point.plan.parts
 
 
-def test_data_of_another_index_is_refused(build: Build, queries: np.ndarray):
-    strangers = {name: {"elsewhere": 1} for name in NAMES}
+@pytest.mark.parametrize("wrong", [{}, {"d0-0": 0}])
+def test_data_of_another_index_is_refused(build: Build, queries: np.ndarray, wrong: dict[str, int]):
+    strangers = {name: {"elsewhere": 1, **wrong} for name in NAMES}
     with pytest.raises(ValueError, match=r"none of the 1 judged documents is in it\. Pass the data of this index\."):
         Answers.judged(build("Flat"), queries, NAMES, strangers, 10)
 

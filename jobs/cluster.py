@@ -22,7 +22,7 @@ from matryoshka.artifacts import Receipt
 from matryoshka.calibration import Calibration, Choice
 from matryoshka.clock import Clock
 from matryoshka.corpus import Corpus
-from matryoshka.encode import Encoder
+from matryoshka.encode import TOKENS_PER_STEP, Encoder
 from matryoshka.funnel import CallShards, Shard, ShardFiles
 from matryoshka.model import ModelInfo
 from matryoshka.rates import Precision
@@ -70,6 +70,18 @@ class Session:
             arguments = (str(info.folder), there.device, precision, tokens_per_step, long, num_tokenisers, is_compiled)
             self._key, self._pool = key, Encoders(arguments, worker_resources(there), wanted)
         return self._pool
+
+    def encode_queries(
+        self, info: ModelInfo, precision: Precision, texts: Sequence[str], num_workers: int | None
+    ) -> npt.NDArray[np.float16]:
+        """Returns the vectors of queries, by the pool for this model.
+
+        Shapes: [Q, D].
+
+        Raises:
+            RuntimeError: A part failed every time.
+        """
+        return self.encoders(info, precision, TOKENS_PER_STEP[capacity().device], num_workers).encode(texts, "query")
 
     def release(self) -> None:
         """Ends the pool, so that its CPUs, GPUs and memory are free for something else."""

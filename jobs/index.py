@@ -17,7 +17,6 @@ from matryoshka import artifacts, corpus, filters, indexing, layouts, model, nes
 from matryoshka.artifacts import Journal, Manifest, Receipt
 from matryoshka.config import Field, FolderPath, InputPath, check_settings
 from matryoshka.corpus import Columns
-from matryoshka.encode import TOKENS_PER_STEP
 from matryoshka.indexing import SHARDS, TRAINED, Layout, ShardPlan
 from matryoshka.layouts import Choice, Given, Wanted
 from matryoshka.nested import FunnelPlan
@@ -119,9 +118,8 @@ class _Queries:
         if self.vectors is not None:
             return self.vectors[rows]
         info = model.describe_maker(store.folder, store.manifest, None, "Pass --queries with vectors")
-        tokens_per_step = TOKENS_PER_STEP[cluster.capacity().device]
-        pool = session.encoders(info, store.manifest.identity["precision"], tokens_per_step, settings.workers)
-        return pool.encode([self.texts[row] for row in rows], "query")
+        texts = [self.texts[row] for row in rows]
+        return session.encode_queries(info, store.manifest.identity["precision"], texts, settings.workers)
 
 
 @dataclass

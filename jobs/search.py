@@ -169,14 +169,12 @@ def _encode(
     session: Session, source: Corpus, info: ModelInfo, settings: Settings, index: IndexStore, work: Path
 ) -> Iterator[Part]:
     """Encodes all queries, since encoders and shards take the same CPUs in turn; yields them from disk, part by part."""
-    tokens_per_step = TOKENS_PER_STEP[cluster.capacity().device]
-    pool = session.encoders(info, index.manifest.facts["precision"], tokens_per_step, settings.workers)
-    paths = []
+    precision, paths = index.manifest.facts["precision"], []
     for number, unit in enumerate(plan_units(source.files, _PART_QUERIES)):
         ids, texts = corpus.read_unit(source.path_of(unit.name), source.columns, unit)
         if ids:
             paths.append(work / f"{number:08d}.parquet")
-            vectors.write_unit(paths[-1], ids, pool.encode(texts, "query"))
+            vectors.write_unit(paths[-1], ids, session.encode_queries(info, precision, texts, settings.workers))
     return map(vectors.read_unit, paths)
 
 

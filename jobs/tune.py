@@ -10,7 +10,6 @@ from matryoshka import beir, corpus, frontier, metrics, model, storage, tuning, 
 from matryoshka.answers import Answers, Vectors
 from matryoshka.config import Field, FolderPath, InputPath, JobSettings, check_settings
 from matryoshka.corpus import Columns
-from matryoshka.encode import TOKENS_PER_STEP
 from matryoshka.frontier import Point
 from matryoshka.indexing import IndexStore
 from matryoshka.metrics import Qrels
@@ -194,9 +193,7 @@ def _encode(index: IndexStore, queries: _Queries, settings: Settings) -> Vectors
     """Returns the vectors of the queries."""
     info = model.describe_maker(index.folder, index.manifest, settings.model)
     with cluster.connected() as session:
-        tokens_per_step = TOKENS_PER_STEP[cluster.capacity().device]
-        pool = session.encoders(info, index.manifest.facts["precision"], tokens_per_step, settings.workers)
-        return pool.encode(queries.texts, "query")
+        return session.encode_queries(info, index.manifest.facts["precision"], queries.texts, settings.workers)
 
 
 def _tune(index: IndexStore, queries: _Queries, query_vectors: Vectors, settings: Settings) -> Tuning:

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.embed import Settings  # all that a driver imports, for the sake of its memory
+from jobs.processes import peak_bytes
 from matryoshka import artifacts, calibration, corpus, embedding
 from matryoshka.artifacts import FileRecord, Journal, Manifest, Receipt
 from matryoshka.corpus import Columns, Corpus
@@ -49,7 +49,7 @@ def main() -> None:
 
 def _report(name: str, found: dict[str, Any]) -> None:
     found["total_seconds"] = round(sum(found["seconds"].values()), 2)
-    found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    found["peak_mib"] = peak_bytes()[os.getpid()] // 2**20
     sys.stdout.write(json.dumps({"run": name, **found}) + "\n")
 
 

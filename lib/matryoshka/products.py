@@ -213,7 +213,8 @@ class CoarseVectors:
 
     def write(self, path: Path) -> None:
         """Writes what ``StoredVectors`` takes, as a file that can be mapped into memory."""
-        np.save(path, np.concatenate(self._parts), allow_pickle=False)
+        shape = sum(map(len, self._parts)), self._parts[0].shape[1]
+        np.concatenate(self._parts, out=np.lib.format.open_memmap(path, "w+", np.uint16, shape))
 
 
 def read_coarse(path: Path) -> Float32Array:

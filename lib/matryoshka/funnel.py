@@ -398,8 +398,8 @@ class Searcher:
         places = [np.nonzero(shards == number) for number in range(len(self._ids))]
         arguments = []
         for place, offset in zip(places, self._offsets, strict=False):
-            own, numbers = np.unique(place[0], return_inverse=True)  # the queries that have a candidate in this shard
-            arguments.append((queries[own], numbers, documents[place] - offset))
+            is_here = np.bincount(place[0], minlength=len(queries)) > 0  # queries with a candidate in this shard
+            arguments.append((queries[is_here], (np.cumsum(is_here) - 1)[place[0]], documents[place] - offset))
         scores = np.full(documents.shape, topk.PADDING, dtype=np.float32)
         for place, found in zip(places, self._call("score", arguments), strict=True):
             scores[place] = found

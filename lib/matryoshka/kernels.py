@@ -269,8 +269,7 @@ def finish(
             count, _ = _prune(own, count, num_kept, margins[query], share, bars[query])
         for place in range(count):
             row = own[place] & _ROW
-            bits = _as_bits(np.float32(_score(queries[query], stored[row], is_scaled)), np.int32(0))
-            own[place] = (np.int64(bits ^ ((bits >> 31) & 0x7FFFFFFF)) << 32) | row
+            own[place] = _as_note(_score(queries[query], stored[row], is_scaled), row)
         if count > num_kept:
             count = _cut(own, count, num_kept)
         counts[query] = count
@@ -287,8 +286,54 @@ def _cut(notes: IntArray, count: int, num_kept: int) -> int:
     return num_left
 
 
+@_compiled()
+def compare(
+    query: Floats,
+    stored: npt.NDArray[Any],
+    is_scaled: bool,
+    num_kept: int,
+    first: int,
+    last: int,
+    allowed: npt.NDArray[np.bool_],
+    notes: IntArray,
+) -> int:
+    """Scores a range of documents one by one; returns how many are noted: the best, with all that tie with the last of them.
+
+    Args:
+        query: Any.
+        stored: See ``finish``.
+        is_scaled: See ``finish``.
+        num_kept: See ``note``.
+        first: Row of the first document.
+        last: Row behind the last one.
+        allowed: Which rows may be found; empty: all.
+        notes: Written: what ``read`` takes.
+
+    Shapes: query [dim], stored [N, D], allowed [N] or [0], notes [last - first].
+    """
+    count, limit, bar = 0, 2 * num_kept + BLOCK, np.int64(-1) << 63
+    for row in range(first, last):
+        if len(allowed) == 0 or allowed[row]:
+            known = _as_note(_score(query, stored[row], is_scaled), row)
+            if known >= bar:
+                notes[count] = known
+                count += 1
+                if count >= limit:
+                    count = _cut(notes, count, num_kept)
+                    bar = notes[:count].min() >> 32 << 32
+                    limit = max(limit, 2 * count)  # many may tie
+    return _cut(notes, count, num_kept) if count > num_kept else count
+
+
+@_compiled()
+def _as_note(score: np.float32, row: int) -> int:
+    """Returns a note of a final score; ``read`` takes it."""
+    bits = _as_bits(np.float32(score), np.int32(0))
+    return int((np.int64(bits ^ ((bits >> 31) & 0x7FFFFFFF)) << 32) | row)
+
+
 def read(notes: IntArray) -> tuple[Floats, IntArray]:
-    """Returns the scores and rows of notes that ``finish`` made."""
+    """Returns the scores and rows of notes of final scores."""
     order = (notes >> 32).astype(np.int32)
     return (order ^ ((order >> 31) & 0x7FFFFFFF)).view(np.float32), notes & _ROW
 

@@ -23,6 +23,7 @@ from matryoshka.topk import IntArray
 Lists = tuple[Float32Array, IntArray]
 
 _LEAST_PAIRS = 4_096  # that are worth a thread
+_FEW = {"plain": 2, "rounded": 7}  # queries: on a CPU each document is then scored at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +102,15 @@ class StoredVectors:
         """Returns (scores, rows) of the best documents of each query, and of all that tie with the last of them; -1 pads.
 
         Every document is compared by a matrix product, and noted if it may belong to the best in spite of rounding; what was
-        noted is scored.
+        noted is scored. For few queries every document is.
 
         Shapes: queries [Q, dim], allowed [N] -> [Q, M], [Q, M]; in no order.
         """
         if not len(self) or not len(queries):
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
         device, compared = self._vectors.device.type, self._as_compared(queries)
+        if device == "cpu" and len(queries) <= _FEW["plain" if self._is_plain else "rounded"]:
+            return scans.compare_few(compared, self._bits, num_kept, allowed, is_scaled=not self._is_plain)
         dtype = scans.scan_dtype(device)
         moved = scans.most_moved(queries.shape[1], self._longest, dtype, is_rounded=not self._is_plain)
         on_device = torch.from_numpy(compared).to(self._vectors.device)

@@ -5,6 +5,7 @@ in spite of it is noted.
 """
 
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from matryoshka import kernels, rates
+from matryoshka import kernels, rates, topk
 from matryoshka.nested import Float32Array
 from matryoshka.topk import PADDING, IntArray
 
@@ -150,6 +151,38 @@ class CpuScan:
         is_padding = np.arange(width) >= lot.counts[:, None]
         scores[is_padding], rows[is_padding] = PADDING, -1
         return scores, rows
+
+
+def compare_few(
+    queries: Float32Array, stored: npt.NDArray[Any], num_kept: int, allowed: Mask | None, *, is_scaled: bool
+) -> tuple[Float32Array, IntArray]:
+    """Returns what a ``CpuScan`` of all documents finds, by scoring them one by one: sooner where there are few queries.
+
+    Args:
+        queries: As they are compared.
+        stored: As ``kernels`` takes them.
+        num_kept: How many of the best are wanted.
+        allowed: Which rows may be found; None: all.
+        is_scaled: Whether prefixes of documents are brought to unit length.
+
+    Shapes: queries [Q, dim], stored [N, D], allowed [N] -> [Q, M], [Q, M].
+    """
+    visible = np.ones(0, np.bool_) if allowed is None else np.ascontiguousarray(allowed)
+    edges = np.linspace(0, len(stored), num_threads("cpu") + 1).astype(np.int64)
+
+    def compare(part: tuple[int, tuple[int, int]]) -> tuple[Float32Array, IntArray]:
+        number, (first, last) = part
+        notes = np.empty(last - first, np.int64)  # of which no more is touched than is needed
+        count = kernels.compare(queries[number], stored, is_scaled, num_kept, first, last, visible, notes)
+        return kernels.read(notes[None, :count])
+
+    ranges = list(itertools.pairwise(edges.tolist()))
+    found = in_threads(compare, itertools.product(range(len(queries)), ranges))
+    lines = []
+    for start in range(0, len(found), len(ranges)):
+        scores, rows = (np.concatenate(own, axis=1) for own in zip(*found[start : start + len(ranges)], strict=True))
+        lines.append(topk.cut(scores, rows, num_kept))
+    return topk.pad(lines)
 
 
 @dataclass(slots=True)

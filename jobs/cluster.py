@@ -129,11 +129,18 @@ class Session:
                 ray.wait(list(window), num_returns=len(window))
 
     @contextlib.contextmanager
-    def shards(self, files: Sequence[ShardFiles], num_workers: int | None) -> "Iterator[ShardActors]":
-        """Opens shards in actors, dealt out in turn, and yields the way to call them."""
+    def shards(self, files: Sequence[ShardFiles], num_workers: int | None, device: str = "cpu") -> "Iterator[ShardActors]":
+        """Opens shards on a device in actors, dealt out in turn, and yields the way to call them; a GPU has one actor.
+
+        Raises:
+            ValueError: There is no such device.
+        """
+        most = capacity().num_gpus if device == "cuda" else capacity().num_cpus
+        if not most:
+            raise ValueError(f"--device {device}: the cluster has none. Pass --device auto.")
         self.release()
-        num_actors = min(check_workers(num_workers) or capacity().num_cpus, len(files))
-        actors = ShardActors([own.resolve() for own in files], num_actors)
+        num_actors = min(check_workers(num_workers) or most, len(files))
+        actors = ShardActors([own.resolve() for own in files], num_actors, device)
         try:
             yield actors
         finally:
@@ -372,15 +379,15 @@ class ShardsLostError(RuntimeError):
 class _ShardActor:
     """Holds some shards, each opened when it is first called."""
 
-    def __init__(self, files: Sequence[ShardFiles]) -> None:
-        self._files = files
+    def __init__(self, files: Sequence[ShardFiles], device: str) -> None:
+        self._files, self._device = files, device
         self._shards: dict[int, Shard] = {}
 
     def call(self, number: int, method: str, arguments: tuple[Any, ...]) -> Any:
         """Calls a method of one of them."""
         if number not in self._shards:
             try:
-                self._shards[number] = Shard.open(self._files[number])
+                self._shards[number] = Shard.open(self._files[number], self._device)
             except (OSError, ValueError, EOFError) as error:
                 raise ShardsLostError({self._files[number].folder.name: str(error)}) from None
         return getattr(self._shards[number], method)(*arguments)
@@ -392,11 +399,13 @@ class ShardActors:
     Args:
         files: The shards.
         num_actors: How many actors hold them.
+        device: Where they compute.
     """
 
-    def __init__(self, files: Sequence[ShardFiles], num_actors: int) -> None:
-        start = ray.remote(_ShardActor).options(num_cpus=1, max_restarts=-1, max_task_retries=0).remote
-        self._actors: list[Any] = [start(files[number::num_actors]) for number in range(num_actors)]
+    def __init__(self, files: Sequence[ShardFiles], num_actors: int, device: str = "cpu") -> None:
+        needs = {"num_cpus": 1, "num_gpus": int(device == "cuda")}
+        start = ray.remote(_ShardActor).options(**needs, max_restarts=-1, max_task_retries=0).remote
+        self._actors: list[Any] = [start(files[number::num_actors], device) for number in range(num_actors)]
         self._places = {own.folder.name: divmod(number, num_actors) for number, own in enumerate(files)}
 
     def close(self) -> None:

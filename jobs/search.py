@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jobs import cluster
 from jobs.cluster import Session, ShardActors, ShardsLostError
@@ -50,6 +50,9 @@ class Settings(JobSettings):
     quality: Quality | None = Field(None, description="A plan that the tune job found, by name, in place of --plan.")
     allow_partial: bool = Field(False, description="Leave out shards that cannot be searched, and say how much was searched.")
     model: str | None = Field(None, description="Where the index's model is now, if it was moved.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where --queries are searched; auto: what the cluster has."
+    )
     workers: int | None = Field(None, ge=1, description="Processes for --queries; none: one per GPU, or per CPU.")
     replace: bool = Field(False, description="Discard what the output holds if it came from other inputs or settings.")
 
@@ -76,7 +79,7 @@ def run(settings: Settings) -> None:
     else:
         index = IndexStore.open(folder)
     plan = FunnelPlan.parse(settings.plan) if settings.plan else index.plan_for(settings.quality)
-    index.check_plan(plan)
+    index.check_plan(plan, settings.device)
     index.check_where(settings.where)
     if index.tuned and not index.is_tuning_current and not settings.plan:
         say("search: the index was tuned with other documents than it has now; python -m jobs.tune measures again")
@@ -139,7 +142,9 @@ def _answer_all(settings: Settings, index: IndexStore, info: ModelInfo | None, p
     artifacts.begin(output, manifest, previous)
     with cluster.connected() as session, storage.workspace(output, "queries") as work:
         parts = _encode(session, source, info, settings, index, work) if info else _read(source, index.width)
-        with session.shards(index.shards, settings.workers) as actors:
+        device = cluster.capacity().device if settings.device == "auto" else settings.device
+        index.check_plan(plan, device)
+        with session.shards(index.shards, settings.workers, device) as actors:
             asking = _Asking(settings, index, plan, actors, faults)
             rows = asking.rows(parts, source.num_rows - source.num_empty)
             if settings.with_text:

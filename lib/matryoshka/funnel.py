@@ -90,6 +90,8 @@ class Shard:
         coarse: CoarseIndex | StoredVectors | None = None
         if (files.folder / COARSE).exists():
             coarse = CoarseIndex.read(files.folder / COARSE)
+            if device == "cuda":
+                coarse.copy_to_gpu()
         elif (files.folder / DENSE).exists():
             coarse = StoredVectors(np.load(files.folder / DENSE, mmap_mode="r", allow_pickle=False), device)
         return cls(stored, coarse, removed, device, columns)

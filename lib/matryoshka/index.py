@@ -1,5 +1,6 @@
 """The coarse index of a shard. The only room that knows FAISS."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ Parameters = Mapping[str, int]
 _USUAL_RESULTS = 10
 _LINK_BYTES, _NODE_BYTES, _NUMBER_BYTES = 4, 12, 8
 _LEAST_REACH, _MOST_REACH = 16, 2_048
+_MOST_ON_GPU = 2_048  # results per query, of FAISS's own selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class CoarseIndex:
 
     def __init__(self, index: faiss.Index) -> None:
         self._index = index
+        self._on_gpu: Any = None
         self._usual = _usual_parameters(index)
 
     @classmethod
@@ -87,6 +90,17 @@ class CoarseIndex:
     def write(self, path: Path) -> None:
         """Writes FAISS's own file format."""
         faiss.write_index(self._index, str(path))
+
+    def copy_to_gpu(self) -> None:
+        """Searches on a GPU from now on, where FAISS has this kind of index for it; graphs and codes of fast scans stay here.
+
+        Raises:
+            RuntimeError: This FAISS knows no GPU.
+        """
+        if not hasattr(faiss, "StandardGpuResources"):
+            raise RuntimeError("FAISS: this build knows no GPU. Install the gpu extra, or pass --device cpu.")
+        with contextlib.suppress(RuntimeError):
+            self._on_gpu = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, self._index)
 
     def copy(self) -> "CoarseIndex":
         """Returns another index with the same training and the same documents."""
@@ -154,10 +168,13 @@ class CoarseIndex:
 
         Shapes: queries [Q, dim] -> [Q, num_results], [Q, num_results].
         """
-        _set_parameters(self._index, {**self._usual, **(parameters or {})})  # an earlier search's must not stay
+        # Ties may ask for more results than a GPU gives.
+        on_gpu = self._on_gpu is not None and num_results <= _MOST_ON_GPU
+        index = self._on_gpu if on_gpu else self._index
+        _set_parameters(index, {**self._usual, **(parameters or {})}, on_gpu=on_gpu)  # an earlier search's must not stay
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        scores, rows = self._index.search(queries, num_results)
-        if isinstance(self._index, faiss.IndexFlat) and queries.size:
+        scores, rows = index.search(queries, num_results)
+        if isinstance(index, faiss.IndexFlat) and queries.size:
             # A large batch is one matrix product, whose sums depend on its shape: once more, vector by vector.
             self._index.compute_distance_subset(  # type: ignore[attr-defined]
                 len(queries), faiss.swig_ptr(queries), num_results, faiss.swig_ptr(scores), faiss.swig_ptr(rows)
@@ -166,9 +183,23 @@ class CoarseIndex:
         return scores, rows
 
 
-def _set_parameters(index: faiss.Index, parameters: Parameters) -> None:
+def _set_parameters(index: faiss.Index, parameters: Parameters, *, on_gpu: bool = False) -> None:
+    space: Any = faiss.GpuParameterSpace() if on_gpu else faiss.ParameterSpace()
     for name, value in parameters.items():
-        faiss.ParameterSpace().set_index_parameter(index, name, value)
+        space.set_index_parameter(index, name, value)
+
+
+def check_gpu_shortlist(num_kept: int) -> None:
+    """Checks that FAISS can make a shortlist of this length on a GPU.
+
+    Raises:
+        ValueError: It is too long.
+    """
+    if num_kept > _MOST_ON_GPU:
+        raise ValueError(
+            f"plan: a shortlist of {num_kept}, and FAISS gives at most {_MOST_ON_GPU} on a GPU. Choose a shorter one, a dense"
+            " coarse index, or --device cpu."
+        )
 
 
 def bytes_per_document(factory: str, dim: int) -> float:

@@ -17,7 +17,7 @@ from matryoshka import artifacts, conditions, corpus, filters, funnel, nested, p
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.filters import COLUMNS, Kinds, Origin
 from matryoshka.funnel import COARSE, DENSE, IDS, VECTORS, CallShards, Searcher, Shard, ShardFiles
-from matryoshka.index import CoarseIndex, check_factory, check_parameters, is_trained
+from matryoshka.index import CoarseIndex, check_factory, check_gpu_shortlist, check_parameters, is_trained
 from matryoshka.nested import FunnelPlan, shrink
 from matryoshka.products import CoarseVectors
 from matryoshka.removals import REMOVED
@@ -645,13 +645,15 @@ class IndexStore:
             space,
         )
 
-    def check_plan(self, plan: FunnelPlan) -> None:
-        """Checks that the index can be searched with a plan.
+    def check_plan(self, plan: FunnelPlan, device: str = "cpu") -> None:
+        """Checks that the index can be searched with a plan on a device.
 
         Raises:
-            ValueError: The plan does not fit the index.
+            ValueError: The plan does not fit the index, or the device.
         """
         layout = self.layout
+        if device == "cuda" and layout.has_faiss and plan.shortlist.dim == layout.dim:
+            check_gpu_shortlist(plan.shortlist.keep)
         if plan.steps[-1].dim > self.width:
             raise ValueError(f"{self.folder}: vectors have {self.width} dims, the plan is {plan.describe()}. Change the plan.")
         if plan.shortlist.parameters:

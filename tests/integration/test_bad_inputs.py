@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import texts
+import torch
 
 from jobs import cluster, embed, evaluate, finetune, index, mine, pipeline, prepare, search, verify
 
@@ -310,6 +311,15 @@ def test_search_refuses_a_funnel_that_does_not_fit_the_index(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         search.run(search.Settings(index=str(finished_pipeline / "index"), query="bada", plan=plan))
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_search_refuses_a_gpu_that_is_not_there(finished_pipeline: Path, tmp_path: Path) -> None:
+    path = texts.write_parquet(tmp_path / "queries.parquet", {"id": ["q0"], "text": ["bada"]})
+    given = {"index": str(finished_pipeline / "index"), "queries": str(path), "output": str(tmp_path / "out")}
+    with pytest.raises(ValueError, match=r"--device cuda: the cluster has none\. Pass --device auto"):
+        search.run(search.Settings(**given, device="cuda"))
 
 
 _BAD_QUERIES: dict[str, tuple[dict[str, Any], str]] = {

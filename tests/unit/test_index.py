@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 
@@ -9,6 +10,12 @@ from matryoshka.index import CoarseIndex
 from matryoshka.nested import shrink
 
 Make = Callable[..., np.ndarray]
+
+
+@pytest.mark.skipif(hasattr(faiss, "StandardGpuResources"), reason="this FAISS knows GPUs")
+def test_a_build_without_gpus_says_so(random_vectors: Make):
+    with pytest.raises(RuntimeError, match=r"FAISS: this build knows no GPU\. Install the gpu extra, or pass --device cpu"):
+        CoarseIndex.build(random_vectors(20, 4).astype(np.float32), "Flat").copy_to_gpu()
 
 
 @pytest.mark.parametrize("factory", ["Flat", "SQfp16", "HNSW16"])

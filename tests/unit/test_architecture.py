@@ -15,7 +15,8 @@ DOORS = {
     "faiss": ("lib/matryoshka/index.py", "lib/matryoshka/search_peers.py"),
     **dict.fromkeys(("hnswlib", "usearch"), ("lib/matryoshka/search_peers.py",)),
     "PIL": ("lib/matryoshka/charts.py",),
-    **dict.fromkeys(("ir_measures", "scipy"), ("lib/matryoshka/metrics.py",)),
+    "scipy": ("lib/matryoshka/metrics.py",),
+    **dict.fromkeys(("bm25s", "Stemmer"), ("lib/matryoshka/lexical.py",)),
     "pydantic": ("lib/matryoshka/config.py",),
     "yaml": ("lib/matryoshka/config.py",),
     "huggingface_hub": ("lib/matryoshka/model.py",),
@@ -36,11 +37,11 @@ DOORS = {
     "rich": ("jobs/terminal.py",),
     "jobs": ("jobs/",),
 }
-PURE = ("units", "nested", "topk", "conditions", "clock", "batches", "tradeoffs")
+PURE = ("units", "nested", "topk", "conditions", "clock", "batches", "tradeoffs", "significance")
 LAYERS = [
-    {"config", "units", "nested", "topk", "conditions", "clock", "batches", "frontier", "tradeoffs"},
+    {"config", "units", "nested", "topk", "conditions", "clock", "batches", "frontier", "tradeoffs", "significance"},
     {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves", "charts"}
-    | {"splits", "sources", "partitions", "leaks", "chunks", "rates"},
+    | {"splits", "sources", "partitions", "leaks", "chunks", "rates", "lexical"},
     {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "products", "spaces", "funnel"}
     | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"}
     | {"removals", "filters", "queries"},

@@ -16,7 +16,10 @@ from scipy import stats
 
 NDCG, SPEARMAN = "nDCG@10", "Spearman"
 MEASURES = (NDCG, "Recall@10", "Recall@100", "MRR@10", "MAP@100", "Success@1")
-"""Success@1 is the share of queries whose first document is relevant: with labelled data, the accuracy of the nearest neighbour."""
+"""Success@1: queries whose first document is relevant; with labelled data, the accuracy of the nearest neighbour."""
+
+DEEP = ("Recall@100", "MAP@100")
+"""What ten results say nothing about."""
 
 SHALLOW, DEPTH = 10, 100
 
@@ -128,7 +131,8 @@ def _discounts(num_ranks: int) -> FloatArray:
 
 
 def _share(part: npt.NDArray[Any], whole: FloatArray) -> FloatArray:
-    return np.divide(part, whole, out=np.zeros(len(whole)), where=whole > 0)
+    shares: FloatArray = np.divide(part, whole, out=np.zeros(len(whole)), where=whole > 0)
+    return shares
 
 
 def measure(qrels: Qrels, query_ids: Sequence[str], rankings: Sequence[Sequence[str]]) -> dict[str, float]:

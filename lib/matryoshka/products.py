@@ -31,6 +31,7 @@ _GROUP = 4  # documents of which the best one's score is noted
 _SUPERGROUP = 32  # documents of which the best one's is noted as well, to find the groups by
 _FOLDED_AT_ONCE = 8  # products
 _LEAST_PAIRS = 4_096  # that are worth a thread
+_QUERIES_AT_ONCE = 1_024
 _BIN = 256  # documents of which the best one's tells how good the best so many are at least
 _INTEGERS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 _LAST_BIT = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}  # half a unit in the last place, as a share
@@ -199,6 +200,22 @@ class StoredVectors:
             norms = 1.0 if self._is_plain else candidates.square_().sum(1).sqrt_().clamp_min_(1e-30)
             scores[part] = products / norms
         return scores
+
+
+def nearest(queries: Float32Array, documents: Float32Array, num_kept: int) -> Lists:
+    """Returns (scores, rows) of the best documents of each query by plain products, which rounding moves; in no order.
+
+    Where a hundred are wanted of each query, this takes a third of the time of ``StoredVectors.best``.
+
+    Shapes: queries [Q, dim], documents [N, dim] -> [Q, min(num_kept, N)] each.
+    """
+    columns, width = torch.from_numpy(documents).T, min(num_kept, len(documents))
+    scores, rows = np.empty((len(queries), width), np.float32), np.empty((len(queries), width), np.int64)
+    for start in range(0, len(queries), _QUERIES_AT_ONCE):
+        part = slice(start, start + _QUERIES_AT_ONCE)
+        best = torch.topk(torch.from_numpy(queries[part]) @ columns, width, dim=1, sorted=False)
+        scores[part], rows[part] = best.values.numpy(), best.indices.numpy()
+    return scores, rows
 
 
 class CoarseVectors:

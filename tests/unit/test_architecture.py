@@ -31,7 +31,7 @@ DOORS = {
     "pyarrow": tuple(
         f"lib/matryoshka/{room}.py"
         for room in {"corpus", "sources", "partitions", "vectors", "filters", "funnel", "indexing", "verification"}
-        | {"removals", "queries", "results"}
+        | {"removals", "queries", "results", "runs"}
     ),
     **dict.fromkeys(("nncf", "onnxruntime", "openvino"), ("lib/matryoshka/peers.py",)),
     "rich": ("jobs/terminal.py",),
@@ -46,7 +46,8 @@ LAYERS = [
     | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"}
     | {"removals", "filters", "queries"},
     {"preparation", "mining", "training", "card", "embedding", "indexing", "layouts", "evaluation", "report", "verification"}
-    | {"calibration", "peers", "plain_trainer", "answers", "tuning", "results", "search_peers", "synthetic"},
+    | {"calibration", "peers", "plain_trainer", "answers", "tuning", "results", "search_peers", "synthetic"}
+    | {"rankings", "runs", "comparison", "showcase", "verdict", "retrieval"},
 ]
 
 

@@ -14,7 +14,7 @@ from jobs import cluster, embed, prepare
 from jobs.cluster import Encoders, Session
 from jobs.entry import NoGainError, StageSettings, describe_run, main
 from jobs.terminal import say, show_table
-from matryoshka import artifacts, evaluation, model, nested, report, retrieval, runs, storage, sts, verdict
+from matryoshka import artifacts, evaluation, lexical, model, nested, report, retrieval, runs, storage, sts, verdict
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.comparison import FLOOR
 from matryoshka.config import Field, FolderPath, InputPath, check_settings
@@ -435,6 +435,8 @@ def _refuse_comparing(source: _Retrieval | _Similarity, system: str, settings: S
         other = artifacts.read_complete(storage.local_path(settings.compare), "evaluation")
         if (other.identity["data"], other.identity["split"]) != (source.fingerprint, source.split):
             raise ValueError(f"--compare {settings.compare}: evaluated other data or another split. Compare like with like.")
+        if settings.bm25 and lexical.NAME in {row.system for row in _rows(settings.compare)}:
+            raise ValueError(f"--compare {settings.compare}: has BM25 already. Leave out --bm25.")
         if system in {row.system for row in _rows(settings.compare)}:
             raise ValueError(f"--compare {settings.compare}: has a system '{system}' as well. Pass --system with another name.")
 

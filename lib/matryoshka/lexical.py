@@ -6,6 +6,7 @@ Source: Robertson et al. 1994, Okapi at TREC-3; Lù 2024, BM25S, arXiv:2407.0361
 out, Snowball's English stems).
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ class LexicalIndex:
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs at DEBUG whatever the root says
         self._stemmer: Any = Stemmer.Stemmer(_LANGUAGE)
         self._index: Any = bm25s.BM25(method="lucene")
         self._num_documents = len(texts)

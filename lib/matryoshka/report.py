@@ -70,7 +70,8 @@ class Report:
     def sentences(self) -> list[str]:
         """Returns the outcome in words: verdict, conclusion or ranking, what happened elsewhere, which dim, and the remarks."""
         answer = describe_verdict(self.verdict) if self.verdict else ""
-        first = describe_ranking(self.ranking) if self.ranking else conclude(self.rows)
+        gained = describe_reach(self.rows) if self.verdict else conclude(self.rows)  # a verdict has said how much
+        first = describe_ranking(self.ranking) if self.ranking else gained
         others = [describe_change(rows, f"On {name}, ") for name, rows in self.elsewhere.items()]
         dims = describe_resolutions(self.resolutions) if self.resolutions else ""
         return [sentence for sentence in (answer, first, *others, dims, *self.remarks) if sentence]
@@ -85,6 +86,7 @@ def write(folder: Path, report: Report) -> None:
         "models": _as_json(report.profiles),
         "ranking": dataclasses.asdict(report.ranking) | {"best": report.ranking.best} if report.ranking else None,
         "elsewhere": {name: _as_json(rows) for name, rows in report.elsewhere.items()},
+        "remarks": list(report.remarks),
         "verdict": report.verdict.as_json() if report.verdict else None,
         "comparisons": _as_json(report.comparisons),
         "resolutions": dataclasses.asdict(report.resolutions) if report.resolutions else None,
@@ -141,6 +143,7 @@ def read(folder: Path) -> Report:
         value["title"],
         read_rows(folder),
         read_profiles(folder),
+        remarks=tuple(value.get("remarks", ())),
         verdict=verdict.from_json(value["verdict"]) if value.get("verdict") else None,
         comparisons=[Comparison(**one) for one in value.get("comparisons", ())],
         resolutions=Resolutions.from_json(value["resolutions"]) if value.get("resolutions") else None,
@@ -286,17 +289,19 @@ def describe_resolutions(found: Resolutions) -> str:
 
 def conclude(rows: Sequence[Row]) -> str:
     """Returns in one sentence what fine-tuning did at full width, and which dim now does what full width did before."""
-    sentence = describe_change(rows)
-    if not sentence:
-        return ""
+    sentences = (describe_change(rows), describe_reach(rows))
+    return " ".join(filter(None, sentences))
+
+
+def describe_reach(rows: Sequence[Row]) -> str:
+    """Returns in one sentence which dim of the second of two systems does what full width of the first does, if any."""
     before, after = _before_and_after(rows)
     _, values, dims = _headline(rows, before, after)
-    width = dims[0]
-    enough = [dim for dim in dims if values[after, dim] >= values[before, width]]
-    if enough:
-        who = "Tuned" if (before, after) == _USUAL else f"With {after}"
-        sentence += f" {who}, {enough[-1]} dims reach what {width} dims reached before."
-    return sentence
+    enough = [dim for dim in dims if values[after, dim] >= values[before, dims[0]]]
+    if not enough:
+        return ""
+    who = "Tuned" if (before, after) == _USUAL else f"With {after}"
+    return f"{who}, {enough[-1]} dims reach what {dims[0]} dims reached before."
 
 
 def describe_change(rows: Sequence[Row], place: str = "") -> str:

@@ -1,49 +1,34 @@
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 from scipy import stats
 
-from matryoshka import evaluation, metrics
+from matryoshka import evaluation
 from matryoshka.evaluation import Row
-from matryoshka.indexing import IndexStore
-from matryoshka.nested import FunnelPlan
-from matryoshka.vectors import EmbeddingStore
-
-Make = Callable[..., np.ndarray]
-MakeStore = Callable[..., EmbeddingStore]
+from matryoshka.runs import Series
 
 
-@pytest.fixture
-def store(make_store: MakeStore, random_vectors: Make) -> EmbeddingStore:
-    return make_store({"a:0": ([f"a{n}" for n in range(30)], random_vectors(30, 8)), "b:0": (["b"], random_vectors(1, 8, 1))})
+def series(system: str, dim: int | None, values: list[float], metric: str = "nDCG@10") -> Series:
+    return Series(system, dim, {metric: np.array(values)}, [[]] * len(values))
 
 
-def test_every_measure_is_given_at_every_dim(store: EmbeddingStore, random_vectors: Make):
-    qrels = {"q": {"a3": 1, "b": 2}}
-    queries = random_vectors(1, 8, 2)
-    rows = evaluation.evaluate_dims("base", store, queries, ["q"], qrels, (8, 4))
-    assert [(row.system, row.dim, row.metric) for row in rows] == [
-        ("base", dim, name) for dim in (8, 4) for name in metrics.MEASURES
-    ]
-    for dim in (8, 4):
-        expected = metrics.measure(qrels, ["q"], evaluation.exact_rankings(store, queries, dim, metrics.DEPTH))
-        assert {row.metric: row.value for row in rows if row.dim == dim} == expected
+def test_figures_are_means_between_the_ends_of_their_intervals():
+    rng = np.random.default_rng(0)
+    values = {("bm25", None): rng.random(60), ("base", 64): rng.random(60), ("base", 32): np.full(60, 0.5)}
+    rows = evaluation.figures([series(*name, own.tolist()) for name, own in values.items()])
+    assert [(row.system, row.dim, row.metric) for row in rows] == [(*name, "nDCG@10") for name in values]
+    for row, own in zip(rows, values.values(), strict=True):
+        assert row.value == pytest.approx(own.mean())
+        assert row.low <= row.value <= row.high
+    assert (rows[2].low, rows[2].high) == (0.5, 0.5)
+    # Six standard errors hold any interval of a mean; one is too narrow for 95%.
+    error = values["base", 64].std() / np.sqrt(60)
+    assert 2 * error < rows[1].high - rows[1].low < 6 * error
+    assert evaluation.figures([]) == []
 
 
-def test_a_query_that_is_a_document_finds_it_at_every_dim(store: EmbeddingStore, random_vectors: Make):
-    rows = evaluation.evaluate_dims("base", store, random_vectors(30, 8)[7:8], ["q"], {"q": {"a7": 1}}, (8, 5, 2))
-    assert {row.value for row in rows} == {1.0}
-
-
-def test_a_funnel_that_keeps_all_is_worth_what_exact_search_is(
-    store: EmbeddingStore, make_index: Callable[..., IndexStore], random_vectors: Make
-):
-    plan = FunnelPlan.parse(["4:31", "8:31"])
-    queries, qrels = random_vectors(4, 8, 3), {f"q{n}": {f"a{n}": 1, "b": 1} for n in range(4)}
-    found = evaluation.evaluate_funnel("base", make_index(store).searcher(plan), 4, queries, list(qrels), qrels)
-    exact = evaluation.evaluate_dims("base", store, queries, list(qrels), qrels, [8])
-    assert [Row(row.system, 4, row.metric, row.value) for row in exact] == found
+def test_each_system_has_the_measures_that_it_was_measured_by():
+    both = [series("base", 64, [1.0]), Series("base+funnel", 64, {"MRR@10": np.ones(1)}, [[]])]
+    assert [(row.system, row.metric) for row in evaluation.figures(both)] == [("base", "nDCG@10"), ("base+funnel", "MRR@10")]
 
 
 def test_similarity_is_the_rank_correlation_of_scores_with_cosines_of_prefixes():
@@ -70,6 +55,11 @@ def test_models_are_ranked_by_their_mean_over_the_dims_that_all_have():
     assert list(ranking.means) == ["small", "wide", "tiny"]  # of equals, the one given first
     assert (ranking.best, ranking.metric, ranking.dims) == ("small", "nDCG@10", (64, 32))
     assert ranking.best_per_dim == {768: "wide", 64: "small", 32: "tiny"}
+
+
+def test_words_and_other_ways_to_search_a_model_are_not_ranked():
+    rows = [*figures(a={64: 0.4}, b={64: 0.3}), Row("bm25", None, "nDCG@10", 0.9), Row("b+int8", 64, "nDCG@10", 0.8)]
+    assert list(evaluation.rank_systems(rows).means) == ["a", "b"]
 
 
 def test_similarity_ranks_models_where_there_is_no_retrieval():

@@ -103,7 +103,7 @@ def run(settings: Settings) -> Manifest:
     if settings.require_gain is not None:
         found = report.read(output).verdict
         if found is None:
-            raise ValueError(f"{output}: no tuned model beside an untouched one, so there is no gain. Name one of each.")
+            raise ValueError(f"{output}: both models share no dim, so there is no gain. Pass --dims that both have.")
         if not found.is_worth_it:
             raise NoGainError(f"{found.decision}. {found.reason}")
     return manifest
@@ -198,7 +198,6 @@ def _evaluate(settings: Settings) -> Manifest:
         "index": index.manifest.fingerprint if index else None,
         "plan": index.plan.describe() if index else None,
         "compare": _fingerprint(settings.compare),
-        "quantised": settings.quantised,
         **_asked(settings),
     }
     if isinstance(source, _Retrieval):
@@ -224,13 +223,21 @@ def _evaluate(settings: Settings) -> Manifest:
 
 def _asked(settings: Settings) -> dict[str, Any]:
     """Returns what else decides what a report of any number of models says."""
-    return {"bm25": settings.bm25, "floor": settings.floor, "require_gain": settings.require_gain}
+    return {name: getattr(settings, name) for name in ("bm25", "quantised", "floor", "require_gain")}
 
 
 def _rank(settings: Settings) -> Manifest:
-    """Evaluates each of several models in a folder of its own below the output, and ranks them."""
+    """Evaluates each of several models in a folder of its own below the output, and ranks them.
+
+    Raises:
+        ValueError: As ``_describe_all``, or a gain is required and there is not one of each, tuned and untouched.
+    """
     output = storage.local_path(settings.output)
     found = _describe_all(settings)
+    untouched = [name for name, (_, info, _) in found.items() if not info.is_tuned]
+    has_both = 0 < len(untouched) < len(found)
+    if settings.require_gain is not None and not has_both:
+        raise ValueError("--require-gain: nothing to gain on. Name a tuned model and an untouched one as --models.")
     source: _Retrieval | _Similarity = _Similarity.open(settings) if settings.sts else _Retrieval.open(settings)
     identity = {"data": source.fingerprint, "split": source.split, "dims": settings.dims, **_asked(settings)}
     inputs = {name: info.fingerprint for name, (_, info, _) in found.items()}
@@ -263,12 +270,11 @@ def _rank(settings: Settings) -> Manifest:
     )
     if isinstance(source, _Retrieval):
         words = retrieval.search_words(source.task, output) if settings.bm25 else Findings()
-        untouched = [name for name, (_, info, _) in found.items() if not info.is_tuned]
         tuned = next((name for name in ranking.means if name not in untouched), ranking.best)
         ordered = sorted(own, key=lambda name: name not in untouched[:1])  # the others are held against the first
         series = (one for name in ordered for one in runs.read_series(storage.local_path(own[name].output))[1])
         every = dataclasses.replace(words, series=(*words.series, *series), training=_training(found[tuned][1]))
-        return _finish(output, manifest, *source.weigh(output, settings, made, every, tuned, has_untouched=bool(untouched)))
+        return _finish(output, manifest, *source.weigh(output, settings, made, every, tuned, has_verdict=has_both))
     return _finish(output, manifest, made)
 
 
@@ -350,14 +356,14 @@ class _Retrieval:
         return _Found(title, profile, remarks=self.task.remarks, findings=words.and_then(found))
 
     def weigh(
-        self, output: Path, settings: Settings, made: Report, found: Findings, system: str, *, has_untouched: bool = True
+        self, output: Path, settings: Settings, made: Report, found: Findings, system: str, *, has_verdict: bool = True
     ) -> tuple[Report, tuple[FileRecord, ...]]:
         """Returns the report with what the queries tell of systems beside each other, and the records of the files behind it."""
         required = verdict.REQUIRED_GAIN if settings.require_gain is None else settings.require_gain
         known = runs.read_series(storage.local_path(settings.compare))[1] if settings.compare else []
         series = [*known, *found.series]
         written = runs.write_series(output, self.task.judged_ids, series)
-        whole = retrieval.weigh(self.task, made, series, found, system, settings.floor, required if has_untouched else None)
+        whole = retrieval.weigh(self.task, made, series, found, system, settings.floor, required if has_verdict else None)
         return whole, (*found.records, written)
 
 
@@ -435,6 +441,8 @@ def _refuse_comparing(source: _Retrieval | _Similarity, system: str, settings: S
         other = artifacts.read_complete(storage.local_path(settings.compare), "evaluation")
         if (other.identity["data"], other.identity["split"]) != (source.fingerprint, source.split):
             raise ValueError(f"--compare {settings.compare}: evaluated other data or another split. Compare like with like.")
+        if isinstance(source, _Retrieval):
+            runs.find_series(storage.local_path(settings.compare))
         if settings.bm25 and lexical.NAME in {row.system for row in _rows(settings.compare)}:
             raise ValueError(f"--compare {settings.compare}: has BM25 already. Leave out --bm25.")
         if system in {row.system for row in _rows(settings.compare)}:

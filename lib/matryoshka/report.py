@@ -72,9 +72,17 @@ class Report:
         answer = describe_verdict(self.verdict) if self.verdict else ""
         gained = describe_reach(self.rows) if self.verdict else conclude(self.rows)  # a verdict has said how much
         first = describe_ranking(self.ranking) if self.ranking else gained
-        others = [describe_change(rows, f"On {name}, ") for name, rows in self.elsewhere.items()]
+        others = [self._describe_elsewhere(name) for name in self.elsewhere]
         dims = describe_resolutions(self.resolutions) if self.resolutions else ""
         return [sentence for sentence in (answer, first, *others, dims, *self.remarks) if sentence]
+
+    def _describe_elsewhere(self, name: str) -> str:
+        """Returns what happened on other data, with its interval where the verdict has one."""
+        sentence = describe_change(self.elsewhere[name], f"On {name}, ")
+        known = self.verdict.forgotten if self.verdict else ()
+        ends = (f"{one.low:+.3f} to {one.high:+.3f}" for one in known if one.data == name and one.low is not None)
+        between = next(ends, "")
+        return f"{sentence.removesuffix('.')} ({between})." if sentence and between else sentence
 
 
 def write(folder: Path, report: Report) -> None:
@@ -248,9 +256,8 @@ def describe_ranking(ranking: Ranking) -> str:
 
 
 def describe_verdict(found: Verdict) -> str:
-    """Returns the answer with its reason, what was forgotten, what it cost, and what a short dim saves."""
+    """Returns the answer with its reason, what it cost, and what a short dim saves."""
     parts = [f"Verdict: {found.decision}. {found.reason}"]
-    parts += [f"{'Forgotten' if one.change < 0 else 'Kept'}: {_describe_forgotten(one)}." for one in found.forgotten]
     if found.training:
         own = found.training
         parts.append(f"Fine-tuning took {own.device_hours:.2f} {_HOURS.get(own.device, own.device)}-hours.")
@@ -265,11 +272,6 @@ def describe_verdict(found: Verdict) -> str:
 
 
 _HOURS = {"cuda": "GPU", "cpu": "CPU core"}
-
-
-def _describe_forgotten(one: verdict.Forgotten) -> str:
-    between = "" if one.low is None else f" ({one.low:+.3f} to {one.high:+.3f})"
-    return f"{one.data}, {one.metric} at {one.dim} dims {one.before:.3f} to {one.after:.3f}, {one.change:+.3f}{between}"
 
 
 def _megabytes(num_bytes: int) -> str:

@@ -110,16 +110,25 @@ def _to_table(query_ids: Sequence[str], series: Series) -> pa.Table:
     return pa.table(columns | {name: pa.array(own) for name, own in series.values.items()})
 
 
-def read_series(folder: Path) -> tuple[list[str], list[Series]]:
-    """Returns (ids of the judged queries, what each system got).
+def find_series(folder: Path) -> Path:
+    """Returns where an evaluation keeps what every query got.
 
     Raises:
-        ValueError: The evaluation has no such file: it is of an earlier version, or of similarity.
+        ValueError: It has no such file: it is of an earlier version, or of similarity.
     """
     path = folder / PER_QUERY
     if not path.is_file():
         raise ValueError(f"{folder}: says nothing of single queries (no {PER_QUERY}). Evaluate anew, with --replace.")
-    table = pq.read_table(path)
+    return path
+
+
+def read_series(folder: Path) -> tuple[list[str], list[Series]]:
+    """Returns (ids of the judged queries, what each system got).
+
+    Raises:
+        ValueError: As ``find_series``.
+    """
+    table = pq.read_table(find_series(folder))
     systems, dims = table.column("system").to_pylist(), table.column("dim").to_pylist()
     starts = [row for row in range(len(dims)) if row == 0 or (systems[row], dims[row]) != (systems[row - 1], dims[row - 1])]
     metrics = [name for name in table.column_names if name not in _COLUMNS]

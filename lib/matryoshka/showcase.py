@@ -16,7 +16,7 @@ from matryoshka.rankings import Catalogue, Rankings, Vectors
 from matryoshka.runs import Series
 
 _EXTREMES, _SHOWN_RESULTS = 10, 5
-_SHOWN_CHARACTERS, _SHOWN_QUERY_CHARACTERS = 300, 200
+_SHOWN_CHARACTERS, _SHOWN_QUERY_CHARACTERS = 300, 120
 _DIGITS, _SCORE_DIGITS = 4, 4
 _SEARCHES, _SALT, _RESULTS_PER_SEARCH = 100, "shown searches", 10
 _MOST_RELEVANT = 50
@@ -116,7 +116,7 @@ def find_extremes(
 def per_query(
     query_ids: Sequence[str], series: Sequence[Series], queries: Mapping[str, str], metric: str = NDCG
 ) -> dict[str, Any]:
-    """Returns one measure of every query, system and dim as a JSON value, rounded to four digits."""
+    """Returns one measure of every query, system and dim as a JSON value, rounded to four digits; words have the dim ""."""
     values: dict[str, dict[str, list[float]]] = {}
     for own in series:
         rounded = own.values[metric].round(_DIGITS).tolist()

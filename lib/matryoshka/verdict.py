@@ -180,6 +180,8 @@ def _judge(comparison: Comparison, after: float, words: float | None, required: 
         return DO_NOT_BOTHER, f"{found}, but words alone (BM25) reach {words:.3f}, and need no model."
     if one.low >= required and one.p_corrected < significance.SIGNIFICANT:
         return FINE_TUNE, f"{found}, all of it at or above the {required:.3f} that it must gain."
+    if one.low >= required:
+        return NOT_ENOUGH, f"{found}, which among so many comparisons may be chance (p {one.p_corrected:.3f}, corrected)."
     return NOT_ENOUGH, (
         f"{found}: the interval reaches from below the {required:.3f} that it must gain to above it, and so many queries show"
         f" only gains of {one.detectable:.3f} or more."

@@ -55,7 +55,11 @@ class Extremes:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """Returns what ``dataclasses.asdict`` described."""
-        return cls(**{**value, **{name: tuple(Change(**one) for one in value[name]) for name in ("gained", "lost")}})
+
+        def read(change: Mapping[str, Any]) -> Change:
+            return Change(**{**change, "results": {system: tuple(own) for system, own in change["results"].items()}})
+
+        return cls(**{**value, **{name: tuple(map(read, value[name])) for name in ("gained", "lost")}})
 
     @property
     def documents(self) -> set[str]:

@@ -293,11 +293,12 @@ def _finish(output: Path, previous: Manifest | None, settings: Settings, last: s
     for metric, table in report.tables(made.rows, report.SHOWN).items():
         show_table(metric, table)
     for name, rows in made.elsewhere.items():
-        for metric, table in report.change_tables(rows).items():
+        for metric, table in report.change_tables(rows, report.SHOWN).items():
             show_table(f"{name}: {metric}", table)
     for sentence in made.sentences:
         say(sentence)
-    say(f"report: {output / report.MARKDOWN} and {output / report.JSON}; index: {output / 'index'}")
+    built = f"; index: {output / 'index'}" if last == _AFTER else ""
+    say(f"report: {output / report.MARKDOWN} and {output / report.JSON}{built}")
 
 
 def _collect(output: Path, settings: Settings, last: str) -> Report:

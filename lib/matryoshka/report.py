@@ -198,15 +198,19 @@ def tables(rows: Sequence[Row], shown: Collection[str] = ()) -> dict[str, Table]
     }
 
 
-def change_tables(rows: Sequence[Row]) -> dict[str, Table]:
+def change_tables(rows: Sequence[Row], shown: Collection[str] = ()) -> dict[str, Table]:
     """Returns the tables of two systems with one more column: what the second has more than the first, or less.
+
+    Args:
+        rows: The figures.
+        shown: The metrics; empty: all.
 
     >>> change_tables([Row("base", 64, "nDCG@10", 0.645), Row("tuned", 64, "nDCG@10", 0.612)])
     {'nDCG@10': [['dim', 'base', 'tuned', 'change'], ['64', '0.645', '0.612', '-0.033']]}
     """
     before, after = _before_and_after(rows)
     chosen = [row for row in rows if row.system in (before, after)]
-    made = tables(sorted(chosen, key=lambda row: row.system != before))
+    made = tables(sorted(chosen, key=lambda row: row.system != before), shown)
     return {
         metric: [[*table[0], "change"], *([*line, _difference(*line[1:3])] for line in table[1:])]
         for metric, table in made.items()

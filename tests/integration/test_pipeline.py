@@ -39,8 +39,7 @@ def test_the_verdict_has_the_gain_what_it_cost_and_what_became_of_the_model_else
     values = {(row["system"], row["dim"]): row["value"] for row in report["rows"] if row["metric"] == "nDCG@10"}
     found = report["verdict"]
     assert found["gain"] == pytest.approx(values["tuned", 64] - values["base", 64])
-    # A fifth of 240 pairs: too few to decide anything.
-    assert (found["decision"], found["num_queries"] < 50) == ("not enough evidence", True)
+    assert (found["decision"], found["is_small"], found["required_gain"]) == ("fine-tune", False, 0.01)
     facts = folders.manifest(finished_pipeline / "model")["facts"]
     hours = facts["train_seconds"] * facts["num_devices"] / 3600
     assert found["training"] == {
@@ -50,7 +49,7 @@ def test_the_verdict_has_the_gain_what_it_cost_and_what_became_of_the_model_else
     (forgotten,) = found["forgotten"]
     assert (forgotten["data"], forgotten["metric"], forgotten["dim"]) == ("alike", "Spearman", 64)
     assert forgotten["change"] == pytest.approx(elsewhere["tuned", 64] - elsewhere["base", 64])
-    assert (finished_pipeline / "report.md").read_text().startswith("# Before and after fine-tuning\n\nVerdict: not enough")
+    assert (finished_pipeline / "report.md").read_text().startswith("# Before and after fine-tuning\n\nVerdict: fine-tune. ")
     assert {one["after"] for one in report["comparisons"]} == {"base", "tuned", "tuned+funnel"}
     steps = report["searches"]["queries"][0]["funnel"]
     assert [step["dim"] for step in steps] == [16, 64]
@@ -63,9 +62,9 @@ def test_a_gain_that_is_not_shown_stops_the_pipeline_before_the_index_and_keeps_
     for made in ("index", "results", "evaluation-tuned"):
         shutil.rmtree(run / made)
     settings = pipeline.Settings.from_command_line(["--config", str(pipeline_config)], "pipeline")
-    settings = settings.model_copy(update={"output": str(run), "require_gain": 0.01})
+    settings = settings.model_copy(update={"output": str(run), "require_gain": 1.5})
     for _ in range(2):
-        with pytest.raises(NoGainError, match="not enough evidence"):
+        with pytest.raises(NoGainError, match="do not bother. nDCG@10 at 64 dims"):
             pipeline.run(settings)
         assert "stops before the index, keep the base model" in capsys.readouterr().out
         before = folders.times(run)
@@ -73,7 +72,7 @@ def test_a_gain_that_is_not_shown_stops_the_pipeline_before_the_index_and_keeps_
     assert not (run / "index").exists()
     report = json.loads((run / "report.json").read_text())
     assert list(report["fingerprints"])[-3:] == ["model", "embeddings", "evaluation-gain"]
-    assert (report["verdict"]["required_gain"], report["verdict"]["forgotten"]) == (0.01, [])
+    assert (report["verdict"]["required_gain"], report["verdict"]["forgotten"]) == (1.5, [])
 
 
 def test_words_are_searched_once_unless_they_are_not_wanted(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_a_gain_that_is_not_shown_stops_the_pipeline_before_the_index_and_keeps_
     settings = pipeline.Settings.from_command_line(["--config", str(pipeline_config)], "pipeline")
     settings = settings.model_copy(update={"output": str(run), "require_gain": 1.5})
     for _ in range(2):
-        with pytest.raises(NoGainError, match="do not bother. nDCG@10 at 64 dims"):
+        with pytest.raises(NoGainError, match=r"do not bother\. nDCG@10 at 64 dims"):
             pipeline.run(settings)
         assert "stops before the index, keep the base model" in capsys.readouterr().out
         before = folders.times(run)

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from enum import IntEnum
 from importlib import metadata
 from typing import Any, TypeVar
 
@@ -12,11 +13,23 @@ from jobs.terminal import complain, say
 from matryoshka import storage
 from matryoshka.config import Field, FolderPath, JobSettings
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-
 S = TypeVar("S", bound=JobSettings)
 
 logger = logging.getLogger("jobs")
+
+
+class ExitCode(IntEnum):
+    """How a job ends."""
+
+    DONE = 0
+    FAILED = 1
+    BAD_INPUT = 2
+    NO_GAIN = 3
+    INTERRUPTED = 130
+
+
+class NoGainError(Exception):
+    """Everything was done, and the gain that was required is not shown: nothing is wrong, and the scheduler may branch."""
 
 
 class StageSettings(JobSettings):
@@ -39,17 +52,20 @@ def _run(name: str, settings_class: type[S], run: Callable[[S], Any]) -> int:
     except ValueError as error:
         logger.debug("bad input", exc_info=True)
         complain(f"error: {error}")
-        return BAD_INPUT
+        return ExitCode.BAD_INPUT
+    except NoGainError as error:
+        say(f"{name}: the gain that is required was not shown: {error}")
+        return ExitCode.NO_GAIN
     except (RuntimeError, OSError) as error:
         logger.debug("failure", exc_info=True)
         advice = ". Make room, then run the same command again." if storage.is_out_of_space(error) else ""
         complain(f"error: {error}{advice}")
-        return FAILED
+        return ExitCode.FAILED
     except KeyboardInterrupt:
         complain("interrupted: what is finished is kept. Run the same command again to go on.")
-        return INTERRUPTED
+        return ExitCode.INTERRUPTED
     say(f"{name} took {time.perf_counter() - start:.1f} s")
-    return DONE
+    return ExitCode.DONE
 
 
 def _set_up_logging() -> None:

@@ -1,21 +1,22 @@
-"""Says how good models are, at every dim: at retrieval, through an index's funnel, at telling similar sentences."""
+"""Says how good models are, at every dim, beside words, through an index's funnel, quantised; and whether tuning is worth it."""
 
 import dataclasses
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from jobs import cluster, embed, prepare
 from jobs.cluster import Encoders, Session
-from jobs.entry import StageSettings, describe_run, main
+from jobs.entry import NoGainError, StageSettings, describe_run, main
 from jobs.terminal import say, show_table
-from matryoshka import artifacts, evaluation, model, nested, report, storage, sts
+from matryoshka import artifacts, evaluation, lexical, model, nested, report, retrieval, runs, storage, sts, verdict
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
+from matryoshka.comparison import FLOOR
 from matryoshka.config import Field, FolderPath, InputPath, check_settings
 from matryoshka.encode import TOKENS_PER_STEP
 from matryoshka.evaluation import Profile, Row
@@ -23,22 +24,27 @@ from matryoshka.indexing import IndexStore
 from matryoshka.model import ModelInfo
 from matryoshka.pairs import DatasetStore
 from matryoshka.report import Report
+from matryoshka.retrieval import Findings, Task
 from matryoshka.sts import ScoredPairs
 from matryoshka.tokens import Role
 from matryoshka.vectors import EmbeddingStore, Float16Array
+from matryoshka.verdict import Training
 
 _OF_ONE_MODEL = ("model", "system", "embeddings", "index", "compare")
-_OF_RETRIEVAL = ("split", "embeddings", "index")
+_OF_RETRIEVAL = ("split", "embeddings", "index", "bm25", "quantised", "require_gain")
 _NAME = re.compile(r"[\w.-]+")
+_TUNED, _BASE = "tuned", "base"
 
 
 class Settings(StageSettings):
-    """Says how good a model is at every dim: nDCG@10, Recall@10, MRR@10 and P@1 of retrieval (P@1 is the accuracy of the nearest
-    neighbour), also through an index's funnel; or, with --sts, the rank correlation with people's judgements of similarity.
+    """Says how good a model is at every dim: nDCG@10, Recall@10, Recall@100, MRR@10, MAP@100 and Success@1 of retrieval (which is
+    the accuracy of the nearest neighbour), also beside BM25, through an index's funnel, or quantised; or, with --sts, the rank
+    correlation with people's judgements of similarity.
 
     Every document is compared with every query, so the figures are exact; where documents are chunked, a document counts as
     its best chunk. Documents are embedded into the output folder, unless --embeddings names vectors that this model already
     made of this corpus. Several --models are ranked, each with its size and speed; one that is added later costs only itself.
+    With --compare, systems are held against each other query by query, and the verdict is whether the model is worth it.
     """
 
     data: FolderPath | None = Field(None, description="Folder that the prepare job wrote.")
@@ -54,6 +60,16 @@ class Settings(StageSettings):
     embeddings: FolderPath | None = Field(None, description="Folder that the embed job wrote from this model and data.")
     index: FolderPath | None = Field(None, description="Folder that the index job wrote: its funnel is evaluated as well.")
     compare: FolderPath | None = Field(None, description="An earlier evaluation of the same data, to stand beside this one.")
+    bm25: bool = Field(False, description="Evaluate BM25 as well: documents scored by the words that they share with a query.")
+    quantised: tuple[Literal["int8", "binary"], ...] = Field(
+        (),
+        description="Evaluate vectors as int8 (always where the index stores them so), or chosen by signs, then rescored.",
+    )
+    floor: float = Field(FLOOR, gt=0, le=1, description="Share of full width's nDCG@10 that the recommended dim surely keeps.")
+    require_gain: float | None = Field(
+        None,
+        description="End with code 3 unless this gain in nDCG@10 over the untouched model is shown; none: the verdict asks 0.01.",
+    )
     system: str | None = Field(
         None, description="Name in the report; none: 'tuned' if this project trained the model, else 'base'."
     )
@@ -65,18 +81,32 @@ class Settings(StageSettings):
             raise ValueError("give the data as --data (from the prepare job), --beir or --sts, one of them.")
         self._refuse_together("sts", _OF_RETRIEVAL, "it goes with --data or --beir")
         self._refuse_together("models", _OF_ONE_MODEL, "it goes with one model")
+        if self.require_gain is not None and not (self.compare or self.models):
+            raise ValueError("--require-gain: nothing to gain on. Pass an evaluation of the untouched model as --compare.")
         return self
 
     def _refuse_together(self, name: str, others: tuple[str, ...], reason: str) -> None:
-        given = [other for other in others if other in self.model_fields_set and getattr(self, other) is not None]
+        given = [other for other in others if other in self.model_fields_set and getattr(self, other) not in (None, False, ())]
         if getattr(self, name) and given:
-            raise ValueError(f"--{given[0]} cannot be used with --{name}: {reason}. Drop one of them.")
+            raise ValueError(f"--{given[0].replace('_', '-')} cannot be used with --{name}: {reason}. Drop one of them.")
 
 
 def run(settings: Settings) -> Manifest:
-    """Evaluates the model or ranks the models, unless the output already holds the report."""
-    artifacts.check_owner(storage.local_path(settings.output), "evaluation")
-    return _rank(settings) if settings.models else _evaluate(settings)
+    """Evaluates the model or ranks the models, unless the output already holds the report.
+
+    Raises:
+        NoGainError: The gain that is required was not shown; the report is there.
+    """
+    output = storage.local_path(settings.output)
+    artifacts.check_owner(output, "evaluation")
+    manifest = _rank(settings) if settings.models else _evaluate(settings)
+    if settings.require_gain is not None:
+        found = report.read(output).verdict
+        if found is None:
+            raise ValueError(f"{output}: both models share no dim, so there is no gain. Pass --dims that both have.")
+        if not found.is_worth_it:
+            raise NoGainError(f"{found.decision}. {found.reason}")
+    return manifest
 
 
 def named_models(models: tuple[str, ...]) -> dict[str, str]:
@@ -154,7 +184,7 @@ def _evaluate(settings: Settings) -> Manifest:
     """Evaluates one model."""
     output = storage.local_path(settings.output)
     info, dims = _describe(settings)
-    system = settings.system or ("tuned" if info.is_tuned else "base")
+    system = settings.system or (_TUNED if info.is_tuned else _BASE)
     source: _Retrieval | _Similarity = _Similarity.open(settings) if settings.sts else _Retrieval.open(settings)
     store = EmbeddingStore.open(storage.local_path(settings.embeddings)) if settings.embeddings else None
     index = IndexStore.open(storage.local_path(settings.index)) if settings.index else None
@@ -168,10 +198,11 @@ def _evaluate(settings: Settings) -> Manifest:
         "index": index.manifest.fingerprint if index else None,
         "plan": index.plan.describe() if index else None,
         "compare": _fingerprint(settings.compare),
+        **_asked(settings),
     }
     if isinstance(source, _Retrieval):
-        embed.refuse_strangers("--embeddings", store, info, source.data)
-        embed.refuse_strangers("--index", index, info, source.data)
+        embed.refuse_strangers("--embeddings", store, info, source.task.data)
+        embed.refuse_strangers("--index", index, info, source.task.data)
     _refuse_comparing(source, system, settings)
     previous = artifacts.claim(output, "evaluation", identity, settings.replace)
     if previous and previous.is_complete and not artifacts.find_faults(output, previous):
@@ -181,30 +212,46 @@ def _evaluate(settings: Settings) -> Manifest:
     artifacts.begin(output, manifest, previous)
     with cluster.connected() as session:
         found = source.evaluate(session, settings, _Job(system, info, dims, store, index))
-    rows, profiles = [*_rows(settings.compare), *found.rows], [*_profiles(settings.compare), found.profile]
-    made = Report(found.title, rows, profiles, remarks=found.remarks, settings=manifest.facts["run"]["settings"],
-                  fingerprints=identity)  # fmt: skip
-    return _finish(output, manifest, made)
+    profiles = [*_profiles(settings.compare), found.profile]
+    described = {"settings": manifest.facts["run"]["settings"], "fingerprints": identity, "remarks": found.remarks}
+    if isinstance(source, _Retrieval) and found.findings:
+        findings = dataclasses.replace(found.findings, training=_training(info))
+        made = Report(found.title, (), profiles, **described)
+        return _finish(output, manifest, *source.weigh(output, settings, made, findings, system))
+    return _finish(output, manifest, Report(found.title, [*_rows(settings.compare), *found.rows], profiles, **described))
+
+
+def _asked(settings: Settings) -> dict[str, Any]:
+    """Returns what else decides what a report of any number of models says."""
+    return {name: getattr(settings, name) for name in ("bm25", "quantised", "floor", "require_gain")}
 
 
 def _rank(settings: Settings) -> Manifest:
-    """Evaluates each of several models in a folder of its own below the output, and ranks them."""
+    """Evaluates each of several models in a folder of its own below the output, and ranks them.
+
+    Raises:
+        ValueError: As ``_describe_all``, or a gain is required and there is not one of each, tuned and untouched.
+    """
     output = storage.local_path(settings.output)
     found = _describe_all(settings)
+    untouched = [name for name, (_, info, _) in found.items() if not info.is_tuned]
+    has_both = 0 < len(untouched) < len(found)
+    if settings.require_gain is not None and not has_both:
+        raise ValueError("--require-gain: nothing to gain on. Name a tuned model and an untouched one as --models.")
     source: _Retrieval | _Similarity = _Similarity.open(settings) if settings.sts else _Retrieval.open(settings)
-    identity = {"data": source.fingerprint, "split": source.split, "dims": settings.dims}
+    identity = {"data": source.fingerprint, "split": source.split, "dims": settings.dims, **_asked(settings)}
     inputs = {name: info.fingerprint for name, (_, info, _) in found.items()}
     previous = artifacts.claim(output, "evaluation", identity, settings.replace)
     if previous and previous.is_complete and previous.inputs == inputs and not artifacts.find_faults(output, previous):
         say(f"evaluate: nothing to do, {output} is complete")
         return previous
+    alone = {"output": "", "models": (), "bm25": False, "require_gain": None, **source.as_settings}
     own = {
         name: settings.model_copy(
-            update={"output": str(folder_of(output, name)), "models": (), "model": location, "dims": dims, "system": name,
-                    **source.as_settings}
+            update={**alone, "output": str(folder_of(output, name)), "model": location, "dims": dims, "system": name}
         )
         for name, (location, _, dims) in found.items()
-    }  # fmt: skip
+    }
     manifest = Manifest("evaluation", identity, inputs, {"run": describe_run("evaluate", settings)})
     artifacts.begin(output, manifest, previous)
     with cluster.connected():
@@ -212,10 +259,22 @@ def _rank(settings: Settings) -> Manifest:
             say(f"evaluate: {name} ({one.model})")
             _evaluate(one)
     rows = [row for one in own.values() for row in _rows(one.output)]
-    profiles = [profile for one in own.values() for profile in _profiles(one.output)]
-    title = f"Models ranked: {len(own)} on {source.title}"
-    made = Report(title, rows, profiles, evaluation.rank_systems(rows), settings=manifest.facts["run"]["settings"],
-                  fingerprints={**identity, **inputs})  # fmt: skip
+    ranking = evaluation.rank_systems(rows)
+    made = Report(
+        f"Models ranked: {len(own)} on {source.title}",
+        rows,
+        [profile for one in own.values() for profile in _profiles(one.output)],
+        ranking,
+        settings=manifest.facts["run"]["settings"],
+        fingerprints={**identity, **inputs},
+    )
+    if isinstance(source, _Retrieval):
+        words = retrieval.search_words(source.task, output) if settings.bm25 else Findings()
+        tuned = next((name for name in ranking.means if name not in untouched), ranking.best)
+        ordered = sorted(own, key=lambda name: name not in untouched[:1])  # the others are held against the first
+        series = (one for name in ordered for one in runs.read_series(storage.local_path(own[name].output))[1])
+        every = dataclasses.replace(words, series=(*words.series, *series), training=_training(found[tuned][1]))
+        return _finish(output, manifest, *source.weigh(output, settings, made, every, tuned, has_verdict=has_both))
     return _finish(output, manifest, made)
 
 
@@ -245,20 +304,17 @@ class _Found:
     """What an evaluation of one model gave."""
 
     title: str
-    rows: list[Row]
     profile: Profile
+    rows: Sequence[Row] = ()
     remarks: tuple[str, ...] = ()
+    findings: Findings | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Retrieval:
     """Queries, documents and judgements of a split."""
 
-    data: DatasetStore
-    split: str
-    query_ids: list[str]
-    queries: list[str]
-    qrels: Mapping[str, Mapping[str, int]]
+    task: Task
 
     @classmethod
     def open(cls, settings: Settings) -> "_Retrieval":
@@ -266,45 +322,49 @@ class _Retrieval:
         if settings.beir:
             own = prepare.Settings(output=str(folder), beir=settings.beir, near_duplicates=0, replace=settings.replace)
             prepare.run(own)  # nothing is trained here, so nothing can leak
-        data = DatasetStore.open(folder)
-        query_ids, queries = data.queries(settings.split)
-        qrels = data.qrels(settings.split)
-        if qrels.keys().isdisjoint(query_ids):
-            raise ValueError(f"{folder}: no query of split '{settings.split}' has judgements. Pass another --split.")
-        return cls(data, settings.split, query_ids, queries, qrels)
+        return cls(Task.open(DatasetStore.open(folder), settings.split))
 
     @property
     def fingerprint(self) -> str:
-        return self.data.manifest.fingerprint
+        return self.task.data.manifest.fingerprint
+
+    @property
+    def split(self) -> str:
+        return self.task.split
 
     @property
     def as_settings(self) -> dict[str, Any]:
         """What leads an evaluation of one model to data that is already prepared."""
-        return {"data": str(self.data.folder), "beir": None}
+        return {"data": str(self.task.data.folder), "beir": None}
 
     @property
     def title(self) -> str:
-        return f"{len(self.queries)} queries of split '{self.split}'"
+        return f"{len(self.task.queries)} queries of split '{self.split}'"
 
     def evaluate(self, session: Session, settings: Settings, job: _Job) -> _Found:
+        output, data = storage.local_path(settings.output), self.task.data
         store = job.store or embed.embed_dataset(
-            embeddings_of(storage.local_path(settings.output)),
-            self.data,
-            settings.model,
-            settings.workers,
-            replace=settings.replace,
+            embeddings_of(output), data, settings.model, settings.workers, replace=settings.replace
         )
-        made, is_chunked = store.manifest.identity, self.data.is_chunked
+        made = store.manifest.identity
         pool = session.encoders(job.info, made["precision"], made["tokens_per_step"], settings.workers)
-        queries, rate = _encode(pool, self.queries, "query")
-        known = (queries, self.query_ids, self.qrels)
-        rows = evaluation.evaluate_dims(job.system, store, *known, job.dims, is_chunked=is_chunked)
-        if job.index:
-            system, dim = f"{job.system}+funnel", job.index.plan.shortlist.dim
-            rows += evaluation.evaluate_funnel(system, job.index.searcher(), dim, *known, is_chunked=is_chunked)
-        title = f"Retrieval quality: {self.title}, {store.manifest.num_rows} {'chunks of ' * is_chunked}documents"
-        documents_per_second = store.manifest.facts.get("last_run", {}).get("documents_per_second")
-        return _Found(title, rows, _profile(job, documents_per_second, rate))
+        queries, rate = _encode(pool, self.task.queries, "query")
+        words = retrieval.search_words(self.task, output) if settings.bm25 else Findings()
+        found = retrieval.search_vectors(self.task, output, job.system, store, queries, job.dims, job.index, settings.quantised)
+        title = f"Retrieval quality: {self.title}, {store.manifest.num_rows} {'chunks of ' * data.is_chunked}documents"
+        profile = _profile(job, store.manifest.facts.get("last_run", {}).get("documents_per_second"), rate)
+        return _Found(title, profile, remarks=self.task.remarks, findings=words.and_then(found))
+
+    def weigh(
+        self, output: Path, settings: Settings, made: Report, found: Findings, system: str, *, has_verdict: bool = True
+    ) -> tuple[Report, tuple[FileRecord, ...]]:
+        """Returns the report with what the queries tell of systems beside each other, and the records of the files behind it."""
+        required = verdict.REQUIRED_GAIN if settings.require_gain is None else settings.require_gain
+        known = runs.read_series(storage.local_path(settings.compare))[1] if settings.compare else []
+        series = [*known, *found.series]
+        written = runs.write_series(output, self.task.judged_ids, series)
+        whole = retrieval.weigh(self.task, made, series, found, system, settings.floor, required if has_verdict else None)
+        return whole, (*found.records, written)
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +398,8 @@ class _Similarity:
         firsts, seconds = np.split(vectors, 2)
         rows = evaluation.evaluate_similarity(job.system, firsts, seconds, pairs.scores, job.dims)
         left_out = f"{pairs.num_unusable} rows without a score or a sentence were left out."
-        return _Found(f"Similarity: {self.title}", rows, _profile(job, rate, None), (left_out,) if pairs.num_unusable else ())
+        remarks = (left_out,) if pairs.num_unusable else ()
+        return _Found(f"Similarity: {self.title}", _profile(job, rate, None), rows, remarks)
 
 
 def _encode(pool: Encoders, texts: list[str], role: Role) -> tuple[Float16Array, float]:
@@ -380,18 +441,29 @@ def _refuse_comparing(source: _Retrieval | _Similarity, system: str, settings: S
         other = artifacts.read_complete(storage.local_path(settings.compare), "evaluation")
         if (other.identity["data"], other.identity["split"]) != (source.fingerprint, source.split):
             raise ValueError(f"--compare {settings.compare}: evaluated other data or another split. Compare like with like.")
+        if isinstance(source, _Retrieval):
+            runs.find_series(storage.local_path(settings.compare))
+        if settings.bm25 and lexical.NAME in {row.system for row in _rows(settings.compare)}:
+            raise ValueError(f"--compare {settings.compare}: has BM25 already. Leave out --bm25.")
         if system in {row.system for row in _rows(settings.compare)}:
             raise ValueError(f"--compare {settings.compare}: has a system '{system}' as well. Pass --system with another name.")
 
 
-def _finish(output: Path, manifest: Manifest, made: Report) -> Manifest:
+def _training(info: ModelInfo) -> Training | None:
+    made = artifacts.peek(info.folder, "model") if info.is_tuned else None
+    return verdict.training_of(made.facts) if made else None
+
+
+def _finish(output: Path, manifest: Manifest, made: Report, records: Sequence[FileRecord] = ()) -> Manifest:
     report.write(output, made)
-    records = [FileRecord.of(output, output / name) for name in (report.JSON, report.MARKDOWN)]
+    records = [*records, *(FileRecord.of(output, output / name) for name in (report.JSON, report.MARKDOWN))]
     receipts = tuple(Receipt(record.path, len(made.rows), (record,)) for record in records)
     finished = dataclasses.replace(manifest, receipts=receipts, is_complete=True)
     finished.write(output)
-    for metric, table in report.tables(made.rows).items():
+    for metric, table in report.tables(made.rows, report.SHOWN).items():
         show_table(metric, table)
+    if made.comparisons:
+        show_table("Gains, query by query", report.gain_table(made.comparisons), text_columns=(0, 1))
     show_table("Size and speed", report.model_table(made.profiles, made.ranking), text_columns=(0,))
     for sentence in made.sentences:
         say(sentence)

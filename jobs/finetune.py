@@ -124,9 +124,11 @@ def run(settings: Settings) -> Manifest:
             output.resolve(), output.resolve() / f"{storage.TEMPORARY}model", capacity.device, dev_set,
         )  # fmt: skip
         _announce(inputs.recipe, workers, precision)
+        group = training_group.Group(workers, capacity, settings.attempts)
         with curves.Curves(output if settings.tensorboard else None) as drawn:
-            seconds = training_group.Group(workers, capacity, settings.attempts).train(job, drawn.add)
-    return _finish(output, manifest, inputs, seconds, workers)
+            seconds = group.train(job, drawn.add)
+    cost = {"workers": workers, "device": capacity.device, "num_devices": group.num_devices}
+    return _finish(output, manifest, inputs, seconds, cost)
 
 
 def _check(settings: Settings, output: Path) -> _Inputs:
@@ -240,11 +242,11 @@ def _announce(recipe: Recipe, workers: int, precision: str) -> None:
     )
 
 
-def _finish(output: Path, manifest: Manifest, inputs: _Inputs, seconds: float, workers: int) -> Manifest:
+def _finish(output: Path, manifest: Manifest, inputs: _Inputs, seconds: float, cost: Mapping[str, Any]) -> Manifest:
     record = storage.read_json(output / training.LOG)
     summary = {**record["summary"], "train_seconds": round(seconds, 1)}
     card.write(output / card.NAME, inputs.info, inputs.data.manifest, inputs.recipe, record["entries"], summary)
-    facts = {**manifest.facts, **summary, "workers": workers}
+    facts = {**manifest.facts, **summary, **cost}
     manifest = dataclasses.replace(manifest, receipts=_receipts(output), facts=facts, is_complete=True)
     storage.remove(output / CHECKPOINTS)  # not before: hashing a large model takes a while
     manifest.write(output)

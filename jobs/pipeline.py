@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs import cluster, embed, evaluate, finetune, index, mine, prepare, search, tune, verify
-from jobs.entry import StageSettings, describe_run, main
+from jobs.entry import NoGainError, StageSettings, describe_run, main
 from jobs.terminal import say, show_table
-from matryoshka import artifacts, model, nested, report, storage
+from matryoshka import artifacts, comparison, model, nested, report, storage, verdict
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.config import Field, JobSettings, check_settings
 from matryoshka.model import ModelInfo
@@ -23,7 +23,8 @@ class Settings(StageSettings):
     negatives if asked to, fine-tune it, embed the corpus, build the index, find its cheapest good plan if asked to, search it
     with the test queries, and evaluate again.
 
-    Each section holds options of the job of that name, written with underscores. Paths between jobs need not be given.
+    Each section holds options of the job of that name, written with underscores. Paths between jobs need not be given. BM25
+    stands beside both models unless the section evaluate says bm25: false.
     """
 
     model: str = Field("minilm", description="Model to start from: folder, hub name, or minilm (the demo extra's model).")
@@ -43,6 +44,10 @@ class Settings(StageSettings):
         {},
         description="Other data on which both models are evaluated, for what tuning cost there: name: {beir: or sts: or data:}.",
     )
+    require_gain: float | None = Field(
+        None,
+        description="Stop before the index, with code 3, unless tuning shows this gain in nDCG@10: the base model is to be kept.",
+    )
     verify: bool = Field(True, description="Check every artifact of the run at the end, as the verify job does.")
     without_gpu: dict[str, dict[str, Any]] = Field({}, description="Sections whose options apply where there is no GPU.")
 
@@ -56,7 +61,8 @@ class Settings(StageSettings):
 Stage = tuple[str, Callable[[Any], Any], JobSettings]
 
 _SECTIONS = ("prepare", "mine", "finetune", "embed", "index", "tune", "search", "evaluate")
-_BEFORE, _AFTER = "evaluation-base", "evaluation-tuned"
+_BEFORE, _GAIN, _AFTER = "evaluation-base", "evaluation-gain", "evaluation-tuned"
+_BASE, _TUNED = "base", "tuned"
 _CANDIDATES, _NEGATIVES = "candidates", "negatives"
 _NAME = re.compile(r"[\w.-]+")
 
@@ -75,7 +81,15 @@ def plan(settings: Settings, *, has_gpu: bool, winner: str | None = None) -> lis
     root = Path(settings.output)
     split = str(settings.evaluate.get("split", "test"))
     data, tuned, vectors, built = (str(root / name) for name in ("data", "model", "embeddings", "index"))
-    before, after = str(root / _BEFORE), str(root / _AFTER)
+    before = str(root / _BEFORE)
+    after = {
+        "data": data,
+        "model": tuned,
+        "embeddings": vectors,
+        "compare": before,
+        "system": _TUNED,
+        "require_gain": settings.require_gain,
+    }
     base, known, there = settings.model, {}, f"{before}/embeddings"
     if winner:
         base = evaluate.named_models(settings.candidates)[winner]
@@ -87,17 +101,17 @@ def plan(settings: Settings, *, has_gpu: bool, winner: str | None = None) -> lis
         raise ValueError(f"pipeline, section 'tune': split '{split}' is the one that is evaluated. Tune on another one.")
     wired: list[tuple[str, Any, dict[str, Any]]] = [
         ("prepare", prepare, {"output": data, "model": base}),
-        ("evaluate", evaluate, {"output": before, "data": data, "model": base, "system": "base", **known}),
-        *(_also(settings, name, "base", base) for name in settings.also),
+        ("evaluate", evaluate, {"output": before, "data": data, "model": base, "system": _BASE, **known}),
+        *(_also(settings, name, _BASE, base) for name in settings.also),
         *(("mine", mine, {"output": own, "data": data, "model": base, "embeddings": there}) for own in negatives.values()),
         ("finetune", finetune, {"output": tuned, "data": data, "model": base, **negatives}),
         ("embed", embed, {"output": vectors, "corpus": f"{data}/corpus", "model": tuned}),
+        *((("evaluate", evaluate, {**after, "output": str(root / _GAIN)}),) if settings.require_gain is not None else ()),
         ("index", index, {"output": built, "embeddings": vectors}),
         *((("tune", tune, {"index": built, "data": data}),) if settings.tune is not None else ()),
         ("search", search, {"output": str(root / "results"), "index": built, "queries": f"{data}/queries/{split}.parquet"}),
-        ("evaluate", evaluate, {"output": after, "data": data, "model": tuned, "embeddings": vectors, "index": built,
-                                "compare": before, "system": "tuned"}),
-        *(_also(settings, name, "tuned", tuned) for name in settings.also),
+        ("evaluate", evaluate, {**after, "output": str(root / _AFTER), "index": built}),
+        *(_also(settings, name, _TUNED, tuned) for name in settings.also),
     ]  # fmt: skip
     return [(name, job.run, _stage_settings(settings, name, job, wiring, has_gpu=has_gpu)) for name, job, wiring in wired]
 
@@ -120,7 +134,10 @@ def _stage_settings(settings: Settings, name: str, job: Any, wiring: dict[str, A
         ValueError: An option of the section is unknown or unusable, or set by the pipeline itself.
     """
     own = _section(settings, name, has_gpu=has_gpu)
-    reserved = {*wiring, "replace"} | ({"models", "embeddings", "index", "compare"} if job is evaluate else set())
+    if job is evaluate:  # words are searched once
+        bm25 = own.pop("bm25", name == "evaluate") and "compare" not in wiring
+        wiring = wiring | {"bm25": bm25}
+    reserved = {*wiring, "replace"} | ({"models", "embeddings", "index", "compare", "require_gain"} if job is evaluate else set())
     fixed = sorted(own.keys() & reserved)
     if fixed:
         raise ValueError(f"pipeline, section '{name}': '{fixed[0]}' is set by the pipeline itself. Take it out.")
@@ -132,7 +149,7 @@ def _stage_settings(settings: Settings, name: str, job: Any, wiring: dict[str, A
 
 def _section(settings: Settings, name: str, *, has_gpu: bool) -> dict[str, Any]:
     if name.startswith("also."):
-        return settings.also[name.removeprefix("also.")]
+        return dict(settings.also[name.removeprefix("also.")])
     return {**(getattr(settings, name) or {}), **({} if has_gpu else settings.without_gpu.get(name, {}))}
 
 
@@ -235,11 +252,26 @@ def run(settings: Settings) -> None:
             split = choosing_split(settings, DatasetStore.open(Path(data)), has_gpu=has_gpu)
             _run_stage(("choose", evaluate.run, choose(settings, split, has_gpu=has_gpu)))
             _, *stages = plan(settings, has_gpu=has_gpu, winner=report.read_best(output / _CANDIDATES))
-        for stage in stages:
-            _run_stage(stage)
-    _finish(output, previous, settings)
+        missed = _run_stages(stages)
+    _finish(output, previous, settings, _GAIN if missed and missed[0] == _GAIN else _AFTER)
     if settings.verify:
         verify.run(verify.Settings(folder=settings.output))
+    if missed:
+        raise missed[1]
+
+
+def _run_stages(stages: Sequence[Stage]) -> tuple[str, NoGainError] | None:
+    """Runs stages to the end, or until the gain that is required is not shown; returns where that was, and what was said."""
+    missed: tuple[str, NoGainError] | None = None
+    for stage in stages:
+        try:
+            _run_stage(stage)
+        except NoGainError as error:
+            missed = Path(getattr(stage[2], "output", "")).name, error
+            if missed[0] == _GAIN:
+                say("pipeline: stops before the index, keep the base model")
+                break
+    return missed
 
 
 def _run_stage(stage: Stage) -> None:
@@ -249,37 +281,49 @@ def _run_stage(stage: Stage) -> None:
     say(f"{name} took {time.perf_counter() - start:.1f} s\n")
 
 
-def _finish(output: Path, previous: Manifest | None, settings: Settings) -> None:
+def _finish(output: Path, previous: Manifest | None, settings: Settings, last: str) -> None:
     """Writes the report of the whole run, if it changed: the last evaluation's figures, and the fingerprints behind them."""
-    run, made = describe_run("pipeline", settings), _collect(output, settings)
+    run, made = describe_run("pipeline", settings), _collect(output, settings, last)
     manifest = Manifest("run", {}, made.fingerprints, {"run": run}, is_complete=True)
     is_current = previous and (previous.inputs, previous.facts) == (made.fingerprints, manifest.facts)
     if not (previous and is_current) or artifacts.find_faults(output, previous):
         report.write(output, dataclasses.replace(made, settings=run["settings"]))
         records = tuple(FileRecord.of(output, output / name) for name in (report.JSON, report.MARKDOWN))
         dataclasses.replace(manifest, receipts=(Receipt("report", len(made.rows), records),)).write(output)
-    for metric, table in report.tables(made.rows).items():
+    for metric, table in report.tables(made.rows, report.SHOWN).items():
         show_table(metric, table)
     for name, rows in made.elsewhere.items():
-        for metric, table in report.change_tables(rows).items():
+        for metric, table in report.change_tables(rows, report.SHOWN).items():
             show_table(f"{name}: {metric}", table)
     for sentence in made.sentences:
         say(sentence)
-    say(f"report: {output / report.MARKDOWN} and {output / report.JSON}; index: {output / 'index'}")
+    built = f"; index: {output / 'index'}" if last == _AFTER else ""
+    say(f"report: {output / report.MARKDOWN} and {output / report.JSON}{built}")
 
 
-def _collect(output: Path, settings: Settings) -> Report:
+def _collect(output: Path, settings: Settings, last: str) -> Report:
     """Returns what all evaluations of the run found."""
-    also = [f"also-{name}-{system}" for name in settings.also for system in ("base", "tuned")]
+    is_whole = last == _AFTER
+    elsewhere = {name: report.read(_folder_of(settings, name, _TUNED)) for name in settings.also if is_whole}
+    also = [f"also-{name}-{system}" for name in elsewhere for system in (_BASE, _TUNED)]
     chosen = [_CANDIDATES] if settings.candidates else []
     mined = [_NEGATIVES] if settings.mine is not None else []
-    stages = ("data", *chosen, _BEFORE, *mined, "model", "embeddings", "index", "results", _AFTER, *also)
-    return Report(
-        "Before and after fine-tuning",
-        report.read_rows(output / _AFTER),
-        report.read_profiles(output / _AFTER),
-        remarks=tuple(f"Base model: {sentence}" for name in chosen for sentence in report.read_sentences(output / name)),
-        elsewhere={name: report.read_rows(_folder_of(settings, name, "tuned")) for name in settings.also},
+    built = ["index", "results"] if is_whole else []
+    stages = ("data", *chosen, _BEFORE, *mined, "model", "embeddings", *built, last, *also)
+    found = report.read(output / last)
+    forgotten = (
+        verdict.forgotten_on(name, comparison.find(own.comparisons, _BASE, _TUNED), own.rows, _BASE, _TUNED)
+        for name, own in elsewhere.items()
+    )
+    return dataclasses.replace(
+        found,
+        title="Before and after fine-tuning",
+        verdict=dataclasses.replace(found.verdict, forgotten=tuple(filter(None, forgotten))) if found.verdict else None,
+        remarks=(
+            *(f"Base model: {sentence}" for name in chosen for sentence in report.read_sentences(output / name)),
+            *found.remarks,
+        ),
+        elsewhere={name: own.rows for name, own in elsewhere.items()},
         fingerprints={name: artifacts.read(output / name).fingerprint for name in stages},
     )
 

@@ -89,6 +89,17 @@ class Group:
     capacity: Capacity
     attempts: int
 
+    @property
+    def _cpus_per_rank(self) -> int:
+        if self.capacity.device == "cuda":
+            return 1
+        return max(min(self.capacity.num_cpus // self.num_ranks, self.capacity.cpus_per_node), 1)
+
+    @property
+    def num_devices(self) -> int:
+        """GPUs that are taken, or, where there are none, CPUs."""
+        return self.num_ranks * self._cpus_per_rank
+
     def train(self, job: Job, listener: Listener) -> float:
         """Trains, moves the model into the output, and returns the seconds that training took.
 
@@ -121,7 +132,7 @@ class Group:
 
     def _trainer(self, job: Job, mailbox: Any) -> TorchTrainer:
         use_gpu = self.capacity.device == "cuda"
-        cpus = 1 if use_gpu else max(min(self.capacity.num_cpus // self.num_ranks, self.capacity.cpus_per_node), 1)
+        cpus = self._cpus_per_rank
         return TorchTrainer(
             _train_loop,
             train_loop_config={"job": ray.put(job), "num_threads": cpus, "mailbox": mailbox},

@@ -125,7 +125,7 @@ def figures_by_hand(base: str | Path, dev: DevSet, dims: Sequence[int]) -> dict[
             for name, score in zip(dev.documents, scores.tolist(), strict=True):
                 owner = units.document_of(name) if dev.is_chunked else name
                 best[owner] = max(score, best.get(owner, -2))
-            rankings.append(sorted(best, key=lambda name: (-best[name], name))[: metrics.DEPTH])
+            rankings.append(sorted(best, key=lambda name: (-best[name], name))[: metrics.SHALLOW])
         found[f"dev_nDCG@10_{dim}"] = metrics.measure(dev.qrels, list(dev.queries), rankings)["nDCG@10"]
     return {**found, "dev_nDCG@10": float(np.mean(list(found.values())))}
 

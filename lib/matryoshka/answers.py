@@ -66,12 +66,12 @@ class Answers:
             for name, grade in own.items()
             for number in numbers.get(name, ())
         }
-        discounts = 1 / np.log2(np.arange(metrics.DEPTH) + 2)
-        grades = [sorted(own.values(), reverse=True)[: metrics.DEPTH] for own in wanted]
+        discounts = 1 / np.log2(np.arange(metrics.SHALLOW) + 2)
+        grades = [sorted(own.values(), reverse=True)[: metrics.SHALLOW] for own in wanted]
         ideal = np.array([float(np.dot(own, discounts[: len(own)])) for own in grades])
         keys = np.array(sorted(gains), dtype=np.int64)
         own_gains = np.array([gains[key] for key in keys.tolist()])
-        return cls(JUDGED, queries, max(num_results, metrics.DEPTH), keys, own_gains, discounts, ideal, num_documents)
+        return cls(JUDGED, queries, max(num_results, metrics.SHALLOW), keys, own_gains, discounts, ideal, num_documents)
 
     @classmethod
     def unjudged(cls, exact: Searcher, queries: Vectors, num_results: int) -> "Answers":

@@ -152,7 +152,7 @@ class DevEvaluator:
         scores = shrink(queries, dim) @ shrink(documents, dim).T  # [Q, N]
         best = np.full((len(scores), len(self._names)), -np.inf, dtype=np.float32)
         np.maximum.at(best.T, self._owners, scores.T)
-        count = min(metrics.DEPTH, best.shape[1])
+        count = min(metrics.SHALLOW, best.shape[1])
         rankings = []
         for row, least in zip(best, np.partition(best, -count, axis=1)[:, -count], strict=True):
             places = np.flatnonzero(row >= least)  # in the order of ids, which decides where scores are equal

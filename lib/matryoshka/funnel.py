@@ -8,7 +8,7 @@ only needs a way to call a method on each of them.
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -310,13 +310,34 @@ class Searcher:
         self._check(queries, num_results)
         condition = conditions.parse(where) if where is not None else None
         plan = self._plan_for(condition).for_results(num_results)
-        scores, documents = self._shortlist(queries, plan.shortlist, condition)
-        for step in plan.reranks:
-            scores = self._score(shrink(queries, step.dim), documents)
-            scores, documents = topk.cut(scores, documents, step.keep)
+        *_, (scores, documents) = self._passes(queries, plan, condition)
         columns = topk.rank(scores, documents, num_results, self._look_up)
         columns = columns[:, : int(np.count_nonzero(documents >= 0, axis=1).max(initial=0))]
         return np.take_along_axis(scores, columns, axis=1), np.take_along_axis(documents, columns, axis=1)
+
+    def trace(self, queries: npt.NDArray[np.floating[Any]], num_results: int) -> list[tuple[int, npt.NDArray[np.object_]]]:
+        """Returns (dim, ids) of the documents that each step of the plan leaves, in no order; the empty id pads.
+
+        Shapes: queries [Q, D] -> [Q, M] each.
+
+        Raises:
+            ValueError: As ``search``.
+        """
+        self._check(queries, num_results)
+        plan = self._plan.for_results(num_results)
+        passes = self._passes(queries, plan, None)
+        return [(step.dim, self._look_up(documents)) for step, (_, documents) in zip(plan.steps, passes, strict=True)]
+
+    def _passes(
+        self, queries: npt.NDArray[np.floating[Any]], plan: FunnelPlan, condition: Condition | None
+    ) -> Iterator[tuple[Float32Array, IntArray]]:
+        """Yields what each step of a plan leaves: scores and numbers."""
+        scores, documents = self._shortlist(queries, plan.shortlist, condition)
+        yield scores, documents
+        for step in plan.reranks:
+            scores = self._score(shrink(queries, step.dim), documents)
+            scores, documents = topk.cut(scores, documents, step.keep)
+            yield scores, documents
 
     def ids_of(self, documents: IntArray) -> pa.Array:
         """Returns the ids of documents.

@@ -564,6 +564,21 @@ class IndexStore:
         return found
 
     @property
+    def frontier(self) -> dict[str, Any] | None:
+        """The plans that no other beats, as the tune job found them, and the one that searches use; None: it was not tuned."""
+        if not self.tuned:
+            return None
+        names = {tuple(own["plan"]): name for name, own in self.tuned["plans"].items()}
+        points = [
+            {
+                "plan": ",".join(one["plan"]), "name": names.get(tuple(one["plan"])), "quality": one["confirmed"],
+                "low": one["low"], "high": one["high"], "microseconds": round(1e6 / one["queries_per_second"], 2),
+            }
+            for one in self.tuned["frontier"]
+        ]  # fmt: skip
+        return {"measure": self.tuned["measure"], "chosen": ",".join(self.plan.parts), "points": points}
+
+    @property
     def is_tuning_current(self) -> bool:
         """Whether the tuning is of the documents that are in the index now."""
         return self.tuned is not None and self.tuned["embeddings"] == self.manifest.inputs["embeddings"]

@@ -62,12 +62,13 @@ def write_results(folder: Path, rows: Iterator[Rows]) -> Receipt:
         for batch in rows:
             writer = writer or stack.enter_context(pq.ParquetWriter(parquet, batch.schema, compression="zstd"))
             writer.write_batch(batch)
-            lines.write(_trec_lines(batch))
+            lines.write(trec_lines(batch))
             num_rows += batch.num_rows
     return Receipt("results", num_rows, tuple(FileRecord.of(folder, folder / name) for name in (PARQUET, TREC)))
 
 
-def _trec_lines(rows: Rows) -> bytes:
+def trec_lines(rows: Rows) -> bytes:
+    """Returns rows as lines of a TREC run."""
     columns = [pc.cast(rows.column(name), pa.large_string()) for name in ("query_id", "document_id", "rank", "score")]
     query, document, rank, score = columns
     constant, tag, blank = (pa.scalar(text, pa.large_string()) for text in ("Q0", f"{_TREC_TAG}\n", " "))

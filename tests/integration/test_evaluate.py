@@ -2,17 +2,21 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import folders
+import ir_measures
 import pytest
 import texts
 import tiny_model
 
 from jobs import embed, evaluate, index, verify
+from jobs.entry import ExitCode, main
 from matryoshka import artifacts, corpus, pairs
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
+from matryoshka.pairs import DatasetStore
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -102,28 +106,96 @@ def test_similarity_is_a_report_like_the_others_and_ranks_models_as_well(tiny: s
         evaluate.run(settings)
 
 
-def test_a_comparison_of_models_says_what_was_lost_or_gained_and_each_has_the_figures_that_it_was_ranked_by(
-    ranked: evaluate.Settings, tiny: str, narrow: Path, tmp_path: Path
+@pytest.fixture(scope="module")
+def compared(ranked: evaluate.Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models and BM25, one evaluation after the other."""
+    root, folder = Path(ranked.output), tmp_path_factory.mktemp("compared")
+    for system, name in (("base", "tiny"), ("tuned", "narrow")):
+        own: dict[str, Any] = {"bm25": True, "quantised": ("int8",)} if system == "base" else {"compare": str(folder / "base")}
+        evaluate.run(
+            evaluate.Settings(
+                output=str(folder / system), data=str(root / "data"), model=dict(zip(("tiny", "narrow"), ranked.models,
+                strict=True))[name], dims=(32,), system=system, embeddings=str(root / f"evaluation-{name}" / "embeddings"), **own,
+            )
+        )  # fmt: skip
+    return folder
+
+
+def test_a_comparison_has_a_verdict_and_the_figures_that_each_model_was_ranked_by(
+    compared: Path, ranked: evaluate.Settings
 ) -> None:
-    root = Path(ranked.output)
-    common = {"data": str(root / "data"), "dims": (32,)}
-    first = evaluate.Settings(
-        output=str(tmp_path / "base"), model=tiny, embeddings=str(root / "evaluation-tiny" / "embeddings"), **common
-    )
-    evaluate.run(first)
-    second = evaluate.Settings(
-        output=str(tmp_path / "tuned"), model=str(narrow), embeddings=str(root / "evaluation-narrow" / "embeddings"),
-        compare=first.output, system="tuned", **common,
-    )  # fmt: skip
-    evaluate.run(second)
-    made, figures, ranked_by = _report(tmp_path / "tuned"), _figures(tmp_path / "tuned"), _figures(root)
+    made, figures, ranked_by = _report(compared / "tuned"), _figures(compared / "tuned"), _figures(Path(ranked.output))
     for system, name in (("base", "tiny"), ("tuned", "narrow")):
         assert figures[system, 32, "nDCG@10"] == ranked_by[name, 32, "nDCG@10"]
-    old, new = (f"{figures[system, 32, 'nDCG@10']:.3f}" for system in ("base", "tuned"))
-    assert made["sentences"][0].startswith(f"nDCG@10 at 32 dims went from {old} to {new}: ")
+    assert {row["system"] for row in made["rows"]} == {"bm25", "base", "base+int8", "tuned"}
+    assert all(row["low"] <= row["value"] <= row["high"] for row in made["rows"])
+    found = made["verdict"]
+    # Queries and documents have no word in common, and the models are untrained: there is nothing to gain.
+    assert figures["bm25", None, "nDCG@10"] == 0
+    assert (found["decision"], found["num_queries"], found["is_small"]) == ("not enough evidence", 30, True)
+    assert found["gain"] == pytest.approx(figures["tuned", 32, "nDCG@10"] - figures["base", 32, "nDCG@10"])
+    assert made["sentences"][0].startswith("Verdict: not enough evidence. nDCG@10 at 32 dims changed by ")
+    assert made["sentences"][0] in (compared / "tuned" / "report.md").read_text().split("\n\n")[1]
     assert [profile["system"] for profile in made["models"]] == ["base", "tuned"]
-    with pytest.raises(ValueError, match="has a system 'base' as well"):
-        evaluate.run(second.model_copy(update={"output": str(tmp_path / "again"), "system": "base"}))
+    verify.run(verify.Settings(folder=str(compared)))
+
+
+def test_the_runs_of_an_evaluation_give_its_figures_to_ir_measures(compared: Path) -> None:
+    qrels = DatasetStore.open(Path(_report(compared / "base")["settings"]["data"])).qrels("test")
+    for (system, dim, metric), value in _figures(compared / "base").items():
+        run = list(ir_measures.read_trec_run(str(compared / "base" / "runs" / f"{system}{f'-{dim}' if dim else ''}.trec")))
+        theirs = ir_measures.parse_measure(metric.replace("MRR", "RR").replace("Recall", "R").replace("MAP", "AP"))
+        assert ir_measures.calc_aggregate([theirs], qrels, run)[theirs] == pytest.approx(value, abs=1e-4)
+
+
+def test_a_gain_that_is_required_and_not_shown_ends_with_code_3_every_time(
+    compared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = _report(compared / "tuned")["settings"]
+    arguments = [
+        "evaluate", *(f"--{name}={settings[name]}" for name in ("data", "model", "embeddings", "compare", "system")),
+        "--dims=32", f"--output={tmp_path / 'out'}", "--require-gain=0.01",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", arguments)
+    for said in ("report in ", "nothing to do"):
+        with pytest.raises(SystemExit) as ended:
+            main("evaluate", evaluate.Settings, evaluate.run)
+        assert ended.value.code == ExitCode.NO_GAIN == 3
+        printed = capsys.readouterr().out
+        assert said in printed
+        assert "the gain that is required was not shown: not enough evidence. nDCG@10" in printed
+    evaluate.run(evaluate.Settings(**{**settings, "output": str(tmp_path / "free")}))
+
+
+def test_systems_of_one_name_and_words_are_evaluated_once(compared: Path) -> None:
+    settings = evaluate.Settings(**_report(compared / "tuned")["settings"])
+    for more, message in (
+        ({"system": "base"}, "has a system 'base' as well"),
+        ({"bm25": True}, "has BM25 already. Leave out --bm25"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate.run(settings.model_copy(update={"output": str(compared / "again"), **more}))
+
+
+def test_an_evaluation_of_an_earlier_version_cannot_be_compared_with(compared: Path, tmp_path: Path) -> None:
+    old = shutil.copytree(compared / "base", tmp_path / "old")
+    (old / "per_query.parquet").unlink()
+    settings = evaluate.Settings(**_report(compared / "tuned")["settings"])
+    with pytest.raises(ValueError, match=r"says nothing of single queries .* Evaluate anew, with --replace"):
+        evaluate.run(settings.model_copy(update={"output": str(tmp_path / "new"), "compare": str(old)}))
+    assert not (tmp_path / "new").exists()
+
+
+def test_models_that_are_ranked_beside_words_are_held_against_the_first_untouched_one(
+    ranked: evaluate.Settings, tmp_path: Path
+) -> None:
+    output = shutil.copytree(ranked.output, tmp_path / "out")
+    evaluate.run(ranked.model_copy(update={"output": str(output), "bm25": True, "replace": True}))
+    made = _report(output)
+    assert {row["system"] for row in made["rows"]} == {"bm25", "tiny", "narrow"}
+    assert ("tiny", "narrow") in {(one["before"], one["after"]) for one in made["comparisons"]}
+    assert made["ranking"]["means"].keys() == {"tiny", "narrow"}
+    assert (output / "runs" / "bm25.trec").is_file()
 
 
 def _chunked(data: Path, folder: Path, num_chunks: int) -> Path:

@@ -9,6 +9,7 @@ import folders
 import pytest
 
 from jobs import evaluate, pipeline, verify
+from jobs.entry import NoGainError
 from matryoshka import model
 from matryoshka.artifacts import Manifest, Receipt
 from matryoshka.indexing import IndexStore
@@ -22,13 +23,69 @@ _STAGES = ("data", "candidates", "evaluation-base", "model", "embeddings", "inde
 
 def test_the_report_compares_base_tuned_and_funnel(finished_pipeline: Path) -> None:
     rows = json.loads((finished_pipeline / "report.json").read_text())["rows"]
-    assert all(set(row) == {"system", "dim", "metric", "value"} for row in rows)
-    assert all(0 <= row["value"] <= 1 for row in rows)
-    by_system = {system: {row["dim"] for row in rows if row["system"] == system} for system in ("base", "tuned", "tuned+funnel")}
-    assert {row["system"] for row in rows} == set(by_system)
-    # Every tuned dim stands beside its untuned self.
-    assert by_system == {"base": {64, 32, 16}, "tuned": {64, 32, 16}, "tuned+funnel": {16}}
-    assert {row["metric"] for row in rows} == {"nDCG@10", "Recall@10", "MRR@10", "P@1"}
+    assert all(set(row) == {"system", "dim", "metric", "value", "low", "high"} for row in rows)
+    assert all(0 <= row["low"] <= row["value"] <= row["high"] <= 1 for row in rows)
+    systems = dict.fromkeys(row["system"] for row in rows)
+    by_system = {system: {row["dim"] for row in rows if row["system"] == system} for system in systems}
+    # Every tuned dim stands beside its untuned self, and words beside both.
+    assert by_system == {"bm25": {None}, "base": {64, 32, 16}, "tuned": {64, 32, 16}, "tuned+funnel": {16}}
+    shallow = {"nDCG@10", "Recall@10", "MRR@10", "Success@1"}
+    by_funnel = {row["metric"] for row in rows if row["system"] == "tuned+funnel"}
+    assert (by_funnel, {row["metric"] for row in rows}) == (shallow, shallow | {"Recall@100", "MAP@100"})
+
+
+def test_the_verdict_has_the_gain_what_it_cost_and_what_became_of_the_model_elsewhere(finished_pipeline: Path) -> None:
+    report = json.loads((finished_pipeline / "report.json").read_text())
+    values = {(row["system"], row["dim"]): row["value"] for row in report["rows"] if row["metric"] == "nDCG@10"}
+    found = report["verdict"]
+    assert found["gain"] == pytest.approx(values["tuned", 64] - values["base", 64])
+    assert (found["decision"], found["is_small"], found["required_gain"]) == ("fine-tune", False, 0.01)
+    facts = folders.manifest(finished_pipeline / "model")["facts"]
+    hours = facts["train_seconds"] * facts["num_devices"] / 3600
+    assert found["training"] == {
+        "device": "cpu", "device_hours": pytest.approx(hours, abs=1e-4), "num_devices": facts["num_devices"],
+    }  # fmt: skip
+    elsewhere = {(row["system"], row["dim"]): row["value"] for row in report["elsewhere"]["alike"]}
+    (forgotten,) = found["forgotten"]
+    assert (forgotten["data"], forgotten["metric"], forgotten["dim"]) == ("alike", "Spearman", 64)
+    assert forgotten["change"] == pytest.approx(elsewhere["tuned", 64] - elsewhere["base", 64])
+    assert (finished_pipeline / "report.md").read_text().startswith("# Before and after fine-tuning\n\nVerdict: fine-tune. ")
+    assert {one["after"] for one in report["comparisons"]} == {"base", "tuned", "tuned+funnel"}
+    steps = report["searches"]["queries"][0]["funnel"]
+    assert [step["dim"] for step in steps] == [16, 64]
+
+
+def test_a_gain_that_is_not_shown_stops_the_pipeline_before_the_index_and_keeps_the_base_model(
+    finished_pipeline: Path, pipeline_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(finished_pipeline, tmp_path / "run")
+    for made in ("index", "results", "evaluation-tuned"):
+        shutil.rmtree(run / made)
+    settings = pipeline.Settings.from_command_line(["--config", str(pipeline_config)], "pipeline")
+    settings = settings.model_copy(update={"output": str(run), "require_gain": 1.5})
+    for _ in range(2):
+        with pytest.raises(NoGainError, match=r"do not bother\. nDCG@10 at 64 dims"):
+            pipeline.run(settings)
+        assert "stops before the index, keep the base model" in capsys.readouterr().out
+        before = folders.times(run)
+    assert folders.times(run) == before
+    assert not (run / "index").exists()
+    report = json.loads((run / "report.json").read_text())
+    assert list(report["fingerprints"])[-3:] == ["model", "embeddings", "evaluation-gain"]
+    assert (report["verdict"]["required_gain"], report["verdict"]["forgotten"]) == (1.5, [])
+
+
+def test_words_are_searched_once_unless_they_are_not_wanted(tmp_path: Path) -> None:
+    def searched(**more: Any) -> list[bool]:
+        own = pipeline.Settings(output=str(tmp_path), prepare={"python_docs": True}, **more)
+        stages = pipeline.plan(own, has_gpu=False)
+        return [stage.bm25 for name, _, stage in stages if name == "evaluate" or name.startswith("also.")]
+
+    assert searched() == [True, False]
+    assert searched(evaluate={"bm25": False}) == [False, False]
+    assert searched(require_gain=0.0, also={"other": {"beir": "x", "bm25": True}}) == [True, True, False, False, False]
+    with pytest.raises(ValueError, match="'require_gain' is set by the pipeline itself"):
+        searched(evaluate={"require_gain": 0.1})
 
 
 def test_training_pays_on_pairs_that_can_be_learned(finished_pipeline: Path) -> None:

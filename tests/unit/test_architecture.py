@@ -16,7 +16,8 @@ DOORS = {
     **dict.fromkeys(("hnswlib", "usearch"), ("lib/matryoshka/search_peers.py",)),
     **dict.fromkeys(("numba", "llvmlite"), ("lib/matryoshka/kernels.py",)),
     "PIL": ("lib/matryoshka/charts.py",),
-    **dict.fromkeys(("ir_measures", "scipy"), ("lib/matryoshka/metrics.py",)),
+    "scipy": ("lib/matryoshka/metrics.py",),
+    **dict.fromkeys(("bm25s", "Stemmer"), ("lib/matryoshka/lexical.py",)),
     "pydantic": ("lib/matryoshka/config.py",),
     "yaml": ("lib/matryoshka/config.py",),
     "huggingface_hub": ("lib/matryoshka/model.py",),
@@ -31,36 +32,24 @@ DOORS = {
     "pyarrow": tuple(
         f"lib/matryoshka/{room}.py"
         for room in {"corpus", "sources", "partitions", "vectors", "filters", "funnel", "indexing", "verification"}
-        | {"removals", "queries", "results"}
+        | {"removals", "queries", "results", "runs"}
     ),
     **dict.fromkeys(("nncf", "onnxruntime", "openvino"), ("lib/matryoshka/peers.py",)),
     "rich": ("jobs/terminal.py",),
     "jobs": ("jobs/",),
 }
-PURE = ("units", "nested", "topk", "conditions", "clock", "batches", "tradeoffs")
+PURE = ("units", "nested", "topk", "conditions", "clock", "batches", "tradeoffs", "significance")
 LAYERS = [
-    {"config", "units", "nested", "topk", "conditions", "clock", "batches", "frontier", "tradeoffs"},
+    {"config", "units", "nested", "topk", "conditions", "clock", "batches", "frontier", "tradeoffs", "significance"},
     {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves", "charts"}
-    | {"splits", "sources", "partitions", "leaks", "chunks", "rates", "kernels"},
-    {
-        "artifacts",
-        "model",
-        "pairs",
-        "positives",
-        "sts",
-        "encode",
-        "tokens",
-        "packed",
-        "vectors",
-        "scans",
-        "products",
-        "spaces",
-        "funnel",
-    }
+    | {"splits", "sources", "partitions", "leaks", "chunks", "rates", "kernels", "lexical"},
+    {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "scans", "products", "spaces"}
+    | {"funnel"}
     | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"}
     | {"removals", "filters", "queries"},
     {"preparation", "mining", "training", "card", "embedding", "indexing", "layouts", "evaluation", "report", "verification"}
-    | {"calibration", "peers", "plain_trainer", "answers", "tuning", "results", "search_peers", "synthetic"},
+    | {"calibration", "peers", "plain_trainer", "answers", "tuning", "results", "search_peers", "synthetic"}
+    | {"rankings", "runs", "comparison", "showcase", "verdict", "retrieval"},
 ]
 
 

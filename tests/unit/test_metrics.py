@@ -1,45 +1,56 @@
-import math
-
+import ir_measures
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ir_measures import AP, RR, R, Success, nDCG
 
 from matryoshka import metrics
+from matryoshka.metrics import Judgements
 
-DOCUMENTS = [f"d{number}" for number in range(15)]
-judgements = st.dictionaries(st.sampled_from(DOCUMENTS), st.integers(0, 3), min_size=1, max_size=12)
-qrels_of_three = st.fixed_dictionaries({"q1": judgements, "q2": judgements, "q3": judgements})
-rankings = st.lists(
-    st.permutations(DOCUMENTS).flatmap(lambda order: st.integers(0, 15).map(lambda k: order[:k])), min_size=3, max_size=3
-)
+DOCUMENTS = [f"d{number:03}" for number in range(120)]
+QUERIES = [f"q{number}" for number in range(5)]
+THEIRS = {
+    "nDCG@10": nDCG @ 10, "Recall@10": R @ 10, "Recall@100": R @ 100, "MRR@10": RR @ 10, "MAP@100": AP @ 100,
+    "Success@1": Success @ 1,
+}  # fmt: skip
 
-
-def gain(grades: list[int]) -> float:
-    return sum(grade / math.log2(position + 2) for position, grade in enumerate(grades[:10]))
-
-
-def by_hand(judged: dict[str, int], ranking: list[str]) -> dict[str, float]:
-    """The definitions of trec_eval, which ir-measures follows: linear gain, relevant from grade 1."""
-    grades = [judged.get(document, 0) for document in ranking[:10]]
-    num_relevant = sum(grade > 0 for grade in judged.values())
-    first = next((position for position, grade in enumerate(grades, start=1) if grade), None)
-    return {
-        "nDCG@10": gain(grades) / gain(sorted(judged.values(), reverse=True)) if num_relevant else 0.0,
-        "Recall@10": sum(grade > 0 for grade in grades) / num_relevant if num_relevant else 0.0,
-        "MRR@10": 1 / first if first else 0.0,
-        "P@1": float(first == 1),
-    }
+judgements = st.dictionaries(st.sampled_from([*DOCUMENTS, "gone", "also gone"]), st.integers(0, 3), min_size=1, max_size=30)
+all_qrels = st.dictionaries(st.sampled_from(QUERIES), judgements, min_size=1)
+# Some queries are asked and not judged, some judged and not asked, some find nothing.
+runs = st.dictionaries(st.sampled_from([*QUERIES, "unjudged"]), st.permutations(DOCUMENTS).flatmap(
+    lambda order: st.integers(0, 120).map(lambda count: order[:count])), min_size=1)  # fmt: skip
 
 
-@given(qrels_of_three, rankings)
-@settings(max_examples=50, deadline=None)
-def test_measures_are_what_their_definitions_give(qrels: dict[str, dict[str, int]], ranked: list[list[str]]):
-    found = metrics.measure(qrels, list(qrels), ranked)
-    single = [by_hand(judged, ranking) for judged, ranking in zip(qrels.values(), ranked, strict=True)]
-    expected = {name: sum(figures[name] for figures in single) / 3 for name in metrics.MEASURES}
-    # trec_eval sums in double, in another order.
-    assert found == pytest.approx(expected, abs=1e-9)
+@given(all_qrels, runs)
+@settings(max_examples=60)
+def test_measures_are_those_of_ir_measures_query_by_query(qrels: dict[str, dict[str, int]], ranked: dict[str, list[str]]):
+    run = {query: {name: float(-place) for place, name in enumerate(own)} for query, own in ranked.items()}
+    expected = {(metric.query_id, str(metric.measure)): metric.value for metric in ir_measures.iter_calc(
+        list(THEIRS.values()), qrels, run)}  # fmt: skip
+    documents = np.full((len(ranked), max(map(len, ranked.values()))), -1)
+    for row, own in enumerate(ranked.values()):
+        documents[row, : len(own)] = [DOCUMENTS.index(name) for name in own]
+    judged = Judgements.of(qrels, list(ranked), np.array(DOCUMENTS, dtype=object))
+    found = judged.measure(documents)
+    assert set(judged.query_ids) == set(qrels)
+    for name, theirs in THEIRS.items():
+        for query, value in zip(judged.query_ids, found[name], strict=True):
+            # trec_eval sums in another order.
+            assert value == pytest.approx(expected.get((query, str(theirs)), 0.0), abs=1e-9)
+    means = metrics.measure(qrels, list(ranked), list(ranked.values()))
+    theirs = ir_measures.calc_aggregate(list(THEIRS.values()), qrels, run)
+    assert means == pytest.approx({name: float(theirs[measure]) for name, measure in THEIRS.items()}, abs=1e-9)
+
+
+def test_grades_below_nothing_are_nothing():
+    assert set(metrics.measure({"q": {"a": -1, "b": 1}}, ["q"], [["b", "a"]]).values()) == {1.0}
+
+
+def test_queries_that_were_asked_come_first_in_their_order_and_the_others_after_them():
+    judged = Judgements.of({"c": {"x": 1}, "a": {"x": 1}, "b": {"x": 1}}, ["z", "b", "a"], np.array(["x"], dtype=object))
+    assert judged.query_ids == ("b", "a", "c")
+    assert judged.asked.tolist() == [1, 2]
 
 
 def test_a_judged_query_without_results_counts_as_nothing_found():
@@ -66,9 +77,9 @@ def test_judgements_are_grouped_by_query_and_the_last_one_counts():
     }
 
 
-def test_the_first_document_alone_decides_precision_at_one():
+def test_the_first_document_alone_decides_success_at_one():
     qrels = {"q1": {"a": 1, "b": 1}, "q2": {"a": 1}, "q3": {"c": 0}}
-    assert metrics.measure(qrels, list(qrels), [["b", "x"], ["x", "a"], ["c"]])["P@1"] == pytest.approx(1 / 3)
+    assert metrics.measure(qrels, list(qrels), [["b", "x"], ["x", "a"], ["c"]])["Success@1"] == pytest.approx(1 / 3)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(-3, 3)), min_size=3, max_size=30))

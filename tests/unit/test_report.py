@@ -2,11 +2,13 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from matryoshka import report
+from matryoshka import comparison, evaluation, report, showcase, verdict
 from matryoshka.evaluation import Profile, Row, rank_systems
 from matryoshka.report import Report
+from matryoshka.runs import Series
 
 ROWS = [
     Row(system, dim, metric, value)
@@ -110,6 +112,71 @@ def test_a_ranking_names_the_best_and_lists_models_in_its_order(tmp_path: Path):
     text = (tmp_path / report.MARKDOWN).read_text()
     assert "wide is the best of 2: mean nDCG@10 over 64 dims 0.500, before small (0.400). Best per dim: wide at 128, 64." in text
     assert "| wide | 0.500 | 91.0 | 22.7M | 384 |  | 150 |  |\n| small | 0.400 |" in text
+
+
+def whole() -> Report:
+    """A report of everything that queries tell."""
+    rng = np.random.default_rng(0)
+    base, ids = rng.random(60), [f"q{n}" for n in range(60)]
+    values = {("bm25", None): base - 0.3, ("base", 64): base, ("tuned", 64): base + 0.2, ("tuned", 32): base + 0.19}
+    series = [Series(*name, {"nDCG@10": own}, [["d1", "d<2>"]] * 60) for name, own in values.items()]
+    rows, compared = evaluation.figures(series), comparison.compare(series)
+    chosen = comparison.find(compared, "base", "tuned")
+    kept = comparison.resolutions(series, "tuned", 0.95, {64: 20.0}, 100)
+    forgotten = verdict.Forgotten("scifact", "nDCG@10", 64, 0.645, 0.573, -0.072, -0.1, -0.04)
+    answer = dataclasses.replace(
+        verdict.decide(chosen, rows),
+        forgotten=(forgotten,),
+        training=verdict.Training("cuda", 0.5, 4),
+        saving=verdict.saving_of(kept),
+    )
+    texts = {name: f"a *bold* <b>question</b> {name}" for name in ids}
+    extremes = showcase.find_extremes(ids, series, chosen, {name: {"d1": 1} for name in ids}, texts)
+    elsewhere = {"scifact": [Row("base", 64, "nDCG@10", 0.645), Row("tuned", 64, "nDCG@10", 0.573)]}
+    return Report("Title", rows, [PROFILE], remarks=("A remark.",), elsewhere=elsewhere, verdict=answer, comparisons=compared,
+                  resolutions=kept, extremes=extremes, per_query=showcase.per_query(ids, series, texts))  # fmt: skip
+
+
+def test_the_verdict_stands_on_top_with_what_it_cost_what_was_forgotten_and_what_a_short_dim_saves(tmp_path: Path):
+    made = whole()
+    report.write(tmp_path, made)
+    text = (tmp_path / report.MARKDOWN).read_text()
+    assert text.startswith("# Title\n\nVerdict: fine-tune. nDCG@10 at 64 dims changed by +0.200 (+0.200 to +0.200) on 60 queries")
+    first = text.split("\n\n")[1]
+    assert "\n\nOn scifact, nDCG@10 at 64 dims went from 0.645 to 0.573: 0.072 was lost (-0.100 to -0.040).\n\n" in text
+    assert "Fine-tuning took 0.50 GPU-hours." in first
+    assert "32 dims keep 98.6% of full width's nDCG@10 and save 50% of the bytes: 64 MB a million documents, not 128 MB." in first
+    assert "\n\nTuned, 64 dims reach what 64 dims reached before.\n\n" in text
+    assert "\n\nA remark.\n\n" in text
+    assert "| base to tuned | 64 | +0.200 | +0.200 | +0.200 | 0.0001 |" in text
+    assert "| 64 | 0.705 | 100.0% | 100.0% | 128 | 20 |\n| 32 | 0.695 | 98.6% | 98.4% | 64 |  |" in text
+
+
+def test_words_have_a_row_of_their_own_at_the_end_of_a_table():
+    assert report.tables(whole().rows)["nDCG@10"][-1] == ["-", "0.205", "", ""]
+
+
+def test_texts_of_queries_and_ids_do_no_harm_in_markdown(tmp_path: Path):
+    report.write(tmp_path, whole())
+    text = (tmp_path / report.MARKDOWN).read_text()
+    assert "<b>" not in text
+    assert "a \\*bold\\* &lt;b&gt;question&lt;/b&gt; q5" in text
+    assert "d&lt;2&gt;" in text
+
+
+def test_a_report_comes_back_as_it_was_written(tmp_path: Path):
+    made = whole()
+    report.write(tmp_path, made)
+    back = report.read(tmp_path)
+    assert dataclasses.replace(back, elsewhere=made.elsewhere) == dataclasses.replace(
+        made, rows=list(made.rows), profiles=list(made.profiles), comparisons=list(made.comparisons)
+    )
+
+
+def test_a_terminal_shows_fewer_measures_than_the_report():
+    rows = [Row("base", 64, metric, 0.5) for metric in ("nDCG@10", "MAP@100", "Recall@10")]
+    assert list(report.tables(rows, report.SHOWN)) == ["nDCG@10", "Recall@10"]
+    assert report.gain_table(whole().comparisons)[2] == ["base", "tuned", "64", "+0.200", "+0.200 to +0.200", "0.0003"]
 
 
 def test_a_report_that_ranks_nothing_has_no_best(tmp_path: Path):

@@ -1,0 +1,101 @@
+import dataclasses
+
+import pytest
+
+from matryoshka import storage, verdict
+from matryoshka.comparison import Comparison, Resolution, Resolutions
+from matryoshka.evaluation import Row
+from matryoshka.verdict import DO_NOT_BOTHER, FINE_TUNE, NOT_ENOUGH, Training
+
+
+def compared(low: float, high: float, num_queries: int = 200, p: float = 0.001) -> Comparison:
+    gain = (low + high) / 2
+    return Comparison("base", "tuned", 64, 64, "nDCG@10", gain, low, high, p, p, num_queries, 0, 0, 0.03)
+
+
+def rows(after: float = 0.7, words: float | None = 0.5) -> list[Row]:
+    made = [Row("base", 64, "nDCG@10", 0.6), Row("tuned", 64, "nDCG@10", after), Row("tuned", 64, "MRR@10", 0.1)]
+    return made if words is None else [*made, Row("bm25", None, "nDCG@10", words)]
+
+
+@pytest.mark.parametrize(
+    ("comparison", "required", "decision", "reason"),
+    [
+        (compared(0.05, 0.15), 0.01, FINE_TUNE, "all of it at or above the 0.010 that it must gain"),
+        (compared(0.05, 0.15), 0.1, NOT_ENOUGH, "reaches from below the 0.100 that it must gain to above it"),
+        (compared(0.05, 0.15), 0.2, DO_NOT_BOTHER, "at its best is less than the 0.200 that it must gain"),
+        (compared(-0.002, 0.004), 0.01, DO_NOT_BOTHER, "at its best is less than"),
+        (compared(-0.2, -0.1), 0.01, DO_NOT_BOTHER, "changed by -0.150 (-0.200 to -0.100)"),
+        (compared(-0.01, 0.05, p=0.2), 0.01, NOT_ENOUGH, "only gains of 0.030 or more"),
+        (compared(0.02, 0.15, p=0.06), 0.01, NOT_ENOUGH, "may be chance (p 0.060, corrected)"),
+        (compared(0.05, 0.5, num_queries=20), 0.01, NOT_ENOUGH, "so small a set shows only gains of 0.030 or more"),
+        (compared(-0.5, -0.2, num_queries=49), 0.01, NOT_ENOUGH, "fewer than 50 queries decide nothing"),
+    ],
+)
+def test_the_whole_interval_decides_and_the_reason_is_one_sentence(
+    comparison: Comparison, required: float, decision: str, reason: str
+):
+    found = verdict.decide(comparison, rows(), required)
+    assert found.decision == decision
+    assert reason in found.reason
+    assert found.reason.endswith(".")
+    assert found.reason.count(". ") == 0
+    assert (found.before, found.after, found.required_gain) == (0.6, 0.7, required)
+    assert found.is_worth_it == (decision == FINE_TUNE)
+    assert found.is_small == (comparison.num_queries < 50)
+
+
+def test_a_model_that_words_beat_has_not_earned_its_cost():
+    found = verdict.decide(compared(0.05, 0.15), rows(after=0.7, words=0.72))
+    assert (found.decision, "words alone (BM25) reach 0.720" in found.reason) == (DO_NOT_BOTHER, True)
+    assert verdict.decide(compared(0.05, 0.15), rows(words=None)).decision == FINE_TUNE
+
+
+def test_a_single_query_is_said_to_show_nothing():
+    one = dataclasses.replace(compared(0.5, 0.5, num_queries=1), detectable=float("inf"))
+    assert "so small a set shows nothing" in verdict.decide(one, rows()).reason
+
+
+def test_training_costs_the_hours_of_all_devices_and_what_was_done_before_a_run_was_taken_up_again():
+    facts = {"train_seconds": 1800, "num_steps": 100, "stopped_at": None, "device": "cuda", "num_devices": 4}
+    assert verdict.training_of(facts) == Training("cuda", 2.0, 4)
+    assert verdict.training_of({**facts, "first_step": 50}) == Training("cuda", 4.0, 4)
+    assert verdict.training_of({**facts, "stopped_at": 60, "first_step": 30}) == Training("cuda", 4.0, 4)
+    earlier = {"train_seconds": 1800, "num_steps": 100, "workers": 2}
+    assert verdict.training_of(earlier) == Training("worker", 1.0, 2)
+    assert verdict.training_of({"num_steps": 100}) is None
+
+
+def resolution(dim: int) -> Resolution:
+    return Resolution(dim, 0.5, dim / 128, 0.9, dim * 2_000_000, 1.0, dim / 10)
+
+
+def test_a_short_dim_saves_what_full_width_costs_more():
+    found = verdict.saving_of(Resolutions("tuned", 0.9, 64, (resolution(128), resolution(64))))
+    assert (found.dim, found.bytes_per_million_before, found.bytes_per_million) == (64, 256_000_000, 128_000_000)
+    assert (found.seconds_per_million_before, found.seconds_per_million) == (12.8, 6.4)
+    assert verdict.saving_of(Resolutions("tuned", 0.9, 128, (resolution(128), resolution(64)))) is None
+    assert verdict.saving_of(None) is None
+
+
+def test_what_was_forgotten_is_the_change_at_the_widest_dim_of_both():
+    made = [
+        Row(system, dim, metric, value)
+        for system, dim, metric, value in [
+            ("base", 64, "Spearman", 0.8), ("base", 32, "Spearman", 0.7), ("tuned", 32, "Spearman", 0.6),
+        ]
+    ]  # fmt: skip
+    found = verdict.forgotten_on("stsb", None, made, "base", "tuned")
+    assert (found.dim, found.change, found.low) == (32, pytest.approx(-0.1), None)
+    assert verdict.forgotten_on("stsb", None, made[:1], "base", "tuned") is None
+    retrieved = [Row("base", 64, "nDCG@10", 0.6), Row("tuned", 64, "nDCG@10", 0.5)]
+    found = verdict.forgotten_on("scifact", compared(-0.15, -0.05), retrieved, "base", "tuned")
+    assert (found.metric, found.low, found.high) == ("nDCG@10", -0.15, -0.05)
+
+
+def test_a_verdict_comes_back_from_json():
+    made = verdict.decide(compared(0.05, 0.15), rows())
+    forgotten = verdict.forgotten_on("other", None, rows(), "base", "tuned")
+    saving = verdict.saving_of(Resolutions("tuned", 0.9, 64, (resolution(128), resolution(64))))
+    made = dataclasses.replace(made, forgotten=(forgotten,), training=Training("cpu", 0.5, 2), saving=saving)
+    assert verdict.from_json(storage.as_json(made.as_json())) == made

@@ -1,27 +1,28 @@
-"""Runs the whole mission from one YAML file: prepare, choose, evaluate, mine, fine-tune, embed, index, tune, search, evaluate."""
+"""Runs the whole mission from one YAML file, from texts to an index and a report on it."""
 
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs import cluster, embed, evaluate, finetune, index, mine, prepare, search, tune, verify
+from jobs import cluster, embed, evaluate, explain, finetune, index, measurement, mine, prepare, search, tune, verify
 from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import say, show_table
-from matryoshka import artifacts, model, nested, report, storage
+from matryoshka import anatomy, artifacts, config, model, nested, report, storage
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.config import Field, JobSettings, check_settings
 from matryoshka.model import ModelInfo
 from matryoshka.pairs import DatasetStore
+from matryoshka.provenance import Embedding, Environment, Training
 from matryoshka.report import Report
 
 
 class Settings(StageSettings):
     """Runs the whole mission: prepare data, choose the best of several models if they are given, evaluate it untouched, mine hard
-    negatives if asked to, fine-tune it, embed the corpus, build the index, find its cheapest good plan if asked to, search it
-    with the test queries, and evaluate again.
+    negatives if asked to, fine-tune it and say what that did to it, embed the corpus, build the index, find its cheapest good
+    plan if asked to, search it with the test queries, and evaluate again.
 
     Each section holds options of the job of that name, written with underscores. Paths between jobs need not be given.
     """
@@ -34,6 +35,7 @@ class Settings(StageSettings):
     prepare: dict[str, Any] = Field({}, description="Options of the prepare job.")
     mine: dict[str, Any] | None = Field(None, description="Options of the mine job; none: no hard negatives are mined.")
     finetune: dict[str, Any] = Field({}, description="Options of the finetune job.")
+    explain: dict[str, Any] | None = Field({}, description="Options of the explain job; null: it is left out.")
     embed: dict[str, Any] = Field({}, description="Options of the embed job.")
     index: dict[str, Any] = Field({}, description="Options of the index job.")
     tune: dict[str, Any] | None = Field(None, description="Options of the tune job; none: the index keeps its plan.")
@@ -55,9 +57,9 @@ class Settings(StageSettings):
 
 Stage = tuple[str, Callable[[Any], Any], JobSettings]
 
-_SECTIONS = ("prepare", "mine", "finetune", "embed", "index", "tune", "search", "evaluate")
+_SECTIONS = ("prepare", "mine", "finetune", "explain", "embed", "index", "tune", "search", "evaluate")
 _BEFORE, _AFTER = "evaluation-base", "evaluation-tuned"
-_CANDIDATES, _NEGATIVES = "candidates", "negatives"
+_CANDIDATES, _NEGATIVES, _ANATOMY = "candidates", "negatives", "anatomy"
 _NAME = re.compile(r"[\w.-]+")
 
 
@@ -91,6 +93,7 @@ def plan(settings: Settings, *, has_gpu: bool, winner: str | None = None) -> lis
         *(_also(settings, name, "base", base) for name in settings.also),
         *(("mine", mine, {"output": own, "data": data, "model": base, "embeddings": there}) for own in negatives.values()),
         ("finetune", finetune, {"output": tuned, "data": data, "model": base, **negatives}),
+        *_explain(settings, {"output": str(root / _ANATOMY), "data": data, "base": base, "model": tuned, "split": split}),
         ("embed", embed, {"output": vectors, "corpus": f"{data}/corpus", "model": tuned}),
         ("index", index, {"output": built, "embeddings": vectors}),
         *((("tune", tune, {"index": built, "data": data}),) if settings.tune is not None else ()),
@@ -100,6 +103,11 @@ def plan(settings: Settings, *, has_gpu: bool, winner: str | None = None) -> lis
         *(_also(settings, name, "tuned", tuned) for name in settings.also),
     ]  # fmt: skip
     return [(name, job.run, _stage_settings(settings, name, job, wiring, has_gpu=has_gpu)) for name, job, wiring in wired]
+
+
+def _explain(settings: Settings, wiring: dict[str, Any]) -> list[tuple[str, Any, dict[str, Any]]]:
+    """Returns the stage that says what fine-tuning did, unless it is left out."""
+    return [] if settings.explain is None else [("explain", explain, wiring)]
 
 
 def _also(settings: Settings, name: str, system: str, base: str) -> tuple[str, Any, dict[str, Any]]:
@@ -213,6 +221,8 @@ def _refuse_data(folder: str, stages: Sequence[JobSettings]) -> None:
             mine.check_window(stage, data)
         if isinstance(stage, tune.Settings):
             tune.check_data(stage, data)
+        if isinstance(stage, explain.Settings):
+            anatomy.check_size(data)
         if isinstance(stage, evaluate.Settings) and stage.data == folder:
             data.queries(stage.split)
             data.qrels(stage.split)
@@ -229,15 +239,18 @@ def run(settings: Settings) -> None:
         if previous is None:
             artifacts.begin(output, Manifest("run", {}), None)
         _run_stage(first)
+        done = [first]
         data = str(output / "data")
         _refuse_data(data, [stage for _, _, stage in stages])
         if settings.candidates:
             split = choosing_split(settings, DatasetStore.open(Path(data)), has_gpu=has_gpu)
-            _run_stage(("choose", evaluate.run, choose(settings, split, has_gpu=has_gpu)))
+            choice: Stage = ("choose", evaluate.run, choose(settings, split, has_gpu=has_gpu))
+            _run_stage(choice)
             _, *stages = plan(settings, has_gpu=has_gpu, winner=report.read_best(output / _CANDIDATES))
+            done.append(choice)
         for stage in stages:
             _run_stage(stage)
-    _finish(output, previous, settings)
+    _finish(output, previous, settings, [*done, *stages])
     if settings.verify:
         verify.run(verify.Settings(folder=settings.output))
 
@@ -249,13 +262,13 @@ def _run_stage(stage: Stage) -> None:
     say(f"{name} took {time.perf_counter() - start:.1f} s\n")
 
 
-def _finish(output: Path, previous: Manifest | None, settings: Settings) -> None:
+def _finish(output: Path, previous: Manifest | None, settings: Settings, stages: Sequence[Stage]) -> None:
     """Writes the report of the whole run, if it changed: the last evaluation's figures, and the fingerprints behind them."""
     run, made = describe_run("pipeline", settings), _collect(output, settings)
     manifest = Manifest("run", {}, made.fingerprints, {"run": run}, is_complete=True)
     is_current = previous and (previous.inputs, previous.facts) == (made.fingerprints, manifest.facts)
     if not (previous and is_current) or artifacts.find_faults(output, previous):
-        report.write(output, dataclasses.replace(made, settings=run["settings"]))
+        report.write(output, dataclasses.replace(made, settings=run["settings"], sections=_sections(output, run, stages)))
         records = tuple(FileRecord.of(output, output / name) for name in (report.JSON, report.MARKDOWN))
         dataclasses.replace(manifest, receipts=(Receipt("report", len(made.rows), records),)).write(output)
     for metric, table in report.tables(made.rows).items():
@@ -268,17 +281,36 @@ def _finish(output: Path, previous: Manifest | None, settings: Settings) -> None
     say(f"report: {output / report.MARKDOWN} and {output / report.JSON}; index: {output / 'index'}")
 
 
+def _sections(output: Path, run: Mapping[str, Any], stages: Sequence[Stage]) -> dict[str, Any]:
+    """Returns what stands in the report beside the figures: what fine-tuning did, and what lies behind all of it."""
+    commands = [config.command_line(f"python -m {type(stage).__module__}", stage) for _, _, stage in stages]
+    hardware = measurement.describe_hardware(measurement.choose_device(None))
+    return {
+        "anatomy": _read_anatomy(output),
+        "training": dataclasses.asdict(Training.read(output / "model")),
+        "embedding": dataclasses.asdict(Embedding.read(output / "embeddings")),
+        "environment": dataclasses.asdict(Environment(run["versions"], run["python"], hardware, commands)),
+    }
+
+
+def _read_anatomy(output: Path) -> dict[str, Any] | None:
+    path = output / _ANATOMY / anatomy.NAME
+    return dict(storage.read_json(path)) if path.is_file() else None
+
+
 def _collect(output: Path, settings: Settings) -> Report:
     """Returns what all evaluations of the run found."""
     also = [f"also-{name}-{system}" for name in settings.also for system in ("base", "tuned")]
     chosen = [_CANDIDATES] if settings.candidates else []
     mined = [_NEGATIVES] if settings.mine is not None else []
-    stages = ("data", *chosen, _BEFORE, *mined, "model", "embeddings", "index", "results", _AFTER, *also)
+    explained = [_ANATOMY] if settings.explain is not None else []
+    stages = ("data", *chosen, _BEFORE, *mined, "model", *explained, "embeddings", "index", "results", _AFTER, *also)
+    told = [sentence for name in explained for sentence in storage.read_json(output / name / anatomy.NAME)["sentences"]]
     return Report(
         "Before and after fine-tuning",
         report.read_rows(output / _AFTER),
         report.read_profiles(output / _AFTER),
-        remarks=tuple(f"Base model: {sentence}" for name in chosen for sentence in report.read_sentences(output / name)),
+        remarks=(*(f"Base model: {sentence}" for name in chosen for sentence in report.read_sentences(output / name)), *told),
         elsewhere={name: report.read_rows(_folder_of(settings, name, "tuned")) for name in settings.also},
         fingerprints={name: artifacts.read(output / name).fingerprint for name in stages},
     )

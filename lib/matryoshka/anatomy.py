@@ -19,7 +19,7 @@ from matryoshka.weights import EMBEDDINGS, HEAD, Changes, in_order
 NAME = "anatomy.json"
 BASE, TUNED = "base", "tuned"
 
-FEWEST_DOCUMENTS = 10
+FEWEST_DOCUMENTS = geometry.FEWEST_FOR_CKA
 
 _SHOWN_CHARACTERS = 120
 
@@ -54,11 +54,10 @@ class Sample:
         Raises:
             ValueError: The dataset has no such split, or too few documents.
         """
+        check_size(data)
         salt = f"anatomy {seed} "
         _, paths = corpus.find_files(data.corpus)
         ids = heapq.nsmallest(num_documents, corpus.read_ids(paths), key=lambda name: units.sample_rank(name, salt))
-        if len(ids) < FEWEST_DOCUMENTS:
-            raise ValueError(f"{data.folder}: {len(ids)} documents are too few to look at. Bring at least {FEWEST_DOCUMENTS}.")
         pairs = {} if data.is_chunked else _choose_pairs(data, split, num_pairs, salt)
         wanted = {*ids, *pairs.values()}
         texts = corpus.find_texts_in(paths, wanted, Columns())
@@ -73,6 +72,18 @@ class Sample:
             tuple(pairs),
             tuple(texts[name] for name in pairs.values()),
             tuple(labels[name] for name in pairs.values()) if labels else None,
+        )
+
+
+def check_size(data: DatasetStore) -> None:
+    """Checks that a dataset has enough documents to look at.
+
+    Raises:
+        ValueError: It has not.
+    """
+    if data.num_documents < FEWEST_DOCUMENTS:
+        raise ValueError(
+            f"{data.folder}: {data.num_documents} documents are too few to look at. Bring at least {FEWEST_DOCUMENTS}."
         )
 
 

@@ -31,6 +31,7 @@ class Report:
         elsewhere: Figures of the same systems on other data, by its name: what was lost there, or gained.
         settings: Of the run.
         fingerprints: What the figures rest on.
+        sections: More for machines, each under a key of its own.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Report:
     elsewhere: Mapping[str, Sequence[Row]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     fingerprints: Mapping[str, Any] = field(default_factory=dict)
+    sections: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def sentences(self) -> list[str]:
@@ -61,6 +63,7 @@ def write(folder: Path, report: Report) -> None:
         "elsewhere": {name: _as_json(rows) for name, rows in report.elsewhere.items()},
         "fingerprints": dict(report.fingerprints),
         "settings": dict(report.settings),
+        **report.sections,
     }
     storage.publish_json(folder / JSON, value)
     storage.publish_bytes(folder / MARKDOWN, _markdown(report).encode())

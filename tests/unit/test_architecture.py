@@ -23,7 +23,8 @@ DOORS = {
     "transformers": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "packed", "training", "peers", "plain_trainer")),
     "datasets": ("lib/matryoshka/plain_trainer.py",),
     "peft": ("lib/matryoshka/layers.py",),
-    "safetensors": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "checkpoints")),
+    "sklearn": ("lib/matryoshka/maps.py",),
+    "safetensors": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "checkpoints", "weights")),
     "tokenizers": tuple(f"lib/matryoshka/{room}.py" for room in ("tokens", "chunks")),
     "semantic_text_splitter": ("lib/matryoshka/chunks.py",),
     "datasketch": ("lib/matryoshka/leaks.py",),
@@ -36,16 +37,17 @@ DOORS = {
     "rich": ("jobs/terminal.py",),
     "jobs": ("jobs/",),
 }
-PURE = ("units", "nested", "topk", "conditions", "clock", "batches", "tradeoffs")
+PURE = ("units", "nested", "topk", "conditions", "clock", "batches", "tradeoffs", "geometry")
 LAYERS = [
-    {"config", "units", "nested", "topk", "conditions", "clock", "batches", "frontier", "tradeoffs"},
+    {"config", "units", "nested", "topk", "conditions", "clock", "batches", "frontier", "tradeoffs", "geometry"},
     {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves", "charts"}
-    | {"splits", "sources", "partitions", "leaks", "chunks", "rates"},
+    | {"splits", "sources", "partitions", "leaks", "chunks", "rates", "maps", "weights"},
     {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "products", "spaces", "funnel"}
     | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"}
     | {"removals", "filters", "queries"},
     {"preparation", "mining", "training", "card", "embedding", "indexing", "layouts", "evaluation", "report", "verification"}
-    | {"calibration", "peers", "plain_trainer", "answers", "tuning", "results", "search_peers", "synthetic"},
+    | {"calibration", "peers", "plain_trainer", "answers", "tuning", "results", "search_peers", "synthetic"}
+    | {"anatomy", "hidden", "provenance"},
 ]
 
 

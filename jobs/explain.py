@@ -127,8 +127,8 @@ def _explain(session: Session, settings: Settings, inputs: _Inputs, sample: Samp
     dims = inputs.models[TUNED].dims
     spaces = {BASE: anatomy.describe_space(before, sample, dims), TUNED: anatomy.describe_space(after, sample, dims)}
     changes = weights.measure_changes(*inputs.folders)
-    call = (sample, before.documents, after.documents, settings.map_method, settings.clusters, settings.seed)
-    drawn = next(session.run_tasks(anatomy.draw_map, [call]))  # a worker has one thread, so that sums keep their order
+    vectors = before.documents, after.documents
+    drawn = anatomy.draw_map(sample, *vectors, settings.map_method, settings.clusters, settings.seed)
     layers = anatomy.compare_layers(changes, states_before, states_after)
     return Anatomy(layers, spaces, drawn, _remarks(inputs.data, changes.left_out))
 

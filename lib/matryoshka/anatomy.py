@@ -261,13 +261,11 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _describe_spaces(spaces: Mapping[str, Space]) -> str:
     before, after = spaces[BASE], spaces[TUNED]
-    pairs = ""
-    if before.alignment is not None and after.alignment is not None:
-        verb = "closer to" if after.alignment < before.alignment else "no closer to"
-        pairs = f"Queries lie {verb} their documents (alignment {before.alignment:.3f} before, {after.alignment:.3f} after); "
-    spread = "more" if after.uniformity < before.uniformity else "less"
-    figures = f"uniformity {before.uniformity:.2f} before, {after.uniformity:.2f} after"
-    return f"{pairs}documents are {spread} evenly spread ({figures})."
+    spread = f"niformity of documents went from {before.uniformity:.2f} to {after.uniformity:.2f} (lower: more evenly spread)."
+    if before.alignment is None or after.alignment is None:
+        return f"U{spread}"
+    figures = f"from {before.alignment:.3f} to {after.alignment:.3f}"
+    return f"Alignment of queries with their documents went {figures} (lower: closer), u{spread}"
 
 
 def _describe_clusters(spaces: Mapping[str, Space]) -> str:

@@ -1,4 +1,8 @@
-"""Maps of a sample of vectors in two dimensions, and clusters to colour them by. The one door for scikit-learn."""
+"""Maps of a sample of vectors in two dimensions, and clusters to colour them by. The one door for scikit-learn.
+
+It computes on one thread: sums keep their order, so that a map comes out the same again, and on a busy machine no thread of
+OpenMP waits for the others longer than it works.
+"""
 
 from typing import Literal, get_args
 
@@ -44,11 +48,13 @@ def draw(before: Points, after: Points, method: Method, seed: int) -> tuple[Floa
 
 def _embed(vectors: Points, start: Float64Array, seed: int) -> Float64Array:
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     spread = float(start[:, 0].std()) or 1.0
     perplexity = min(_PERPLEXITY, (len(vectors) - 1) / 3)
     made = TSNE(2, perplexity=perplexity, init=(start / spread * _FIRST_SPREAD).astype(np.float32), random_state=seed)
-    return np.asarray(made.fit_transform(vectors.astype(np.float32)), np.float64)
+    with threadpool_limits(1):
+        return np.asarray(made.fit_transform(vectors.astype(np.float32)), np.float64)
 
 
 def cluster(vectors: Points, num_clusters: int, seed: int) -> npt.NDArray[np.int64]:
@@ -57,8 +63,11 @@ def cluster(vectors: Points, num_clusters: int, seed: int) -> npt.NDArray[np.int
     Shapes: vectors [N, D] -> [N].
     """
     from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
 
-    means = KMeans(min(num_clusters, len(vectors)), n_init=_TRIALS, random_state=seed).fit(vectors.astype(np.float32))
+    means = KMeans(min(num_clusters, len(vectors)), n_init=_TRIALS, random_state=seed)
+    with threadpool_limits(1):
+        means.fit(vectors.astype(np.float32))
     counts = np.bincount(means.labels_, minlength=means.n_clusters)
     places = np.argsort(np.argsort(-counts, kind="stable"), kind="stable")
     return np.asarray(places[means.labels_], np.int64)

@@ -23,7 +23,7 @@ DOORS = {
     "transformers": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "packed", "training", "peers", "plain_trainer")),
     "datasets": ("lib/matryoshka/plain_trainer.py",),
     "peft": ("lib/matryoshka/layers.py",),
-    "sklearn": ("lib/matryoshka/maps.py",),
+    **dict.fromkeys(("sklearn", "threadpoolctl"), ("lib/matryoshka/maps.py",)),
     "safetensors": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "checkpoints", "weights")),
     "tokenizers": tuple(f"lib/matryoshka/{room}.py" for room in ("tokens", "chunks")),
     "semantic_text_splitter": ("lib/matryoshka/chunks.py",),

@@ -18,7 +18,7 @@ from ray.util import metrics
 
 from jobs.terminal import say
 from matryoshka import calibration, embedding, encode, hidden, model, rates, storage
-from matryoshka.anatomy import States, Vectors
+from matryoshka.anatomy import Sample, Vectors
 from matryoshka.artifacts import Receipt
 from matryoshka.calibration import Calibration, Choice
 from matryoshka.clock import Clock
@@ -26,6 +26,7 @@ from matryoshka.corpus import Corpus
 from matryoshka.encode import TOKENS_PER_STEP, Encoder
 from matryoshka.funnel import CallShards, Shard, ShardFiles
 from matryoshka.model import ModelInfo
+from matryoshka.nested import Float32Array
 from matryoshka.rates import Precision
 from matryoshka.tokens import Long, Role
 from matryoshka.units import Unit
@@ -103,10 +104,13 @@ class Session:
         """Returns how a worker should run the model; see ``calibration.calibrate``."""
         return self._on_worker(calibration.calibrate, info.folder, capacity().device, choice, list(texts), num_documents)
 
-    def study(self, folders: Sequence[Path], *arguments: Any) -> list[tuple[Vectors, States]]:
+    def study(
+        self, folders: Sequence[Path], sample: Sample, num_documents: int, max_tokens: int
+    ) -> list[tuple[Vectors, dict[str, Float32Array]]]:
         """Returns what each model makes of a sample, each on a worker of its own; see ``hidden.study``."""
         precision, device = self.choose_precision("auto"), capacity().device
-        return self._on_workers(hidden.study, [(folder, device, precision, *arguments) for folder in folders])
+        calls = [(folder, device, precision, sample, num_documents, max_tokens) for folder in folders]
+        return self._on_workers(hidden.study, calls)
 
     def _on_worker(self, function: Callable[..., T], *arguments: Any) -> T:
         return self._on_workers(function, [arguments])[0]

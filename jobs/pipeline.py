@@ -286,16 +286,15 @@ def _sections(output: Path, run: Mapping[str, Any], stages: Sequence[Stage]) -> 
     commands = [config.command_line(f"python -m {type(stage).__module__}", stage) for _, _, stage in stages]
     hardware = measurement.describe_hardware(measurement.choose_device(None))
     return {
-        "anatomy": _read_anatomy(output),
+        "anatomy": _read_anatomy(output) if any(isinstance(stage, explain.Settings) for _, _, stage in stages) else None,
         "training": dataclasses.asdict(Training.read(output / "model")),
         "embedding": dataclasses.asdict(Embedding.read(output / "embeddings")),
         "environment": dataclasses.asdict(Environment(run["versions"], run["python"], hardware, commands)),
     }
 
 
-def _read_anatomy(output: Path) -> dict[str, Any] | None:
-    path = output / _ANATOMY / anatomy.NAME
-    return dict(storage.read_json(path)) if path.is_file() else None
+def _read_anatomy(output: Path) -> dict[str, Any]:
+    return dict(storage.read_json(output / _ANATOMY / anatomy.NAME))
 
 
 def _collect(output: Path, settings: Settings) -> Report:
@@ -305,7 +304,7 @@ def _collect(output: Path, settings: Settings) -> Report:
     mined = [_NEGATIVES] if settings.mine is not None else []
     explained = [_ANATOMY] if settings.explain is not None else []
     stages = ("data", *chosen, _BEFORE, *mined, "model", *explained, "embeddings", "index", "results", _AFTER, *also)
-    told = [sentence for name in explained for sentence in storage.read_json(output / name / anatomy.NAME)["sentences"]]
+    told = [sentence for _ in explained for sentence in _read_anatomy(output)["sentences"]]
     return Report(
         "Before and after fine-tuning",
         report.read_rows(output / _AFTER),

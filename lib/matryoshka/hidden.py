@@ -1,5 +1,6 @@
 """What a model makes of a sample of texts: its vectors, and the hidden states of every layer, as one vector per text."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,20 +35,17 @@ def study(
         max_tokens: As ``read_states``.
     """
     model.quieten()
-    encoder = Encoder(folder, device, precision)
-    try:
-        vectors = _encode(encoder, sample)
-    finally:
-        encoder.close()
+    vectors = _encode(folder, device, precision, sample)  # that model is gone when the next one is loaded
     return vectors, read_states(folder, device, sample.documents[:num_documents], max_tokens) if num_documents else {}
 
 
-def _encode(encoder: Encoder, sample: Sample) -> Vectors:
+def _encode(folder: Path, device: str, precision: Precision, sample: Sample) -> Vectors:
     """Returns the vectors of a sample; documents that are also answers are encoded once."""
     texts = list(dict.fromkeys([*sample.documents, *sample.positives]))
     place = {text: row for row, text in enumerate(texts)}
-    vectors = encoder.encode(texts, "document").vectors
-    queries = encoder.encode(list(sample.queries), "query").vectors if sample.queries else vectors[:0]
+    with contextlib.closing(Encoder(folder, device, precision)) as encoder:
+        vectors = encoder.encode(texts, "document").vectors
+        queries = encoder.encode(list(sample.queries), "query").vectors if sample.queries else vectors[:0]
     documents, positives = (vectors[[place[text] for text in own]] for own in (sample.documents, sample.positives))
     return Vectors(documents, queries, positives)
 

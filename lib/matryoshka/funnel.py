@@ -22,7 +22,8 @@ from matryoshka.conditions import Condition
 from matryoshka.filters import COLUMNS
 from matryoshka.index import CoarseIndex
 from matryoshka.nested import Float32Array, FunnelPlan, Step, shrink
-from matryoshka.products import Mask, StoredVectors
+from matryoshka.products import StoredVectors
+from matryoshka.scans import Mask
 from matryoshka.spaces import Space
 from matryoshka.topk import IntArray
 

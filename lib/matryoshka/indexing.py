@@ -2,7 +2,9 @@
 
 import dataclasses
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +37,7 @@ _LOSS_DOCUMENTS, _LOSS_QUERIES, _LOSS_RESULTS = 20_000, 200, 10
 Storage = Literal["float16", "int8"]
 Quality = Literal["fast", "balanced", "high", "exact"]
 
+_READ_AHEAD = 2  # units
 _SPACE_DOCUMENTS = 50_000  # whose second moment a space is learned from; of four times as many, recall is the same
 _DTYPES = {"float16": np.float16, "int8": np.int8}
 
@@ -212,13 +215,34 @@ def _sample(store: EmbeddingStore, num_sampled: int) -> Float16Array:
     """Returns the vectors at even distances in the store's order; units without one of them are not read."""
     num_rows = store.manifest.num_rows
     wanted = np.unique(np.linspace(0, num_rows - 1, min(num_sampled, num_rows)).astype(np.int64))
-    parts, start = [], 0
+    files, rows, start = [], {}, 0
     for receipt in store.manifest.receipts:
         own = wanted[(wanted >= start) & (wanted < start + receipt.num_rows)] - start
         if own.size:
-            parts.append(vectors.read_unit(artifacts.check_file(store.folder, receipt.files[0]))[1][own])
+            files.append(receipt.files[0])
+            rows[receipt.files[0].path] = own
         start += receipt.num_rows
-    return np.concatenate(parts)
+    return np.concatenate([block for _, _, block in _read_units(store.folder, files, rows)])
+
+
+def _read_units(
+    store: Path, files: Sequence[FileRecord], rows: Mapping[str, IntArray] | None = None
+) -> Iterator[tuple[FileRecord, pa.Array, Float16Array]]:
+    """Yields each embedding file with its ids and vectors, all or of some rows; the next ones are checked and read meanwhile.
+
+    Raises:
+        ValueError: A file is not what its receipt says.
+    """
+    with ThreadPoolExecutor(_READ_AHEAD, "units") as pool:
+        coming = deque(pool.submit(_read_unit, store, file, rows) for file in files[:_READ_AHEAD])
+        for number, file in enumerate(files, start=_READ_AHEAD):
+            coming.extend(pool.submit(_read_unit, store, own, rows) for own in files[number : number + 1])
+            yield file, *coming.popleft().result()
+
+
+def _read_unit(store: Path, file: FileRecord, rows: Mapping[str, IntArray] | None) -> tuple[pa.Array, Float16Array]:
+    ids, block = vectors.read_unit(artifacts.check_file(store, file))
+    return (ids, block) if rows is None else (ids.take(pa.array(rows[file.path])), block[rows[file.path]])
 
 
 def measure_loss(store: EmbeddingStore, layout: Layout) -> dict[str, float]:
@@ -248,7 +272,7 @@ def measure_loss(store: EmbeddingStore, layout: Layout) -> dict[str, float]:
 def build_shard(
     plan: ShardPlan, layout: Layout, folder: Path, training: Receipt | None = None, listed: Receipt | None = None
 ) -> Receipt:
-    """Builds one shard, publishes its folder, and returns its receipt; memory holds one unit and the coarse index.
+    """Builds one shard, publishes its folder, and returns its receipt; memory holds a few units and the coarse index.
 
     Args:
         plan: What it is made of.
@@ -262,19 +286,16 @@ def build_shard(
     """
     start = time.perf_counter()
     space, index = open_trained(folder, layout, training)
-    kept = _kept_rows(plan, removals.open_list(folder, listed)) if listed else {}
-    num_rows = sum(map(len, kept.values())) if listed else plan.num_rows
+    kept = _kept_rows(plan, removals.open_list(folder, listed)) if listed else None
+    num_rows = plan.num_rows if kept is None else sum(map(len, kept.values()))
     target = folder / SHARDS / plan.key
     all_ids, done = [], 0
     columns: list[pa.Table] = []
     with storage.publish(target) as temporary:
         temporary.mkdir()
         stored: Any = None
-        for position, file in enumerate(plan.files):
-            ids, block = vectors.read_unit(artifacts.check_file(plan.store, file))
+        for position, (file, ids, block) in enumerate(_read_units(plan.store, plan.files, kept)):
             _refuse_infinite(plan.store / file.path, ids, block)
-            if listed:
-                ids, block = ids.take(pa.array(kept[file.path])), block[kept[file.path]]
             if stored is None:
                 shape = (num_rows, block.shape[1])
                 stored = np.lib.format.open_memmap(temporary / VECTORS, "w+", _DTYPES[layout.storage], shape)

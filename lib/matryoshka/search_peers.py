@@ -154,7 +154,7 @@ class _Usearch:
         from usearch.index import Index
 
         self._num_threads = num_threads
-        self._index = Index(ndim=width, metric="ip", dtype="f32")
+        self._index: Any = Index(ndim=width, metric="ip", dtype="f32")
 
     def build(self, vectors: Float32Array) -> None:
         """Puts the vectors in."""

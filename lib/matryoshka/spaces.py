@@ -5,18 +5,21 @@ nothing but the model; a rotation puts the directions first in which documents d
 Full vectors, and so the scores of reranking, stay what they are in all of them.
 """
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from matryoshka.nested import Float32Array, shrink
 
 Kind = Literal["prefix", "rotation", "projection"]
 Matrix = npt.NDArray[np.float64]
 
+_TINY = 1e-30  # length of a vector that is taken as zero
 _RIDGE = 1e-3  # share of the mean energy that every direction is taken to have at least
 
 
@@ -116,8 +119,8 @@ def _second_moment(vectors: npt.NDArray[np.floating[Any]]) -> Matrix:
 
     Shapes: vectors [N, D] -> [D, D].
     """
-    unit = shrink(vectors, vectors.shape[1])
-    moment = (unit.T @ unit).astype(np.float64) / max(len(unit), 1)
+    unit = torch.from_numpy(shrink(vectors, vectors.shape[1]))
+    moment = (unit.T @ unit).double().numpy() / max(len(unit), 1)
     ridge = _RIDGE * np.trace(moment) / len(moment)
     spread: Matrix = moment + ridge * np.eye(len(moment))
     return spread
@@ -131,4 +134,11 @@ def _root(moment: Matrix) -> Matrix:
 
 
 def _apply(own: Float32Array | None, vectors: npt.NDArray[np.floating[Any]], dim: int) -> Float32Array:
-    return shrink(vectors, dim) if own is None else shrink(vectors, vectors.shape[1]) @ own
+    """Returns coarse vectors: prefixes at unit length, or what a map makes of vectors of unit length."""
+    if own is None:
+        return shrink(vectors, dim)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # they may not be written to; nothing here does
+        wide = torch.from_numpy(np.ascontiguousarray(vectors)).float()
+    norms = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min_(_TINY)
+    mapped: Float32Array = (wide @ torch.from_numpy(own)).div_(norms).numpy()
+    return mapped

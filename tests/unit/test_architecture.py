@@ -14,6 +14,7 @@ DOORS = {
     "ray": ("jobs/",),
     "faiss": ("lib/matryoshka/index.py", "lib/matryoshka/search_peers.py"),
     **dict.fromkeys(("hnswlib", "usearch"), ("lib/matryoshka/search_peers.py",)),
+    **dict.fromkeys(("numba", "llvmlite"), ("lib/matryoshka/kernels.py",)),
     "PIL": ("lib/matryoshka/charts.py",),
     **dict.fromkeys(("ir_measures", "scipy"), ("lib/matryoshka/metrics.py",)),
     "pydantic": ("lib/matryoshka/config.py",),
@@ -41,8 +42,22 @@ PURE = ("units", "nested", "topk", "conditions", "clock", "batches", "tradeoffs"
 LAYERS = [
     {"config", "units", "nested", "topk", "conditions", "clock", "batches", "frontier", "tradeoffs", "geometry"},
     {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves", "charts"}
-    | {"splits", "sources", "partitions", "leaks", "chunks", "rates", "maps", "weights"},
-    {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "products", "spaces", "funnel"}
+    | {"splits", "sources", "partitions", "leaks", "chunks", "rates", "kernels", "maps", "weights"},
+    {
+        "artifacts",
+        "model",
+        "pairs",
+        "positives",
+        "sts",
+        "encode",
+        "tokens",
+        "packed",
+        "vectors",
+        "scans",
+        "products",
+        "spaces",
+        "funnel",
+    }
     | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"}
     | {"removals", "filters", "queries"},
     {"preparation", "mining", "training", "card", "embedding", "indexing", "layouts", "evaluation", "report", "verification"}

@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -7,22 +6,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matryoshka import products
+from matryoshka import products, scans, topk
 from matryoshka.nested import shrink
 from matryoshka.products import CoarseVectors, StoredVectors
+from matryoshka.scans import CpuScan, GpuScan
 
-_SMALL = products._Tiles(
-    queries=3, documents=256, most_documents=512, segment=1_024, rounded=768, widened=100, pairs=7
-)  # so that a few thousand documents go through every loop more than once
+_SMALL = products._Parts(segment=1_024, rounded=768, widened=100, pairs=7)
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float32], autouse=True)
-def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(products._TILES, "cpu", _SMALL)
-    monkeypatch.setattr(products, "_scan_dtype", lambda _device: request.param)
+def small_parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a few thousand documents go through every loop more than once."""
+    monkeypatch.setitem(products._PARTS, "cpu", _SMALL)
+    for name, size in (("_QUERIES", 3), ("_SCORES", 3 * 128), ("_MOST_COLUMNS", 256)):
+        monkeypatch.setattr(scans, name, {"cpu": size, "cuda": size})
+    monkeypatch.setattr(scans, "scan_dtype", lambda _device: request.param)
     monkeypatch.setattr(products, "_LEAST_PAIRS", 16)
-    yield
-    products._rooms.clear()
 
 
 @st.composite
@@ -108,7 +107,7 @@ def test_only_what_is_chosen_is_found_if_it_is_gathered_first(case: tuple[np.nda
 
 def test_rounding_to_bf16_hides_no_best_document(monkeypatch: pytest.MonkeyPatch):
     # Components just above the middle of two bf16 numbers: rounding moves each product the same way, as far as it can.
-    monkeypatch.setattr(products, "_scan_dtype", lambda _device: torch.bfloat16)
+    monkeypatch.setattr(scans, "scan_dtype", lambda _device: torch.bfloat16)
     above = 1 + 2.0**-10
     full = np.zeros((512, 256), np.float16)
     full[0, :97], full[0, 97:194], full[0, 194:254], full[0, 254] = 1, -above, 1, 0.3
@@ -122,17 +121,39 @@ def test_rounding_to_bf16_hides_no_best_document(monkeypatch: pytest.MonkeyPatch
 
 def test_searching_leaves_torch_its_threads_everywhere_else(monkeypatch: pytest.MonkeyPatch):
     before = torch.get_num_threads()
-    monkeypatch.setattr(products, "_threads", products._threads.__wrapped__)
-    with products._threads() as pool, ThreadPoolExecutor(1) as others:
+    monkeypatch.setattr(scans, "_threads", scans._threads.__wrapped__)
+    with scans._threads() as pool, ThreadPoolExecutor(1) as others:
         assert pool.submit(torch.get_num_threads).result() == 1
         assert others.submit(torch.get_num_threads).result() == before
     assert torch.get_num_threads() == before
 
 
-def test_long_lists_are_not_made_of_everything(monkeypatch: pytest.MonkeyPatch):
-    rng, counted = np.random.default_rng(0), []
+@given(cases())
+@settings(max_examples=40)
+def test_torch_alone_notes_what_the_compiled_loops_find(case: tuple[np.ndarray, np.ndarray, int, np.ndarray | None]):
+    # What a GPU runs, on the CPU.
+    stored, queries, num_kept, allowed = case
+    vectors = StoredVectors(stored)
+    compared = torch.from_numpy(vectors._as_compared(queries))
+    is_rounded = stored.dtype != np.uint16
+    moved = scans.most_moved(queries.shape[1], vectors._longest, scans.scan_dtype("cuda"), is_rounded=is_rounded)
+    scan = GpuScan(compared, num_kept, moved)
+    room = torch.empty(len(stored), queries.shape[1], dtype=scans.scan_dtype("cuda"))
+    for start in range(0, len(stored), 1_000):
+        part = slice(start, min(start + 1_000, len(stored)))
+        scan.look_through(vectors._block(part, room), start, None if allowed is None else allowed[part])
+    lists = [vectors._finish(queries[part], numbers, rows, num_kept) for part, numbers, rows in scan.noted()]
+    found, expected = topk.pad(lists), vectors.best(queries, num_kept, allowed)
+    for own, other in zip(found, expected, strict=True):
+        filling = [-np.inf if own.dtype == np.float32 else -1]
+        assert [sorted(line[line != filling]) for line in own] == [sorted(line[line != filling]) for line in other]
+
+
+def test_long_lists_are_not_made_of_everything():
+    rng = np.random.default_rng(0)
     full, queries = rng.standard_normal((2_600, 8)).astype(np.float16), rng.standard_normal((3, 8)).astype(np.float32)
-    score = StoredVectors.score
-    monkeypatch.setattr(StoredVectors, "score", lambda self, *own: counted.append(len(own[2])) or score(self, *own))
-    StoredVectors(full).best(queries, 40)
-    assert sum(counted) < 3 * 1_300
+    vectors = StoredVectors(full)
+    scan = CpuScan(queries, 40, scans.most_moved(8, 1.0, scans.scan_dtype("cpu"), is_rounded=True))
+    room = torch.empty(len(full), 8, dtype=scans.scan_dtype("cpu"))
+    scan.look_through(vectors._block(slice(0, len(full)), room), 0, None)
+    assert sum(int(lot.counts.sum()) for lot in scan._lots) < 3 * 200

@@ -17,7 +17,8 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util import metrics
 
 from jobs.terminal import say
-from matryoshka import calibration, embedding, encode, model, rates, storage
+from matryoshka import calibration, embedding, encode, hidden, model, rates, storage
+from matryoshka.anatomy import Sample, Vectors
 from matryoshka.artifacts import Receipt
 from matryoshka.calibration import Calibration, Choice
 from matryoshka.clock import Clock
@@ -25,6 +26,7 @@ from matryoshka.corpus import Corpus
 from matryoshka.encode import TOKENS_PER_STEP, Encoder
 from matryoshka.funnel import CallShards, Shard, ShardFiles
 from matryoshka.model import ModelInfo
+from matryoshka.nested import Float32Array
 from matryoshka.rates import Precision
 from matryoshka.tokens import Long, Role
 from matryoshka.units import Unit
@@ -102,13 +104,23 @@ class Session:
         """Returns how a worker should run the model; see ``calibration.calibrate``."""
         return self._on_worker(calibration.calibrate, info.folder, capacity().device, choice, list(texts), num_documents)
 
+    def study(
+        self, folders: Sequence[Path], sample: Sample, num_documents: int, max_tokens: int
+    ) -> list[tuple[Vectors, dict[str, Float32Array]]]:
+        """Returns what each model makes of a sample, each on a worker of its own; see ``hidden.study``."""
+        precision, device = self.choose_precision("auto"), capacity().device
+        calls = [(folder, device, precision, sample, num_documents, max_tokens) for folder in folders]
+        return self._on_workers(hidden.study, calls)
+
     def _on_worker(self, function: Callable[..., T], *arguments: Any) -> T:
+        return self._on_workers(function, [arguments])[0]
+
+    def _on_workers(self, function: Callable[..., T], calls: Sequence[tuple[Any, ...]]) -> list[T]:
         self.release()
         # A process that was used once ends, and leaves the device's memory to the workers.
         options: dict[str, Any] = {**worker_resources(capacity()), "max_calls": 1}
         remote = ray.remote(**options)(function)
-        result: T = _get(remote.remote(*arguments))
-        return result
+        return [_get(reference) for reference in [remote.remote(*arguments) for arguments in calls]]
 
     def run_tasks(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
         """Yields the results of a function, called once per tuple of arguments, in the order given; few are in flight."""

@@ -86,7 +86,7 @@ def begin_report(settings: JobSettings, device: str, packages: Iterable[str] = (
         **run_record,
         "versions": versions,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "hardware": _describe_hardware(device),
+        "hardware": describe_hardware(device),
     }
 
 
@@ -106,7 +106,8 @@ def free_bytes() -> int:
     return free
 
 
-def _describe_hardware(device: str) -> dict[str, Any]:
+def describe_hardware(device: str) -> dict[str, Any]:
+    """Returns what this process computes on."""
     import torch
 
     lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()

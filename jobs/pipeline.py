@@ -1,27 +1,28 @@
-"""Runs the whole mission from one YAML file: prepare, choose, evaluate, mine, fine-tune, embed, index, tune, search, evaluate."""
+"""Runs the whole mission from one YAML file, from texts to an index and a report on it."""
 
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs import cluster, embed, evaluate, finetune, index, mine, prepare, search, tune, verify
+from jobs import cluster, embed, evaluate, explain, finetune, index, measurement, mine, prepare, search, tune, verify
 from jobs.entry import NoGainError, StageSettings, describe_run, main
 from jobs.terminal import say, show_table
-from matryoshka import artifacts, comparison, model, nested, report, storage, verdict
+from matryoshka import anatomy, artifacts, comparison, config, model, nested, report, storage, verdict
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.config import Field, JobSettings, check_settings
 from matryoshka.model import ModelInfo
 from matryoshka.pairs import DatasetStore
+from matryoshka.provenance import Embedding, Environment, Training
 from matryoshka.report import Report
 
 
 class Settings(StageSettings):
     """Runs the whole mission: prepare data, choose the best of several models if they are given, evaluate it untouched, mine hard
-    negatives if asked to, fine-tune it, embed the corpus, build the index, find its cheapest good plan if asked to, search it
-    with the test queries, and evaluate again.
+    negatives if asked to, fine-tune it and say what that did to it, embed the corpus, build the index, find its cheapest good
+    plan if asked to, search it with the test queries, and evaluate again.
 
     Each section holds options of the job of that name, written with underscores. Paths between jobs need not be given. BM25
     stands beside both models unless the section evaluate says bm25: false.
@@ -35,6 +36,7 @@ class Settings(StageSettings):
     prepare: dict[str, Any] = Field({}, description="Options of the prepare job.")
     mine: dict[str, Any] | None = Field(None, description="Options of the mine job; none: no hard negatives are mined.")
     finetune: dict[str, Any] = Field({}, description="Options of the finetune job.")
+    explain: dict[str, Any] | None = Field({}, description="Options of the explain job; null: it is left out.")
     embed: dict[str, Any] = Field({}, description="Options of the embed job.")
     index: dict[str, Any] = Field({}, description="Options of the index job.")
     tune: dict[str, Any] | None = Field(None, description="Options of the tune job; none: the index keeps its plan.")
@@ -60,10 +62,10 @@ class Settings(StageSettings):
 
 Stage = tuple[str, Callable[[Any], Any], JobSettings]
 
-_SECTIONS = ("prepare", "mine", "finetune", "embed", "index", "tune", "search", "evaluate")
+_SECTIONS = ("prepare", "mine", "finetune", "explain", "embed", "index", "tune", "search", "evaluate")
 _BEFORE, _GAIN, _AFTER = "evaluation-base", "evaluation-gain", "evaluation-tuned"
 _BASE, _TUNED = "base", "tuned"
-_CANDIDATES, _NEGATIVES = "candidates", "negatives"
+_CANDIDATES, _NEGATIVES, _ANATOMY = "candidates", "negatives", "anatomy"
 _NAME = re.compile(r"[\w.-]+")
 
 
@@ -105,6 +107,7 @@ def plan(settings: Settings, *, has_gpu: bool, winner: str | None = None) -> lis
         *(_also(settings, name, _BASE, base) for name in settings.also),
         *(("mine", mine, {"output": own, "data": data, "model": base, "embeddings": there}) for own in negatives.values()),
         ("finetune", finetune, {"output": tuned, "data": data, "model": base, **negatives}),
+        *_explain(settings, {"output": str(root / _ANATOMY), "data": data, "base": base, "model": tuned, "split": split}),
         ("embed", embed, {"output": vectors, "corpus": f"{data}/corpus", "model": tuned}),
         *((("evaluate", evaluate, {**after, "output": str(root / _GAIN)}),) if settings.require_gain is not None else ()),
         ("index", index, {"output": built, "embeddings": vectors}),
@@ -114,6 +117,11 @@ def plan(settings: Settings, *, has_gpu: bool, winner: str | None = None) -> lis
         *(_also(settings, name, _TUNED, tuned) for name in settings.also),
     ]  # fmt: skip
     return [(name, job.run, _stage_settings(settings, name, job, wiring, has_gpu=has_gpu)) for name, job, wiring in wired]
+
+
+def _explain(settings: Settings, wiring: dict[str, Any]) -> list[tuple[str, Any, dict[str, Any]]]:
+    """Returns the stage that says what fine-tuning did, unless it is left out."""
+    return [] if settings.explain is None else [("explain", explain, wiring)]
 
 
 def _also(settings: Settings, name: str, system: str, base: str) -> tuple[str, Any, dict[str, Any]]:
@@ -230,6 +238,8 @@ def _refuse_data(folder: str, stages: Sequence[JobSettings]) -> None:
             mine.check_window(stage, data)
         if isinstance(stage, tune.Settings):
             tune.check_data(stage, data)
+        if isinstance(stage, explain.Settings):
+            anatomy.check_size(data)
         if isinstance(stage, evaluate.Settings) and stage.data == folder:
             data.queries(stage.split)
             data.qrels(stage.split)
@@ -246,14 +256,17 @@ def run(settings: Settings) -> None:
         if previous is None:
             artifacts.begin(output, Manifest("run", {}), None)
         _run_stage(first)
+        done = [first]
         data = str(output / "data")
         _refuse_data(data, [stage for _, _, stage in stages])
         if settings.candidates:
             split = choosing_split(settings, DatasetStore.open(Path(data)), has_gpu=has_gpu)
-            _run_stage(("choose", evaluate.run, choose(settings, split, has_gpu=has_gpu)))
+            choice: Stage = ("choose", evaluate.run, choose(settings, split, has_gpu=has_gpu))
+            _run_stage(choice)
             _, *stages = plan(settings, has_gpu=has_gpu, winner=report.read_best(output / _CANDIDATES))
+            done.append(choice)
         missed = _run_stages(stages)
-    _finish(output, previous, settings, _GAIN if missed and missed[0] == _GAIN else _AFTER)
+    _finish(output, previous, settings, [*done, *stages], _GAIN if missed and missed[0] == _GAIN else _AFTER)
     if settings.verify:
         verify.run(verify.Settings(folder=settings.output))
     if missed:
@@ -281,13 +294,13 @@ def _run_stage(stage: Stage) -> None:
     say(f"{name} took {time.perf_counter() - start:.1f} s\n")
 
 
-def _finish(output: Path, previous: Manifest | None, settings: Settings, last: str) -> None:
+def _finish(output: Path, previous: Manifest | None, settings: Settings, stages: Sequence[Stage], last: str) -> None:
     """Writes the report of the whole run, if it changed: the last evaluation's figures, and the fingerprints behind them."""
     run, made = describe_run("pipeline", settings), _collect(output, settings, last)
     manifest = Manifest("run", {}, made.fingerprints, {"run": run}, is_complete=True)
     is_current = previous and (previous.inputs, previous.facts) == (made.fingerprints, manifest.facts)
     if not (previous and is_current) or artifacts.find_faults(output, previous):
-        report.write(output, dataclasses.replace(made, settings=run["settings"]))
+        report.write(output, dataclasses.replace(made, settings=run["settings"], sections=_sections(output, run, stages)))
         records = tuple(FileRecord.of(output, output / name) for name in (report.JSON, report.MARKDOWN))
         dataclasses.replace(manifest, receipts=(Receipt("report", len(made.rows), records),)).write(output)
     for metric, table in report.tables(made.rows, report.SHOWN).items():
@@ -301,6 +314,22 @@ def _finish(output: Path, previous: Manifest | None, settings: Settings, last: s
     say(f"report: {output / report.MARKDOWN} and {output / report.JSON}{built}")
 
 
+def _sections(output: Path, run: Mapping[str, Any], stages: Sequence[Stage]) -> dict[str, Any]:
+    """Returns what stands in the report beside the figures: what fine-tuning did, and what lies behind all of it."""
+    commands = [config.command_line(f"python -m {type(stage).__module__}", stage) for _, _, stage in stages]
+    hardware = measurement.describe_hardware(measurement.choose_device(None))
+    return {
+        "anatomy": _read_anatomy(output) if any(isinstance(stage, explain.Settings) for _, _, stage in stages) else None,
+        "training": dataclasses.asdict(Training.read(output / "model")),
+        "embedding": dataclasses.asdict(Embedding.read(output / "embeddings")),
+        "environment": dataclasses.asdict(Environment(run["versions"], run["python"], hardware, commands)),
+    }
+
+
+def _read_anatomy(output: Path) -> dict[str, Any]:
+    return dict(storage.read_json(output / _ANATOMY / anatomy.NAME))
+
+
 def _collect(output: Path, settings: Settings, last: str) -> Report:
     """Returns what all evaluations of the run found."""
     is_whole = last == _AFTER
@@ -309,7 +338,9 @@ def _collect(output: Path, settings: Settings, last: str) -> Report:
     chosen = [_CANDIDATES] if settings.candidates else []
     mined = [_NEGATIVES] if settings.mine is not None else []
     built = ["index", "results"] if is_whole else []
-    stages = ("data", *chosen, _BEFORE, *mined, "model", "embeddings", *built, last, *also)
+    explained = [_ANATOMY] if settings.explain is not None else []
+    stages = ("data", *chosen, _BEFORE, *mined, "model", *explained, "embeddings", *built, last, *also)
+    told = [sentence for _ in explained for sentence in _read_anatomy(output)["sentences"]]
     found = report.read(output / last)
     forgotten = (
         verdict.forgotten_on(name, comparison.find(own.comparisons, _BASE, _TUNED), own.rows, _BASE, _TUNED)
@@ -322,6 +353,7 @@ def _collect(output: Path, settings: Settings, last: str) -> Report:
         remarks=(
             *(f"Base model: {sentence}" for name in chosen for sentence in report.read_sentences(output / name)),
             *found.remarks,
+            *told,
         ),
         elsewhere={name: own.rows for name, own in elsewhere.items()},
         fingerprints={name: artifacts.read(output / name).fingerprint for name in stages},

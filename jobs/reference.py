@@ -11,7 +11,7 @@ from jobs.terminal import say
 from matryoshka.config import Field, JobSettings, Positional, options
 
 JOBS = (
-    *("pipeline", "prepare", "mine", "finetune", "embed", "index", "tune"),
+    *("pipeline", "prepare", "mine", "finetune", "explain", "embed", "index", "tune"),
     *("export", "search", "evaluate", "verify", "benchmark"),
 )
 

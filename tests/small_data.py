@@ -19,9 +19,11 @@ def write_dataset(
     pairs: Sequence[Mapping[str, Sequence[Any]]],
     *,
     is_chunked: bool = False,
+    labels: Mapping[str, str] | None = None,
 ) -> DatasetStore:
-    """Writes a finished dataset: the corpus as one file, and a file of pairs for each entry of ``pairs``."""
-    files: dict[str, Mapping[str, Sequence[Any]]] = {"corpus/part-00000": _columns(documents)}
+    """Writes a finished dataset: the corpus as one file, with labels by id, and a file of pairs for each entry of ``pairs``."""
+    labelled = {"label": [labels[name] for name in documents]} if labels else {}
+    files: dict[str, Mapping[str, Sequence[Any]]] = {"corpus/part-00000": _columns(documents) | labelled}
     for split, texts in queries.items():
         judged = list(qrels[split])
         names = ("query_id", "document_id", "grade")

@@ -63,8 +63,8 @@ class Manifest:
     """The truth about one artifact folder.
 
     Attributes:
-        kind: ``dataset``, ``negatives``, ``model``, ``embeddings``, ``index``, ``evaluation``, ``results``, ``export``
-            or ``run``.
+        kind: ``dataset``, ``negatives``, ``model``, ``embeddings``, ``index``, ``evaluation``, ``results``, ``export``,
+            ``anatomy`` or ``run``.
         identity: What must stay the same for parts to be mixed: fingerprints of inputs, settings that change bytes.
         inputs: Fingerprints of inputs that may change from night to night, such as the corpus.
         facts: What later stages and people want to know; derived, so not fingerprinted.
@@ -152,6 +152,7 @@ _MAKERS = {
     "index": "index",
     "export": "export",
     "evaluation": "evaluate",
+    "anatomy": "explain",
 }
 
 

@@ -6,6 +6,8 @@ The only room that knows pydantic and YAML.
 import argparse
 import difflib
 import inspect
+import json
+import shlex
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ __all__ = [
     "Option",
     "Positional",
     "check_settings",
+    "command_line",
     "options",
     "read_yaml",
 ]
@@ -113,6 +116,31 @@ def _option(name: str, field: Any) -> Option:
     default = "required" if field.is_required() else _in_words(field.default)
     description = field.description or ""
     return Option(name, flag, marker.text, default, description, get_origin(kind) or kind)
+
+
+def command_line(program: str, settings: JobSettings) -> str:
+    """Returns the command that gives these settings; what has its default is left out.
+
+    An empty value in place of a default stands in no flag, but in a comment.
+    """
+    words, unsaid = [program], []
+    for option in options(type(settings)):
+        value = getattr(settings, option.name)
+        if value == type(settings).model_fields[option.name].default:
+            continue
+        if value is None:
+            unsaid.append(f"{option.name}: null")
+        elif isinstance(value, bool):
+            words.append(option.flag if value else f"--no-{option.flag.removeprefix('--')}")
+        else:
+            words += [*([option.flag] if option.flag.startswith("-") else []), shlex.quote(_as_argument(value))]
+    return " ".join(words) + (f"  # and in a --config file: {', '.join(unsaid)}" if unsaid else "")
+
+
+def _as_argument(value: Any) -> str:
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _metavar(kind: Any) -> str:

@@ -26,6 +26,7 @@ _NOT_CONTENT = frozenset({"README.md", artifacts.MANIFEST, "training_log.json"})
 _TOKENIZER_FILES = frozenset(
     {"tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
 )
+_LAYERS, _HIDDEN = ("num_hidden_layers", "n_layers"), ("hidden_size", "dim")
 _CONTENT_SUFFIXES = frozenset({".json", ".safetensors", ".txt", ".model", ".tiktoken"})
 
 
@@ -142,6 +143,13 @@ def weigh(folder: Path) -> tuple[int, int]:
     return num_bytes, num_parameters
 
 
+def describe_architecture(folder: Path) -> str:
+    """Returns what must be equal for two models to be compared layer by layer, in words."""
+    config = _read_optional(folder / "config.json")
+    layers, hidden = (next((config[name] for name in names if config.get(name)), "?") for names in (_LAYERS, _HIDDEN))
+    return f"{config.get('model_type', 'unknown')}, {layers} layers of {hidden}, vectors of {_read_width(folder)} dims"
+
+
 def check_layers(folder: Path, wanted: int | None) -> None:
     """Checks that a model has so many layers, where its configuration says how many it has.
 
@@ -149,7 +157,7 @@ def check_layers(folder: Path, wanted: int | None) -> None:
         ValueError: It has fewer.
     """
     config = _read_optional(folder / "config.json")
-    found = next((int(config[name]) for name in ("num_hidden_layers", "n_layers") if config.get(name)), None)
+    found = next((int(config[name]) for name in _LAYERS if config.get(name)), None)
     if wanted is not None and found is not None and wanted > found:
         raise ValueError(f"--top-layers {wanted}: the model has {found} layers. Pass at most {found}.")
 

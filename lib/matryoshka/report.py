@@ -48,6 +48,7 @@ class Report:
         frontier: Plans of the index that was evaluated, as a JSON value.
         settings: Of the run.
         fingerprints: What the figures rest on.
+        sections: More for machines, each under a key of its own.
     """
 
     title: str
@@ -65,6 +66,7 @@ class Report:
     frontier: Mapping[str, Any] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     fingerprints: Mapping[str, Any] = field(default_factory=dict)
+    sections: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def sentences(self) -> list[str]:
@@ -104,6 +106,7 @@ def write(folder: Path, report: Report) -> None:
         "frontier": report.frontier,
         "fingerprints": dict(report.fingerprints),
         "settings": dict(report.settings),
+        **report.sections,
     }
     storage.publish_json(folder / JSON, value)
     storage.publish_bytes(folder / MARKDOWN, _markdown(report).encode())

@@ -17,7 +17,7 @@ from matryoshka.pairs import DatasetStore
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
-_STAGES = ("data", "candidates", "evaluation-base", "model", "embeddings", "index", "results", "evaluation-tuned",
+_STAGES = ("data", "candidates", "evaluation-base", "model", "anatomy", "embeddings", "index", "results", "evaluation-tuned",
            "also-alike-base", "also-alike-tuned")  # fmt: skip
 
 

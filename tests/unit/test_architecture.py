@@ -25,7 +25,8 @@ DOORS = {
     "transformers": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "packed", "training", "peers", "plain_trainer")),
     "datasets": ("lib/matryoshka/plain_trainer.py",),
     "peft": ("lib/matryoshka/layers.py",),
-    "safetensors": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "checkpoints")),
+    **dict.fromkeys(("sklearn", "threadpoolctl"), ("lib/matryoshka/maps.py",)),
+    "safetensors": tuple(f"lib/matryoshka/{room}.py" for room in ("model", "checkpoints", "weights")),
     "tokenizers": tuple(f"lib/matryoshka/{room}.py" for room in ("tokens", "chunks")),
     "semantic_text_splitter": ("lib/matryoshka/chunks.py",),
     "datasketch": ("lib/matryoshka/leaks.py",),
@@ -38,18 +39,19 @@ DOORS = {
     "rich": ("jobs/terminal.py",),
     "jobs": ("jobs/",),
 }
-PURE = ("units", "nested", "topk", "conditions", "clock", "batches", "tradeoffs", "significance")
+PURE = ("units", "nested", "topk", "conditions", "clock", "batches", "tradeoffs", "significance", "geometry")
 LAYERS = [
-    {"config", "units", "nested", "topk", "conditions", "clock", "batches", "frontier", "tradeoffs", "significance"},
+    {"config", "units", "nested", "topk", "conditions", "clock", "batches", "frontier", "tradeoffs", "significance"}
+    | {"geometry"},
     {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves", "charts"}
-    | {"splits", "sources", "partitions", "leaks", "chunks", "rates", "kernels", "lexical"},
+    | {"splits", "sources", "partitions", "leaks", "chunks", "rates", "kernels", "lexical", "maps", "weights"},
     {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "scans", "products", "spaces"}
     | {"funnel"}
     | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"}
     | {"removals", "filters", "queries"},
     {"preparation", "mining", "training", "card", "embedding", "indexing", "layouts", "evaluation", "report", "verification"}
     | {"calibration", "peers", "plain_trainer", "answers", "tuning", "results", "search_peers", "synthetic"}
-    | {"rankings", "runs", "comparison", "showcase", "verdict", "retrieval"},
+    | {"rankings", "runs", "comparison", "showcase", "verdict", "retrieval", "anatomy", "hidden", "provenance"},
 ]
 
 

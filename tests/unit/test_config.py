@@ -1,9 +1,10 @@
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
 
-from matryoshka.config import Field, FolderPath, JobSettings, Option, Positional, options
+from matryoshka.config import Field, FolderPath, JobSettings, Option, Positional, command_line, options
 
 
 class Settings(JobSettings):
@@ -32,6 +33,32 @@ def from_flags(*arguments: str) -> Settings:
 def from_yaml(folder: Path, text: str, *arguments: str) -> Settings:
     (folder / "job.yaml").write_text(text, "utf-8")
     return Settings.from_command_line(["--config", str(folder / "job.yaml"), *arguments], "job")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"output": "a folder's name", "precision": "bf16"},
+        {"dims": (384, 64), "unit_rows": 7, "learning_rate": 1e-4, "replace": True},
+        {"section": {"model": "a, b: 'c'", "deep": {"x": [1, 2.5, None, True]}}, "seed": -3},
+    ],
+)
+def test_the_command_of_settings_gives_these_settings(given: dict[str, Any]):
+    settings = Settings.from_values({"output": "out", **given}, "job")
+    program, *arguments = shlex.split(command_line("job", settings))
+    assert (program, Settings.from_command_line(arguments, "job")) == ("job", settings)
+
+
+def test_the_command_of_settings_says_only_what_differs_from_the_defaults():
+    class Own(Settings):
+        rate: float | None = Field(0.5, description="Rate.")
+        has_log: bool = Field(True, description="Log.")
+
+    assert command_line("job", Settings(output="out")) == "job --output out"
+    assert command_line("job", Asked(folder="a b")) == "job 'a b'"
+    own = Own(output="out", rate=None, has_log=False)
+    assert command_line("job", own) == "job --output out --no-has-log  # and in a --config file: rate: null"
 
 
 def test_flags_and_yaml_give_the_same_settings(tmp_path: Path):

@@ -48,7 +48,7 @@ def test_ray_accepts_the_cluster_description():
 def test_the_demo_is_a_pipeline_whose_every_option_is_known():
     settings = pipeline.Settings.from_command_line(["--config", str(ROOT / "jobs" / "demo.yaml")], "demo")
     names = [name for name, _, _ in pipeline.plan(settings, has_gpu=False)]
-    assert names == ["prepare", "evaluate", "finetune", "embed", "index", "search", "evaluate"]
+    assert names == ["prepare", "evaluate", "finetune", "explain", "embed", "index", "search", "evaluate"]
 
 
 @pytest.mark.parametrize("job", reference.JOBS)

@@ -14,7 +14,7 @@ from jobs import cluster, embed, prepare
 from jobs.cluster import Encoders, Session
 from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import say, show_table
-from matryoshka import artifacts, evaluation, model, nested, report, storage, sts
+from matryoshka import artifacts, evaluation, model, nested, page, report, storage, sts
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.config import Field, FolderPath, InputPath, check_settings
 from matryoshka.encode import TOKENS_PER_STEP
@@ -386,6 +386,7 @@ def _refuse_comparing(source: _Retrieval | _Similarity, system: str, settings: S
 
 def _finish(output: Path, manifest: Manifest, made: Report) -> Manifest:
     report.write(output, made)
+    page.write(output)
     records = [FileRecord.of(output, output / name) for name in (report.JSON, report.MARKDOWN)]
     receipts = tuple(Receipt(record.path, len(made.rows), (record,)) for record in records)
     finished = dataclasses.replace(manifest, receipts=receipts, is_complete=True)
@@ -395,7 +396,7 @@ def _finish(output: Path, manifest: Manifest, made: Report) -> Manifest:
     show_table("Size and speed", report.model_table(made.profiles, made.ranking), text_columns=(0,))
     for sentence in made.sentences:
         say(sentence)
-    say(f"evaluate: report in {output / report.MARKDOWN} and {output / report.JSON}")
+    say(f"evaluate: report in {output / page.HTML}, {output / report.MARKDOWN} and {output / report.JSON}")
     return finished
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from jobs import cluster, embed, evaluate, finetune, index, mine, prepare, search, tune, verify
 from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import say, show_table
-from matryoshka import artifacts, model, nested, report, storage
+from matryoshka import artifacts, model, nested, page, report, storage
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.config import Field, JobSettings, check_settings
 from matryoshka.model import ModelInfo
@@ -256,6 +256,7 @@ def _finish(output: Path, previous: Manifest | None, settings: Settings) -> None
     is_current = previous and (previous.inputs, previous.facts) == (made.fingerprints, manifest.facts)
     if not (previous and is_current) or artifacts.find_faults(output, previous):
         report.write(output, dataclasses.replace(made, settings=run["settings"]))
+        page.write(output)
         records = tuple(FileRecord.of(output, output / name) for name in (report.JSON, report.MARKDOWN))
         dataclasses.replace(manifest, receipts=(Receipt("report", len(made.rows), records),)).write(output)
     for metric, table in report.tables(made.rows).items():
@@ -265,7 +266,7 @@ def _finish(output: Path, previous: Manifest | None, settings: Settings) -> None
             show_table(f"{name}: {metric}", table)
     for sentence in made.sentences:
         say(sentence)
-    say(f"report: {output / report.MARKDOWN} and {output / report.JSON}; index: {output / 'index'}")
+    say(f"report: {output / page.HTML}, {output / report.MARKDOWN} and {output / report.JSON}; index: {output / 'index'}")
 
 
 def _collect(output: Path, settings: Settings) -> Report:

@@ -14,7 +14,9 @@ DOORS = {
     "ray": ("jobs/",),
     "faiss": ("lib/matryoshka/index.py", "lib/matryoshka/search_peers.py"),
     **dict.fromkeys(("hnswlib", "usearch"), ("lib/matryoshka/search_peers.py",)),
-    "PIL": ("lib/matryoshka/charts.py",),
+    "altair": tuple(f"lib/matryoshka/{room}.py" for room in ("charts", "figures", "findings", "portraits")),
+    "vl_convert": ("lib/matryoshka/charts.py",),
+    "jinja2": ("lib/matryoshka/page.py",),
     **dict.fromkeys(("ir_measures", "scipy"), ("lib/matryoshka/metrics.py",)),
     "pydantic": ("lib/matryoshka/config.py",),
     "yaml": ("lib/matryoshka/config.py",),
@@ -38,14 +40,26 @@ DOORS = {
 }
 PURE = ("units", "nested", "topk", "conditions", "clock", "batches", "tradeoffs")
 LAYERS = [
-    {"config", "units", "nested", "topk", "conditions", "clock", "batches", "frontier", "tradeoffs"},
-    {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves", "charts"}
+    {"config", "units", "nested", "topk", "conditions", "clock", "batches", "frontier", "tradeoffs", "reading"},
+    {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves", "charts", "figures"}
     | {"splits", "sources", "partitions", "leaks", "chunks", "rates"},
     {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "products", "spaces", "funnel"}
     | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"}
     | {"removals", "filters", "queries"},
     {"preparation", "mining", "training", "card", "embedding", "indexing", "layouts", "evaluation", "report", "verification"}
-    | {"calibration", "peers", "plain_trainer", "answers", "tuning", "results", "search_peers", "synthetic"},
+    | {
+        "calibration",
+        "peers",
+        "plain_trainer",
+        "answers",
+        "tuning",
+        "results",
+        "search_peers",
+        "synthetic",
+        "findings",
+        "portraits",
+        "page",
+    },
 ]
 
 

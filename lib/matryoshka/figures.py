@@ -13,6 +13,7 @@ from matryoshka.reading import Json, Table
 
 MOST_MARKS = 400  # of more, as many are taken at equal steps
 PLACES, CHANGE, COUNT, WHOLE, SHARE, FIGURES, TEXT = ".3f", "+.3f", ",.0f", "d", ".1%", ",.4g", ""
+CHOSEN, OTHER = "chosen", "other"
 
 _TEXT = 140
 
@@ -80,13 +81,13 @@ def lines(rows: Sequence[Json], x: alt.X, y: alt.Y, series: str, forms: Mapping[
     return alt.layer(base.mark_line(style="trend"), base.mark_point(style="spot").encode(shape=shape, tooltip=tooltips(forms)))
 
 
-def marked(usual: str) -> dict[str, Any]:
-    """Returns how points look of which some were chosen: by colour, shape and size; ``usual`` is the value of the others."""
-    is_usual = f"datum.choice === '{usual}'"
+def marked() -> dict[str, Any]:
+    """Returns how points look of which one was chosen: it differs in colour, shape and size from those of choice ``OTHER``."""
+    is_other = f"datum.choice === '{OTHER}'"
     return {
-        "color": alt.Color("choice:N", legend=None, scale=alt.Scale(range="ramp", domain=["chosen", usual, "recommended"])),
-        "shape": alt.condition(is_usual, alt.value("circle"), alt.value("diamond")),
-        "size": alt.condition(is_usual, alt.value(60), alt.value(260)),
+        "color": alt.Color("choice:N", legend=None, scale=alt.Scale(range="ramp", domain=[CHOSEN, OTHER])),
+        "shape": alt.condition(is_other, alt.value("circle"), alt.value("diamond")),
+        "size": alt.condition(is_other, alt.value(60), alt.value(260)),
     }
 
 

@@ -7,10 +7,8 @@ from typing import Any
 import altair as alt
 
 from matryoshka import charts, figures
-from matryoshka.figures import CHANGE, COUNT, PLACES, SHARE, TEXT, WHOLE, Choice, Figure
+from matryoshka.figures import CHANGE, CHOSEN, COUNT, OTHER, PLACES, SHARE, TEXT, WHOLE, Choice, Figure
 from matryoshka.reading import Json, Reading, Table
-
-_OTHER = "other"
 
 
 def evidence(reading: Reading) -> Figure | None:
@@ -102,7 +100,7 @@ def resolutions(reading: Reading) -> Figure | None:
     recommended, floor = reading.part("resolutions", "recommended"), reading.part("resolutions", "floor")
     rows = [
         {**row, "MB": row["bytes_per_million"] / 1e6, "label": f"{row['dim']} dims",
-         "choice": "recommended" if row["dim"] == recommended else _OTHER}
+         "choice": CHOSEN if row["dim"] == recommended else OTHER}
         for row in found
     ]  # fmt: skip
     rules = [{"at": floor, "what": f"floor {floor:.1%}"}] if floor is not None else []
@@ -118,7 +116,7 @@ def resolutions(reading: Reading) -> Figure | None:
         rule.mark_rule(style="reference"),
         note.encode(x=alt.XValue("width"), text="what:N"),
         base.mark_line(style="trend"),
-        base.mark_point(style="spot").encode(**figures.marked(_OTHER), tooltip=figures.tooltips(shown)),
+        base.mark_point(style="spot").encode(**figures.marked(), tooltip=figures.tooltips(shown)),
         _beside(base).encode(text="label:N"),
     )
     best = next((row for row in rows if row["dim"] == recommended), None)
@@ -137,7 +135,7 @@ def frontier(reading: Reading) -> Figure | None:
     if not rows:
         return None
     for row in rows:
-        row["choice"] = "chosen" if chosen and chosen in (row["name"], row["plan"]) else _OTHER
+        row["choice"] = CHOSEN if chosen and chosen in (row["name"], row["plan"]) else OTHER
         row["label"] = row["name"] or ""
     times = [row["microseconds"] for row in rows]
     axis = alt.Axis(grid=False, values=charts.ticks(min(times), max(times)), format="~r", labelOverlap=True)
@@ -147,11 +145,11 @@ def frontier(reading: Reading) -> Figure | None:
     chart = alt.layer(
         base.mark_rule(style="interval").encode(y=alt.Y("low:Q"), y2="high:Q"),
         base.mark_line(style="trend"),
-        base.mark_point(style="spot").encode(**figures.marked(_OTHER), tooltip=figures.tooltips(forms)),
+        base.mark_point(style="spot").encode(**figures.marked(), tooltip=figures.tooltips(forms)),
         _beside(base).encode(text="label:N"),
     )
     caption = "Quality is the share of what exact search at full width reaches."
-    best = next((row for row in rows if row["choice"] != _OTHER), None)
+    best = next((row for row in rows if row["choice"] == CHOSEN), None)
     if best:
         caption += f" Chosen: {best['plan']}, {best['quality']:.1%} in {best['microseconds']:,.0f} microseconds."
     title = "Quality against time per query"

@@ -11,11 +11,10 @@ from typing import Any
 import altair as alt
 
 from matryoshka import figures
-from matryoshka.figures import COUNT, FIGURES, PLACES, SHARE, TEXT, WHOLE, Figure
+from matryoshka.figures import COUNT, FIGURES, OTHER, PLACES, SHARE, TEXT, WHOLE, Figure
 from matryoshka.reading import Json, Reading, Table
 
 _NUM_GROUPS = 8  # as many colours and shapes are told apart
-_OTHER = "other"
 _SMALL = "datum.value < 0.01 ? format(datum.value, datum.value ? '~e' : 'd') : datum.label"
 
 
@@ -77,8 +76,8 @@ def _groups(shown: Json) -> tuple[list[str], list[str], str]:
         clusters = shown.get("clusters") or [0] * len(shown["ids"])
         said, found = "coloured by cluster before fine-tuning", [f"cluster {number + 1}" for number in clusters]
     common = [name for name, _ in Counter(filter(None, found)).most_common(_NUM_GROUPS)]
-    groups = [name if name in common else _OTHER for name in found]
-    return groups, [*common, *([_OTHER] if _OTHER in groups else [])], said
+    groups = [name if name in common else OTHER for name in found]
+    return groups, [*common, *([OTHER] if OTHER in groups else [])], said
 
 
 def layers(reading: Reading) -> list[Figure]:

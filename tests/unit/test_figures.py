@@ -4,8 +4,9 @@ import report_data
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matryoshka import figures
+from matryoshka import figures, findings
 from matryoshka.figures import Choice
+from matryoshka.reading import Reading
 
 
 @given(num_items=st.integers(0, 500), most=st.integers(2, 50))
@@ -26,9 +27,6 @@ def test_a_specification_has_its_data_and_nothing_of_how_it_looks():
 
 
 def test_a_choice_is_of_a_parameter_that_its_figure_has():
-    from matryoshka import findings
-    from matryoshka.reading import Reading
-
     reading = Reading(report_data.report(20))
     for figure in (findings.quality(reading), findings.gains(reading)):
         assert figure

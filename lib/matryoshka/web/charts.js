@@ -18,7 +18,7 @@ function chartConfig(width) {
     background: null,
     aria: false, // the figure has a title, a caption and a table; a name for every mark would only be noise
     font,
-    range: { category: series, symbol: shapes, ramp: [accent, quiet, accent] },
+    range: { category: series, symbol: shapes, ramp: [accent, quiet] },
     view: { stroke: null },
     axis: { labelColor: quiet, titleColor: quiet, gridColor: grid, domain: false, ticks: false, labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal",
       labelPadding: 8, titlePadding: 10, tickCount: 5, labelLimit: width < 500 ? 120 : 220 },

@@ -44,6 +44,7 @@ class _Section:
     lead: str
     figures: Sequence[Figure | None] = ()
     tables: Sequence[Table] = ()
+    sentences: Sequence[str] = ()
     commands: Sequence[str] = ()
     is_filled: bool = False
 
@@ -155,9 +156,9 @@ def _show(value: float, form: str) -> str:
 
 
 def _sentences(reading: Reading) -> list[str]:
-    """Returns what the report says in words, but for the verdict, which stands above it."""
-    reason = reading.part("verdict", "reason")
-    return [sentence for sentence in reading.records("sentences") if not reason or reason not in sentence]
+    """Returns what the report says in words, but for the verdict, which stands above it, and the model, which has a section."""
+    reason, elsewhere = reading.part("verdict", "reason"), reading.records("anatomy", "sentences")
+    return [one for one in reading.records("sentences") if one not in elsewhere and not (reason and reason in one)]
 
 
 def _verdict(reading: Reading) -> _Verdict | None:
@@ -236,9 +237,9 @@ def _sections(reading: Reading) -> list[_Section]:
         _Section("cost", "Cost", "What does a little quality save?", costs, [_models(reading)]),
         _Section("search", "Search", search, is_filled=bool(reading.part("searches", "queries"))),
         _Section("queries", "Queries", "Which queries gained, and which lost?", [gains], is_filled=has_queries),
-        _Section("model", "Model", model, looks, [_spread(reading)]),
+        _Section("model", "Model", model, looks, [_spread(reading)], reading.records("anatomy", "sentences")),
         _Section("training", "Training", time, curves, [_amounts(reading)]),
-        _Section("details", "Details", details, (), facts, commands),
+        _Section("details", "Details", details, (), facts, commands=commands),
     ]
 
 

@@ -23,25 +23,36 @@ def maps(reading: Reading) -> list[Figure]:
     shown = reading.mapping("anatomy", "map")
     if not shown.get("before") or not shown.get("after"):
         return []
-    groups, legend, said = _groups(shown)
-    caption = f"{len(groups):,} documents in two dims ({shown.get('method') or 'projected'}), {said}."
+    labels, said = _labels(shown)
+    common = [name for name, _ in Counter(filter(None, labels)).most_common(_NUM_GROUPS)]
+    caption = f"{len(labels):,} documents in two dims ({shown.get('method') or 'projected'}), coloured by {said}."
     caption += " One that is pointed at stands out in both maps."
     return [
-        _map(side, title, caption, _places(shown, side, groups), legend)
+        _map(side, title, caption, _places(shown, side, labels, common), common)
         for side, title in (("before", "Documents before fine-tuning"), ("after", "Documents after fine-tuning"))
     ]
 
 
-def _places(shown: Json, side: str, groups: Sequence[str]) -> list[dict[str, Any]]:
-    found = zip(shown[side], groups, shown["ids"], shown["texts"], strict=True)
+def _labels(shown: Json) -> tuple[list[str], str]:
+    """Returns the label of each document, or its cluster where there are no labels, and which of both it is."""
+    if shown.get("labels"):
+        return shown["labels"], "label"
+    clusters = shown.get("clusters") or [0] * len(shown["ids"])
+    return [f"cluster {number + 1}" for number in clusters], "cluster before fine-tuning"
+
+
+def _places(shown: Json, side: str, labels: Sequence[str], common: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns each document with its place and group: its label, if that is among the commonest."""
+    found = zip(shown[side], labels, shown["ids"], shown["texts"], strict=True)
     return [
-        {"place": place, "x": x, "y": y, "group": group, "id": name, "text": figures.cut(text)}
-        for place, ((x, y), group, name, text) in enumerate(found)
-    ]
+        {"place": place, "x": x, "y": y, "label": label, "group": label if label in common else OTHER, "id": name,
+         "text": figures.cut(text)}
+        for place, ((x, y), label, name, text) in enumerate(found)
+    ]  # fmt: skip
 
 
-def _map(side: str, title: str, caption: str, rows: Sequence[Json], legend: Sequence[str]) -> Figure:
-    scale = alt.Scale(domain=list(legend))
+def _map(side: str, title: str, caption: str, rows: Sequence[Json], common: Sequence[str]) -> Figure:
+    scale = alt.Scale(domain=[*common, *([OTHER] if any(row["group"] == OTHER for row in rows) else [])])
     x, y = (axis(f"{name}:Q", axis=None, scale=_tight()) for axis, name in ((alt.X, "x"), (alt.Y, "y")))
     is_focus = "datum.place === focus"
     chart = (
@@ -54,30 +65,16 @@ def _map(side: str, title: str, caption: str, rows: Sequence[Json], legend: Sequ
             shape=alt.Shape("group:N", title=None, scale=scale),
             size=alt.condition(is_focus, alt.value(420), alt.value(34)),
             opacity=alt.condition(is_focus, alt.value(1), alt.value(0.7)),
-            tooltip=figures.tooltips({"text": TEXT, "group": TEXT, "id": TEXT}),
+            tooltip=figures.tooltips({"text": TEXT, "label": TEXT, "id": TEXT}),
         )
         .add_params(alt.param(name="focus", value=-1))
     )
-    table = Table.of(f"map-{side}", title, {"id": TEXT, "group": TEXT, "x": FIGURES, "y": FIGURES, "text": TEXT}, rows)
+    table = Table.of(f"map-{side}", title, {"id": TEXT, "label": TEXT, "x": FIGURES, "y": FIGURES, "text": TEXT}, rows)
     return Figure(f"map-{side}", title, caption, figures.specify(chart, 380, rows=rows), table)
 
 
 def _tight() -> alt.Scale:
     return alt.Scale(zero=False, nice=False, padding=12)
-
-
-def _groups(shown: Json) -> tuple[list[str], list[str], str]:
-    """Returns the group of each document, the groups in the order of the legend, and what they are.
-
-    Groups are labels, or clusters where there are none; the commonest stand by name.
-    """
-    said, found = "coloured by label", shown.get("labels")
-    if not found:
-        clusters = shown.get("clusters") or [0] * len(shown["ids"])
-        said, found = "coloured by cluster before fine-tuning", [f"cluster {number + 1}" for number in clusters]
-    common = [name for name, _ in Counter(filter(None, found)).most_common(_NUM_GROUPS)]
-    groups = [name if name in common else OTHER for name in found]
-    return groups, [*common, *([OTHER] if OTHER in groups else [])], said
 
 
 def layers(reading: Reading) -> list[Figure]:

@@ -61,6 +61,8 @@ def test_the_verdict_stands_on_top_with_three_numbers():
     start, end = words.index("Fine-tune"), words.index("Is the gain real, and what did it cost elsewhere?")
     assert {"+0.156", "17.0 min", "\N{MINUS SIGN}83%"} <= set(words[start:end])
     assert not [text for text in words if text.startswith("Verdict:")]
+    (said,) = (place for place, text in enumerate(words) if text.startswith("Upper half of the layers"))
+    assert said > end  # with the model
 
 
 @pytest.mark.parametrize(

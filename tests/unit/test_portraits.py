@@ -34,6 +34,7 @@ def test_the_commonest_labels_have_a_colour_each_and_the_rest_and_none_share_one
     groups = figure.spec["encoding"]["color"]["scale"]["domain"]
     assert (groups[0], groups[-1], len(groups)) == ("common", "other", 9)
     assert {row["group"] for row in figure.spec["datasets"]["rows"]} == set(groups)
+    assert [row[1] for row in figure.table.rows] == labels  # in full
     assert "coloured by label" in figure.caption
 
 

@@ -383,14 +383,11 @@ def _make_report(
 
 
 def _draw(report: Mapping[str, Any], output: Path) -> list[str]:
-    """Draws the report as SVG, and as PNG where that can be done; returns the names of the files."""
-    reason = charts.why_no_png()
-    if reason:
-        report["not_run"]["png"] = reason
+    """Draws the report as SVG and as PNG; returns the names of the files."""
     index = report["index"]
     title = f"{index['num_documents']:,} documents, {index['width']} dims, {measurement.place_of(report)}"
     points = points_of({name: system["points"] for name, system in report["systems"].items()})
-    names = [output.with_suffix(suffix).name for suffix in (".svg", *(() if reason else (".png",)))]
+    names = [output.with_suffix(suffix).name for suffix in (".svg", ".png")]
     for name in names:
         with storage.publish(output.parent / name) as temporary:
             charts.draw(temporary, title, points, LABELS)

@@ -14,7 +14,7 @@ from jobs import cluster, embed, prepare
 from jobs.cluster import Encoders, Session
 from jobs.entry import NoGainError, StageSettings, describe_run, main
 from jobs.terminal import say, show_table
-from matryoshka import artifacts, evaluation, lexical, model, nested, report, retrieval, runs, storage, sts, verdict
+from matryoshka import artifacts, evaluation, lexical, model, nested, page, report, retrieval, runs, storage, sts, verdict
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.comparison import FLOOR
 from matryoshka.config import Field, FolderPath, InputPath, check_settings
@@ -456,6 +456,7 @@ def _training(info: ModelInfo) -> Training | None:
 
 def _finish(output: Path, manifest: Manifest, made: Report, records: Sequence[FileRecord] = ()) -> Manifest:
     report.write(output, made)
+    page.write(output)
     records = [*records, *(FileRecord.of(output, output / name) for name in (report.JSON, report.MARKDOWN))]
     receipts = tuple(Receipt(record.path, len(made.rows), (record,)) for record in records)
     finished = dataclasses.replace(manifest, receipts=receipts, is_complete=True)
@@ -467,7 +468,7 @@ def _finish(output: Path, manifest: Manifest, made: Report, records: Sequence[Fi
     show_table("Size and speed", report.model_table(made.profiles, made.ranking), text_columns=(0,))
     for sentence in made.sentences:
         say(sentence)
-    say(f"evaluate: report in {output / report.MARKDOWN} and {output / report.JSON}")
+    say(f"evaluate: report in {output / page.HTML}, {output / report.MARKDOWN} and {output / report.JSON}")
     return finished
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from jobs import cluster, embed, evaluate, explain, finetune, index, measurement, mine, prepare, search, tune, verify
 from jobs.entry import NoGainError, StageSettings, describe_run, main
 from jobs.terminal import say, show_table
-from matryoshka import anatomy, artifacts, comparison, config, model, nested, report, storage, verdict
+from matryoshka import anatomy, artifacts, comparison, config, model, nested, page, report, storage, verdict
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.config import Field, JobSettings, check_settings
 from matryoshka.model import ModelInfo
@@ -301,6 +301,7 @@ def _finish(output: Path, previous: Manifest | None, settings: Settings, stages:
     is_current = previous and (previous.inputs, previous.facts) == (made.fingerprints, manifest.facts)
     if not (previous and is_current) or artifacts.find_faults(output, previous):
         report.write(output, dataclasses.replace(made, settings=run["settings"], sections=_sections(output, run, stages)))
+        page.write(output)
         records = tuple(FileRecord.of(output, output / name) for name in (report.JSON, report.MARKDOWN))
         dataclasses.replace(manifest, receipts=(Receipt("report", len(made.rows), records),)).write(output)
     for metric, table in report.tables(made.rows, report.SHOWN).items():
@@ -311,7 +312,7 @@ def _finish(output: Path, previous: Manifest | None, settings: Settings, stages:
     for sentence in made.sentences:
         say(sentence)
     built = f"; index: {output / 'index'}" if last == _AFTER else ""
-    say(f"report: {output / report.MARKDOWN} and {output / report.JSON}{built}")
+    say(f"report: {output / page.HTML}, {output / report.MARKDOWN} and {output / report.JSON}{built}")
 
 
 def _sections(output: Path, run: Mapping[str, Any], stages: Sequence[Stage]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import texts
 
 from jobs import benchmark, benchmark_search, benchmark_vectors, cluster, measurement
 from jobs import index as index_job
-from matryoshka import charts, model, storage, synthetic, tradeoffs, vectors
+from matryoshka import model, storage, synthetic, tradeoffs, vectors
 from matryoshka.artifacts import Manifest
 from matryoshka.indexing import IndexStore
 from matryoshka.synthetic import Spectrum
@@ -74,7 +74,7 @@ def made(root: Path) -> dict[str, Any]:
 def test_the_report_and_its_pictures_are_on_disk_and_nothing_else(root: Path, report: dict[str, Any]):
     assert json.loads((root / "out" / "report.json").read_text("utf-8")) == json.loads(json.dumps(report))
     assert sorted(path.name for path in (root / "out").iterdir()) == sorted(["report.json", *report["plots"]])
-    assert report["plots"] == (["report.svg"] if charts.why_no_png() else ["report.svg", "report.png"])
+    assert report["plots"] == ["report.svg", "report.png"]
 
 
 def test_every_point_of_every_system_has_its_figures(report: dict[str, Any]):

@@ -15,9 +15,11 @@ DOORS = {
     "faiss": ("lib/matryoshka/index.py", "lib/matryoshka/search_peers.py"),
     **dict.fromkeys(("hnswlib", "usearch"), ("lib/matryoshka/search_peers.py",)),
     **dict.fromkeys(("numba", "llvmlite"), ("lib/matryoshka/kernels.py",)),
-    "PIL": ("lib/matryoshka/charts.py",),
     "scipy": ("lib/matryoshka/metrics.py",),
     **dict.fromkeys(("bm25s", "Stemmer"), ("lib/matryoshka/lexical.py",)),
+    "altair": tuple(f"lib/matryoshka/{room}.py" for room in ("charts", "figures", "findings", "portraits")),
+    "vl_convert": ("lib/matryoshka/charts.py",),
+    "jinja2": ("lib/matryoshka/page.py",),
     "pydantic": ("lib/matryoshka/config.py",),
     "yaml": ("lib/matryoshka/config.py",),
     "huggingface_hub": ("lib/matryoshka/model.py",),
@@ -42,8 +44,8 @@ DOORS = {
 PURE = ("units", "nested", "topk", "conditions", "clock", "batches", "tradeoffs", "significance", "geometry")
 LAYERS = [
     {"config", "units", "nested", "topk", "conditions", "clock", "batches", "frontier", "tradeoffs", "significance"}
-    | {"geometry"},
-    {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves", "charts"}
+    | {"geometry", "reading"},
+    {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves", "charts", "figures"}
     | {"splits", "sources", "partitions", "leaks", "chunks", "rates", "kernels", "lexical", "maps", "weights"},
     {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "scans", "products", "spaces"}
     | {"funnel"}
@@ -51,7 +53,8 @@ LAYERS = [
     | {"removals", "filters", "queries"},
     {"preparation", "mining", "training", "card", "embedding", "indexing", "layouts", "evaluation", "report", "verification"}
     | {"calibration", "peers", "plain_trainer", "answers", "tuning", "results", "search_peers", "synthetic"}
-    | {"rankings", "runs", "comparison", "showcase", "verdict", "retrieval", "anatomy", "hidden", "provenance"},
+    | {"rankings", "runs", "comparison", "showcase", "verdict", "retrieval", "anatomy", "hidden", "provenance"}
+    | {"findings", "portraits", "page"},
 ]
 
 

@@ -142,16 +142,10 @@ class Session:
 
     @contextlib.contextmanager
     def shards(self, files: Sequence[ShardFiles], num_workers: int | None, device: str = "cpu") -> "Iterator[ShardActors]":
-        """Opens shards on a device in actors, dealt out in turn, and yields the way to call them; a GPU has one actor.
-
-        Raises:
-            ValueError: There is no such device.
-        """
+        """Opens shards on a device in actors, dealt out in turn, and yields the way to call them; a GPU has one actor."""
         most = capacity().num_gpus if device == "cuda" else capacity().num_cpus
-        if not most:
-            raise ValueError(f"--device {device}: the cluster has none. Pass --device auto.")
+        num_actors = min(check_workers(num_workers, device) or most, len(files))
         self.release()
-        num_actors = min(check_workers(num_workers) or most, len(files))
         actors = ShardActors([own.resolve() for own in files], num_actors, device)
         try:
             yield actors
@@ -226,15 +220,30 @@ def capacity() -> Capacity:
     return Capacity(max(int(resources.get("CPU", 1)), 1), int(resources.get("GPU", 0)), cpus_per_gpu, cpus_per_node)
 
 
-def check_workers(num_workers: int | None) -> int | None:
+def check_device(device: str) -> None:
+    """Checks that the cluster has a device.
+
+    Raises:
+        ValueError: It has not.
+    """
+    if device == "cuda" and not capacity().num_gpus:
+        raise ValueError("--device cuda: the cluster has no GPU. Pass --device cpu.")
+
+
+def check_workers(num_workers: int | None, device: str | None = None) -> int | None:
     """Returns the number of workers that was asked for, if this machine can have them; a cluster may grow to have them.
+
+    Args:
+        num_workers: As it was asked for.
+        device: Of which each takes one; None: a GPU where there is one.
 
     Raises:
         ValueError: Ray runs on this machine only, and it has fewer GPUs or CPUs. They would be waited for in vain.
     """
-    there = capacity().default_workers
+    device = device or capacity().device
+    there = capacity().num_gpus if device == "cuda" else capacity().num_cpus
     if num_workers and num_workers > there and not os.environ.get("RAY_ADDRESS"):
-        kind = "GPUs" if capacity().num_gpus else "CPUs"
+        kind = "GPUs" if device == "cuda" else "CPUs"
         raise ValueError(f"--workers {num_workers}: this machine has {there} {kind}. Pass at most {there}.")
     return num_workers
 
@@ -400,7 +409,7 @@ class _ShardActor:
         if number not in self._shards:
             try:
                 self._shards[number] = Shard.open(self._files[number], self._device)
-            except (OSError, ValueError, EOFError) as error:
+            except (OSError, ValueError, EOFError, RuntimeError) as error:  # the last: a GPU that is full, or FAISS without one
                 raise ShardsLostError({self._files[number].folder.name: str(error)}) from None
         return getattr(self._shards[number], method)(*arguments)
 

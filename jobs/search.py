@@ -79,7 +79,7 @@ def run(settings: Settings) -> None:
     else:
         index = IndexStore.open(folder)
     plan = FunnelPlan.parse(settings.plan) if settings.plan else index.plan_for(settings.quality)
-    index.check_plan(plan, settings.device)
+    index.check_plan(plan, settings.device if settings.queries else "cpu")
     index.check_where(settings.where)
     if index.tuned and not index.is_tuning_current and not settings.plan:
         say("search: the index was tuned with other documents than it has now; python -m jobs.tune measures again")
@@ -139,12 +139,11 @@ def _answer_all(settings: Settings, index: IndexStore, info: ModelInfo | None, p
         say(f"search: nothing to do, {output} is complete ({previous.num_rows} results)")
         return
     manifest = Manifest("results", identity, facts={"run": describe_run("search", settings)})
-    artifacts.begin(output, manifest, previous)
     with cluster.connected() as session, storage.workspace(output, "queries") as work:
+        cluster.check_device(settings.device)
+        artifacts.begin(output, manifest, previous)
         parts = _encode(session, source, info, settings, index, work) if info else _read(source, index.width)
-        device = cluster.capacity().device if settings.device == "auto" else settings.device
-        index.check_plan(plan, device)
-        with session.shards(index.shards, settings.workers, device) as actors:
+        with session.shards(index.shards, settings.workers, settings.device) as actors:
             asking = _Asking(settings, index, plan, actors, faults)
             rows = asking.rows(parts, source.num_rows - source.num_empty)
             if settings.with_text:

@@ -84,7 +84,7 @@ class Shard:
     @classmethod
     def open(cls, files: ShardFiles, device: str = "cpu") -> "Shard":
         """Returns the shard in a folder; vectors stay on disk until they are looked at."""
-        stored = np.load(files.folder / VECTORS, mmap_mode="r", allow_pickle=False)
+        stored = np.load(files.folder / VECTORS, mmap_mode="c", allow_pickle=False)
         removed = np.load(files.removed, allow_pickle=False) if files.removed else None
         columns = filters.open_columns(files.folder / COLUMNS) if (files.folder / COLUMNS).exists() else None
         coarse: CoarseIndex | StoredVectors | None = None
@@ -93,7 +93,7 @@ class Shard:
             if device == "cuda":
                 coarse.copy_to_gpu()
         elif (files.folder / DENSE).exists():
-            coarse = StoredVectors(np.load(files.folder / DENSE, mmap_mode="r", allow_pickle=False), device)
+            coarse = StoredVectors(np.load(files.folder / DENSE, mmap_mode="c", allow_pickle=False), device)
         return cls(stored, coarse, removed, device, columns)
 
     @property
@@ -124,7 +124,7 @@ class Shard:
             return _best(self._coarse, queries, step.keep, allowed)
         if not num_allowed:
             return _nothing(len(queries))
-        num_wanted = step.keep + max(step.keep // _EXTRA_SHARE, _LEAST_EXTRA)
+        num_wanted = num_fetched_for(step.keep)
         num_hidden = self.num_documents - num_allowed
         # Hidden rows may all stand before the wanted ones; usually they stand anywhere.
         num_fetched = min(num_wanted + num_hidden, 2 * num_wanted * self.num_documents // num_allowed, self.num_documents)
@@ -170,6 +170,11 @@ class Shard:
             mask = filters.select(self._columns, condition)
             asked = self._asked = condition, mask if self._alive is None else mask & self._alive
         return asked[1]
+
+
+def num_fetched_for(num_kept: int) -> int:
+    """Returns how many candidates are fetched for a shortlist, so that a gap shows behind its end."""
+    return num_kept + max(num_kept // _EXTRA_SHARE, _LEAST_EXTRA)
 
 
 def _nothing(num_queries: int) -> tuple[Float32Array, IntArray]:

@@ -1,6 +1,6 @@
 """The coarse index of a shard. The only room that knows FAISS."""
 
-import contextlib
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ _USUAL_RESULTS = 10
 _LINK_BYTES, _NODE_BYTES, _NUMBER_BYTES = 4, 12, 8
 _LEAST_REACH, _MOST_REACH = 16, 2_048
 _MOST_ON_GPU = 2_048  # results per query, of FAISS's own selection
+_KINDS_ON_GPU = (faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexIVFPQ, faiss.IndexIVFScalarQuantizer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +100,8 @@ class CoarseIndex:
         """
         if not hasattr(faiss, "StandardGpuResources"):
             raise RuntimeError("FAISS: this build knows no GPU. Install the gpu extra, or pass --device cpu.")
-        with contextlib.suppress(RuntimeError):
-            self._on_gpu = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, self._index)
+        if isinstance(_innermost(self._index), _KINDS_ON_GPU):
+            self._on_gpu = faiss.index_cpu_to_gpu(_gpu_resources(), 0, self._index)
 
     def copy(self) -> "CoarseIndex":
         """Returns another index with the same training and the same documents."""
@@ -189,16 +190,23 @@ def _set_parameters(index: faiss.Index, parameters: Parameters, *, on_gpu: bool 
         space.set_index_parameter(index, name, value)
 
 
-def check_gpu_shortlist(num_kept: int) -> None:
-    """Checks that FAISS can make a shortlist of this length on a GPU.
+@functools.cache
+def _gpu_resources() -> Any:
+    """Returns the memory for all searches on this process's GPU."""
+    return faiss.StandardGpuResources()
+
+
+def check_gpu_shortlist(factory: str, dim: int, num_fetched: int) -> None:
+    """Checks that FAISS can fetch so many candidates on a GPU, where it has this kind of index for one.
 
     Raises:
-        ValueError: It is too long.
+        ValueError: They are too many.
     """
-    if num_kept > _MOST_ON_GPU:
+    whole = _make(factory, dim)
+    if num_fetched > _MOST_ON_GPU and isinstance(_innermost(whole), _KINDS_ON_GPU):
         raise ValueError(
-            f"plan: a shortlist of {num_kept}, and FAISS gives at most {_MOST_ON_GPU} on a GPU. Choose a shorter one, a dense"
-            " coarse index, or --device cpu."
+            f"plan: a shortlist for which {num_fetched} are fetched, and FAISS gives at most {_MOST_ON_GPU} on a GPU. Choose a"
+            " shorter one, a dense coarse index, or --device cpu."
         )
 
 

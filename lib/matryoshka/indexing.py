@@ -668,7 +668,7 @@ class IndexStore:
         """
         layout = self.layout
         if device == "cuda" and layout.has_faiss and plan.shortlist.dim == layout.dim:
-            check_gpu_shortlist(plan.shortlist.keep)
+            check_gpu_shortlist(layout.factory, layout.dim, funnel.num_fetched_for(plan.shortlist.keep))
         if plan.steps[-1].dim > self.width:
             raise ValueError(f"{self.folder}: vectors have {self.width} dims, the plan is {plan.describe()}. Change the plan.")
         if plan.shortlist.parameters:

@@ -1,11 +1,11 @@
 """Loops over candidates that numpy and torch have no call for, compiled for this processor. The one door for numba.
 
-Scores of matrix products come here as the bits of bfloat16 (int16) or float32 (int32). Of numbers that are not negative, these
-integers have the order of the floats, and are faster to compare; negative ones are below all of those, in no order among
-themselves. A bar is such an integer: what is below it cannot be among the best. The lowest integer lets everything pass.
+Scores of matrix products come here as the bits of bfloat16 (int16) or float32 (int32), and are compared as integers that have
+the order of the floats: that is faster. A bar is such an integer: what is below it cannot be among the best. The lowest one
+lets everything pass.
 
-A note is an int64: above, what was noted of a score; in the lower half, the row of the document. So notes have the order of
-scores.
+A note is an int64: above, the place of a score in this order; in the lower half, the row of the document. So notes have the
+order of scores.
 
 Stored vectors come as arrays that may not be written to: float16 as uint16, bfloat16 as int16 (their bits), int8 as it is.
 
@@ -62,7 +62,13 @@ def _widen(_context: Any, number: Any) -> Any:
     def generate(_context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         (bits,), wide = arguments, ir.FloatType()
         if signature.args[0] == types.uint16:
-            return builder.fpext(builder.bitcast(bits, ir.HalfType()), wide)
+            # Exponent and mantissa in their places, and the exponent's bias made good: not every processor knows halves.
+            whole = ir.IntType(32)
+            number = builder.zext(bits, whole)
+            size = builder.shl(builder.and_(number, ir.Constant(whole, 0x7FFF)), ir.Constant(whole, 13))
+            sign = builder.shl(builder.and_(number, ir.Constant(whole, 0x8000)), ir.Constant(whole, 16))
+            scaled = builder.fmul(builder.bitcast(size, wide), ir.Constant(wide, 2.0**112))
+            return builder.bitcast(builder.or_(builder.bitcast(scaled, whole), sign), wide)
         if signature.args[0] == types.int16:
             return builder.bitcast(builder.shl(builder.zext(bits, ir.IntType(32)), ir.Constant(ir.IntType(32), 16)), wide)
         return builder.sitofp(bits, wide)
@@ -70,36 +76,57 @@ def _widen(_context: Any, number: Any) -> Any:
     return types.float32(number), generate
 
 
+def _ordered(builder: Any, bits: Any, kind: Any) -> Any:
+    """Generates the integers that have the order of floats with these bits, and back: of negative ones all but the sign flips."""
+    number = kind.element if isinstance(kind, ir.VectorType) else kind
+
+    def constant(value: int) -> Any:
+        return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
+
+    is_negative = builder.ashr(bits, constant(number.width - 1))
+    return builder.xor(bits, builder.and_(is_negative, constant((1 << (number.width - 1)) - 1)))
+
+
 @_instruction
-def _as_float(_context: Any, _bits: Any, like: Any) -> Any:
-    """Returns the float32 of the bits in an int64, that are of the type of ``like``."""
+def _order_of(_context: Any, bits: Any) -> Any:
+    """Returns the place of a float in the order, given its bits."""
 
     def generate(_context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        whole = ir.IntType(32)
-        given = builder.trunc(arguments[0], whole)
-        if signature.args[1] == types.int16:
-            given = builder.shl(given, ir.Constant(whole, 16))
-        return builder.bitcast(given, ir.FloatType())
+        return _ordered(builder, arguments[0], ir.IntType(signature.args[0].bitwidth))
+
+    return bits(bits), generate
+
+
+@_instruction
+def _as_float(_context: Any, _order: Any, like: Any) -> Any:
+    """Returns the float32 at a place, an int64, in the order of numbers of the type of ``like``."""
+
+    def generate(_context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        whole, kind = ir.IntType(32), ir.IntType(signature.args[1].bitwidth)
+        bits = _ordered(builder, builder.trunc(arguments[0], kind), kind)
+        if kind.width < whole.width:
+            bits = builder.shl(builder.zext(bits, whole), ir.Constant(whole, whole.width - kind.width))
+        return builder.bitcast(bits, ir.FloatType())
 
     return types.float32(types.int64, like), generate
 
 
 @_instruction
-def _as_bits(_context: Any, _number: Any, like: Any) -> Any:
-    """Returns the bits of a float32 in the type of ``like``: for a bfloat16 the upper half, which is never above the number."""
+def _as_order(_context: Any, _number: Any, like: Any) -> Any:
+    """Returns the place of a float32 in the order of numbers of the type of ``like``; of one between two, the lower one's."""
 
     def generate(_context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        whole = builder.bitcast(arguments[0], ir.IntType(32))
-        if signature.args[1] == types.int16:
-            return builder.trunc(builder.lshr(whole, ir.Constant(ir.IntType(32), 16)), ir.IntType(16))
-        return whole
+        whole, kind = ir.IntType(32), ir.IntType(signature.args[1].bitwidth)
+        order = _ordered(builder, builder.bitcast(arguments[0], whole), whole)
+        lower = builder.ashr(order, ir.Constant(whole, whole.width - kind.width))
+        return builder.trunc(lower, kind) if kind.width < whole.width else lower
 
     return like(types.float32, like), generate
 
 
 @_instruction
 def _reached(_context: Any, numbers: Any, _start: Any, _bar: Any) -> Any:
-    """Returns which of ``BLOCK`` numbers from a start reach the bar, as the bits of an uint64, the first one lowest."""
+    """Returns which of ``BLOCK`` scores from a start reach the bar, as the bits of an uint64, the first one lowest."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
@@ -110,7 +137,7 @@ def _reached(_context: Any, numbers: Any, _start: Any, _bar: Any) -> Any:
         once = builder.insert_element(ir.Constant(several, ir.Undefined), arguments[2], ir.Constant(ir.IntType(32), 0))
         everywhere = ir.Constant(ir.VectorType(ir.IntType(32), BLOCK), [0] * BLOCK)
         bars = builder.shuffle_vector(once, ir.Constant(several, ir.Undefined), everywhere)
-        return builder.bitcast(builder.icmp_signed(">=", block, bars), ir.IntType(BLOCK))
+        return builder.bitcast(builder.icmp_signed(">=", _ordered(builder, block, several), bars), ir.IntType(BLOCK))
 
     return types.uint64(numbers, types.int64, numbers.dtype), generate
 
@@ -123,16 +150,6 @@ def _first_one(_context: Any, _bits: Any) -> Any:
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
 
     return types.int64(types.uint64), generate
-
-
-@_instruction
-def _lowest(_context: Any, like: Any) -> Any:
-    """Returns the lowest integer of the type of ``like``."""
-
-    def generate(_context: Any, _builder: Any, _signature: Any, _arguments: Any) -> Any:
-        return ir.Constant(ir.IntType(like.bitwidth), like.minval)
-
-    return like(like), generate
 
 
 @_compiled()
@@ -189,7 +206,7 @@ def note(
                     reached &= reached - np.uint64(1)
                     column = place - query * products.shape[1]
                     if column < num_columns and (len(allowed) == 0 or allowed[column]):
-                        notes[query, count] = (np.int64(flat[place]) << 32) | (first_row + column)
+                        notes[query, count] = (np.int64(_order_of(flat[place])) << 32) | (first_row + column)
                         count += 1
         bars[query], counts[query] = bar, count
     return int(len(products) * num_blocks)
@@ -200,8 +217,7 @@ def _prune(notes: IntArray, count: int, num_kept: int, margin: float, share: flo
     """Drops what cannot be among the best; returns how many are left, and the bar that they reach, in the type of ``like``."""
     last = _select(notes, count, num_kept) >> 32
     worst = _as_float(last, like)
-    least = np.float32(worst - margin - share * worst)
-    bar = _as_bits(least, like) if last > 0 and least > 0 else _lowest(like)
+    bar = _as_order(np.float32(worst - margin - share * abs(worst)), like)
     num_left = 0
     for place in range(count):
         if notes[place] >> 32 >= bar:
@@ -328,8 +344,7 @@ def compare(
 @_compiled()
 def _as_note(score: np.float32, row: int) -> int:
     """Returns a note of a final score; ``read`` takes it."""
-    bits = _as_bits(np.float32(score), np.int32(0))
-    return int((np.int64(bits ^ ((bits >> 31) & 0x7FFFFFFF)) << 32) | row)
+    return int((np.int64(_as_order(np.float32(score), np.int32(0))) << 32) | row)
 
 
 def read(notes: IntArray) -> tuple[Floats, IntArray]:

@@ -1,7 +1,7 @@
 """Inner products of queries and stored vectors as dense matrix work: of a few candidates each, or of every document.
 
-A score depends on its query and its document alone, never on what else is in the batch: sums of float32 run over each vector by
-itself, in one order. Matrix products, which do not keep such an order, only choose what is scored; see ``scans``.
+On CPUs a score depends on its query and its document alone, never on what else is in the batch: sums of float32 run over each
+vector by itself, in one order. Matrix products, which do not keep such an order, only choose what is scored; see ``scans``.
 """
 
 import copy
@@ -109,7 +109,7 @@ class StoredVectors:
         """
         if not len(self) or not len(queries):
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-        device, compared = self._vectors.device.type, self._as_compared(queries)
+        device, compared, num_kept = self._vectors.device.type, self._as_compared(queries), min(num_kept, len(self))
         if device == "cpu" and len(queries) <= _FEW["plain" if self._is_plain else "rounded"]:
             return scans.compare_few(compared, self._bits, num_kept, allowed, is_scaled=not self._is_plain)
         dtype = scans.scan_dtype(device)
@@ -145,7 +145,13 @@ class StoredVectors:
         return topk.cut(*topk.line_up(len(queries), numbers, rows, scores), num_kept)
 
     def _as_compared(self, queries: Float32Array) -> Float32Array:
-        """Returns queries as they are multiplied: with vectors that are bfloat16 themselves, as bfloat16 too."""
+        """Returns queries as they are multiplied: with vectors that are bfloat16 themselves, as bfloat16 too.
+
+        Raises:
+            ValueError: They are wider than the vectors.
+        """
+        if queries.shape[1] > self._vectors.shape[1]:
+            raise ValueError(f"queries of {queries.shape[1]} dims: vectors have {self._vectors.shape[1]}. Cut the queries.")
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         return torch.from_numpy(queries).bfloat16().float().numpy() if self._is_plain else queries
 

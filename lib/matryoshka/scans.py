@@ -26,7 +26,7 @@ Mask = npt.NDArray[np.bool_]
 _QUERIES = {"cpu": 1_024, "cuda": 1 << 12}  # of one product
 _SCORES = {"cpu": 1 << 19, "cuda": 1 << 27}  # of one product: on CPUs they stay in a core's cache
 _MOST_COLUMNS = {"cpu": 1 << 14, "cuda": 1 << 17}  # of one product with few queries
-_MOST_NOTED = 1 << 24  # by one core: 100 MB
+_MOST_NOTED = 1 << 24  # of the queries of one product: 200 MB
 _GROUP = 16  # documents whose best one tells, on a GPU, how good the best are at least
 _INTEGERS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 _LAST_BIT = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}  # half a unit in the last place, as a share
@@ -219,6 +219,7 @@ class GpuScan:
 
     def __init__(self, queries: torch.Tensor, num_kept: int, moved: float) -> None:
         self._dtype = scan_dtype("cuda")
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # ``most_moved`` counts on sums in float32
         self._num_kept = num_kept
         size = min(len(queries), _QUERIES["cuda"])
         self._num_columns = min(_SCORES["cuda"] // size, _MOST_COLUMNS["cuda"])
@@ -273,9 +274,17 @@ def in_threads(function: Callable[[T], Any], parts: Iterable[T]) -> list[Any]:
     return list(_threads().map(function, parts))
 
 
-@functools.cache
+_starting = threading.Lock()
+
+
 def _threads() -> ThreadPoolExecutor:
     """Returns threads in which torch uses one core; everywhere else it keeps the number that it had."""
+    with _starting:  # two that start at once would take each other's number of threads for the process's
+        return _start_threads()
+
+
+@functools.cache
+def _start_threads() -> ThreadPoolExecutor:
     number, before = num_threads("cpu"), torch.get_num_threads()
     pool = ThreadPoolExecutor(number, "products", initializer=_take_one_core)
     all_there = threading.Barrier(number)

@@ -5,7 +5,6 @@ nothing but the model; a rotation puts the directions first in which documents d
 Full vectors, and so the scores of reranking, stay what they are in all of them.
 """
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -137,8 +136,7 @@ def _apply(own: Float32Array | None, vectors: npt.NDArray[np.floating[Any]], dim
     """Returns coarse vectors: prefixes at unit length, or what a map makes of vectors of unit length."""
     if own is None:
         return shrink(vectors, dim)
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # they may not be written to; nothing here does
-        wide = torch.from_numpy(np.ascontiguousarray(vectors)).float()
-    norms = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min_(_TINY)
+    wide = torch.from_numpy(np.array(vectors)).float()  # a copy that torch may write to, or it warns
+    norms = torch.linalg.vector_norm(wide, dim=1, keepdim=True, dtype=torch.float64).clamp_min_(_TINY)
     mapped: Float32Array = (wide @ torch.from_numpy(own)).div_(norms).numpy()
     return mapped

@@ -323,7 +323,7 @@ def test_search_refuses_a_funnel_that_does_not_fit_the_index(
 def test_search_refuses_a_gpu_that_is_not_there(finished_pipeline: Path, tmp_path: Path) -> None:
     path = texts.write_parquet(tmp_path / "queries.parquet", {"id": ["q0"], "text": ["bada"]})
     given = {"index": str(finished_pipeline / "index"), "queries": str(path), "output": str(tmp_path / "out")}
-    with pytest.raises(ValueError, match=r"--device cuda: the cluster has none\. Pass --device auto"):
+    with pytest.raises(ValueError, match=r"--device cuda: the cluster has no GPU\. Pass --device cpu"):
         search.run(search.Settings(**given, device="cuda"))
 
 

@@ -105,9 +105,11 @@ def test_an_index_with_a_missing_truncated_or_altered_file_is_not_opened(
 
 def test_a_shortlist_that_faiss_cannot_make_on_a_gpu_is_refused(make_store: MakeStore, make_index: MakeIndex, parts: dict):
     index = make_index(make_store(parts))
-    plan = FunnelPlan.parse(["4:2049", "8:3"])
+    plan = FunnelPlan.parse(["4:2040", "8:3"])
     index.check_plan(plan, "cpu")
-    with pytest.raises(ValueError, match=r"a shortlist of 2049, and FAISS gives at most 2048 on a GPU\. Choose a shorter one"):
+    with pytest.raises(
+        ValueError, match=r"for which 2295 are fetched, and FAISS gives at most 2048 on a GPU\. Choose a shorter one"
+    ):
         index.check_plan(plan, "cuda")
 
 

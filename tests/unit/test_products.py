@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matryoshka import products, scans, topk
+from matryoshka import kernels, products, scans, topk
 from matryoshka.nested import shrink
 from matryoshka.products import CoarseVectors, StoredVectors
 from matryoshka.scans import CpuScan, GpuScan
@@ -126,7 +126,7 @@ def test_rounding_to_bf16_hides_no_best_document(monkeypatch: pytest.MonkeyPatch
 
 def test_searching_leaves_torch_its_threads_everywhere_else(monkeypatch: pytest.MonkeyPatch):
     before = torch.get_num_threads()
-    monkeypatch.setattr(scans, "_threads", scans._threads.__wrapped__)
+    monkeypatch.setattr(scans, "_start_threads", scans._start_threads.__wrapped__)
     with scans._threads() as pool, ThreadPoolExecutor(1) as others:
         assert pool.submit(torch.get_num_threads).result() == 1
         assert others.submit(torch.get_num_threads).result() == before
@@ -159,6 +159,32 @@ def test_torch_alone_notes_what_the_compiled_loops_find(case: tuple[np.ndarray, 
         scan.look_through(vectors._block(part, room), start, None if allowed is None else allowed[part])
     lists = [vectors._finish(queries[part], numbers, rows, num_kept) for part, numbers, rows in scan.noted()]
     assert as_sets(topk.pad(lists)) == as_sets(vectors.best(queries, num_kept, allowed))
+
+
+def test_queries_wider_than_the_vectors_are_refused():
+    vectors = StoredVectors(np.ones((3, 4), np.float16))
+    with pytest.raises(ValueError, match=r"queries of 8 dims: vectors have 4\. Cut the queries"):
+        vectors.score(np.ones((1, 8), np.float32), np.array([0]), np.array([2]))
+
+
+def test_bars_rise_where_all_scores_are_negative():
+    rng = np.random.default_rng(0)
+    full = -np.abs(rng.standard_normal((2_600, 8))).astype(np.float16)
+    queries = np.abs(rng.standard_normal((3, 8))).astype(np.float32)
+    vectors = StoredVectors(full)
+    scan = CpuScan(queries, 10, scans.most_moved(8, 1.0, scans.scan_dtype("cpu"), is_rounded=True))
+    scan.look_through(vectors._block(slice(0, len(full)), torch.empty(len(full), 8, dtype=scans.scan_dtype("cpu"))), 0, None)
+    assert max(int(lot.counts.max()) for lot in scan._lots) < 200
+
+
+def test_numbers_are_widened_as_numpy_does():
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    stored = np.where(np.isfinite(every), every, 0).astype(np.float16)[:, None]
+    one = np.ones((1, 1), np.float32)
+    rows = np.arange(len(stored))
+    found = np.empty(len(stored), np.float32)
+    kernels.score_pairs(one, StoredVectors(stored)._bits, False, np.zeros_like(rows), rows, found)
+    np.testing.assert_array_equal(found, stored[:, 0].astype(np.float32))
 
 
 def test_long_lists_are_not_made_of_everything():

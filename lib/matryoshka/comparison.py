@@ -35,7 +35,7 @@ class Comparison:
         wins: Queries that gained.
         ties: Queries that did neither.
         losses: Queries that lost.
-        detectable: Gain that these queries would show as significant in 80% of the cases.
+        detectable: Gain whose whole interval would be above 0 in 80% of the cases; None: these queries do not tell.
     """
 
     before: str
@@ -51,7 +51,7 @@ class Comparison:
     wins: int
     ties: int
     losses: int
-    detectable: float
+    detectable: float | None
 
     @property
     def num_queries(self) -> int:

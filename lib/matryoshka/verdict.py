@@ -103,7 +103,7 @@ class Verdict:
         p_value: Of the paired permutation test, corrected for the number of comparisons.
         num_queries: Judged queries.
         required_gain: Least gain that is worth it.
-        detectable_gain: That these queries would show in 80% of the cases.
+        detectable_gain: True gain that these queries would show to be what is required in 80% of the cases; None: unknown.
         is_small: Whether there are too few queries to decide.
         forgotten: On other data.
         training: What fine-tuning cost; None where nothing was recorded.
@@ -122,7 +122,7 @@ class Verdict:
     p_value: float
     num_queries: int
     required_gain: float
-    detectable_gain: float
+    detectable_gain: float | None
     is_small: bool
     forgotten: tuple[Forgotten, ...] = ()
     training: Training | None = None
@@ -159,21 +159,24 @@ def decide(comparison: Comparison, rows: Sequence[Row], required_gain: float = R
     values = {(row.system, row.dim): row.value for row in rows if row.metric == comparison.metric}
     words = next((value for (_, dim), value in values.items() if dim is None), None)
     after = values[comparison.after, comparison.dim]
-    decision, reason = _judge(comparison, after, words, required_gain)
+    shown = None if comparison.detectable is None else required_gain + comparison.detectable
+    decision, reason = _judge(comparison, after, words, required_gain, shown)
     return Verdict(
         decision, reason, comparison.metric, comparison.dim, values[comparison.before, comparison.before_dim], after,
         comparison.gain, comparison.low, comparison.high, comparison.p_corrected, comparison.num_queries, required_gain,
-        comparison.detectable, comparison.num_queries < LEAST_QUERIES,
+        shown, comparison.num_queries < LEAST_QUERIES,
     )  # fmt: skip
 
 
-def _judge(comparison: Comparison, after: float, words: float | None, required: float) -> tuple[Decision, str]:
+def _judge(
+    comparison: Comparison, after: float, words: float | None, required: float, shown: float | None
+) -> tuple[Decision, str]:
     """Returns the decision and its reason."""
     one, low, high = comparison, f"{comparison.low:+.3f}", f"{comparison.high:+.3f}"
     found = f"{one.metric} at {one.dim} dims changed by {one.gain:+.3f} ({low} to {high}) on {one.num_queries} queries"
     if one.num_queries < LEAST_QUERIES:
-        least = f"only gains of {one.detectable:.3f} or more" if one.detectable < 1 else "nothing"
-        return NOT_ENOUGH, f"{found}: so small a set shows {least}, and fewer than {LEAST_QUERIES} queries decide nothing."
+        least = "" if shown is None else f"so small a set shows only true gains of {shown:.3f} or more, and "
+        return NOT_ENOUGH, f"{found}: {least}fewer than {LEAST_QUERIES} queries decide nothing."
     if one.high < required:
         return DO_NOT_BOTHER, f"{found}, which at its best is less than the {required:.3f} that it must gain."
     if words is not None and after <= words:
@@ -182,10 +185,8 @@ def _judge(comparison: Comparison, after: float, words: float | None, required: 
         return FINE_TUNE, f"{found}, all of it at or above the {required:.3f} that it must gain."
     if one.low >= required:
         return NOT_ENOUGH, f"{found}, which among so many comparisons may be chance (p {one.p_corrected:.3f}, corrected)."
-    return NOT_ENOUGH, (
-        f"{found}: the interval reaches from below the {required:.3f} that it must gain to above it, and so many queries show"
-        f" only gains of {one.detectable:.3f} or more."
-    )
+    least = "" if shown is None else f", and so many queries show only true gains of {shown:.3f} or more"
+    return NOT_ENOUGH, f"{found}: the interval reaches from below the {required:.3f} that it must gain to above it{least}."
 
 
 def saving_of(found: Resolutions | None) -> Saving | None:

@@ -1,8 +1,9 @@
 import dataclasses
 
+import numpy as np
 import pytest
 
-from matryoshka import storage, verdict
+from matryoshka import significance, storage, verdict
 from matryoshka.comparison import Comparison, Resolution, Resolutions
 from matryoshka.evaluation import Row
 from matryoshka.verdict import DO_NOT_BOTHER, FINE_TUNE, NOT_ENOUGH, Training
@@ -26,9 +27,9 @@ def rows(after: float = 0.7, words: float | None = 0.5) -> list[Row]:
         (compared(0.05, 0.15), 0.2, DO_NOT_BOTHER, "at its best is less than the 0.200 that it must gain"),
         (compared(-0.002, 0.004), 0.01, DO_NOT_BOTHER, "at its best is less than"),
         (compared(-0.2, -0.1), 0.01, DO_NOT_BOTHER, "changed by -0.150 (-0.200 to -0.100)"),
-        (compared(-0.01, 0.05, p=0.2), 0.01, NOT_ENOUGH, "only gains of 0.030 or more"),
+        (compared(-0.01, 0.05, p=0.2), 0.01, NOT_ENOUGH, "only true gains of 0.040 or more"),
         (compared(0.02, 0.15, p=0.06), 0.01, NOT_ENOUGH, "may be chance (p 0.060, corrected)"),
-        (compared(0.05, 0.5, num_queries=20), 0.01, NOT_ENOUGH, "so small a set shows only gains of 0.030 or more"),
+        (compared(0.05, 0.5, num_queries=20), 0.01, NOT_ENOUGH, "so small a set shows only true gains of 0.040 or more"),
         (compared(-0.5, -0.2, num_queries=49), 0.01, NOT_ENOUGH, "fewer than 50 queries decide nothing"),
     ],
 )
@@ -51,9 +52,20 @@ def test_a_model_that_words_beat_has_not_earned_its_cost():
     assert verdict.decide(compared(0.05, 0.15), rows(words=None)).decision == FINE_TUNE
 
 
-def test_a_single_query_is_said_to_show_nothing():
-    one = dataclasses.replace(compared(0.5, 0.5, num_queries=1), detectable=float("inf"))
-    assert "so small a set shows nothing" in verdict.decide(one, rows()).reason
+@pytest.mark.parametrize(("low", "num_queries"), [(0.5, 1), (0.0, 80)])
+def test_what_a_set_would_show_is_left_out_where_it_is_unknown(low: float, num_queries: int):
+    found = verdict.decide(dataclasses.replace(compared(low, 0.5, num_queries), detectable=None), rows())
+    assert (found.decision, found.detectable_gain, "true gain" in found.reason) == (NOT_ENOUGH, None, False)
+
+
+def test_the_gain_that_a_set_is_said_to_show_is_called_worth_it_in_four_of_five_sets():
+    """By the verdict's own rule, not by a test against no difference at all."""
+    spread = np.random.default_rng(0).normal(0, 0.3, (200, 400))
+    detectable = float(np.mean([significance.detectable(own) for own in spread.T]))
+    shown = verdict.decide(dataclasses.replace(compared(0, 0.1), detectable=detectable), rows(), 0.05).detectable_gain
+    low, high = significance.interval(significance.resampled_means(spread + shown), 200)
+    decided = [verdict.decide(compared(*ends), rows(), 0.05).decision for ends in zip(low, high, strict=True)]
+    assert decided.count(FINE_TUNE) / 400 == pytest.approx(significance.POWER, abs=0.05)
 
 
 def test_training_costs_the_hours_of_all_devices_and_what_was_done_before_a_run_was_taken_up_again():

@@ -100,7 +100,7 @@ class Verdict:
         gain: The difference.
         low: Lower end of its 95% interval.
         high: Upper end.
-        p_value: Of the paired permutation test, corrected for the number of comparisons.
+        p_value: Of the paired permutation test; corrected for the number of models that were held against the first one.
         num_queries: Judged queries.
         required_gain: Least gain that is worth it.
         detectable_gain: True gain that these queries would show to be what is required in 80% of the cases; None: unknown.
@@ -184,7 +184,7 @@ def _judge(
     if one.low >= required and one.p_corrected < significance.SIGNIFICANT:
         return FINE_TUNE, f"{found}, all of it at or above the {required:.3f} that it must gain."
     if one.low >= required:
-        return NOT_ENOUGH, f"{found}, which among so many comparisons may be chance (p {one.p_corrected:.3f}, corrected)."
+        return NOT_ENOUGH, f"{found}, which the paired test says may be chance (p {one.p_corrected:.3f})."
     least = "" if shown is None else f", and so many queries show only true gains of {shown:.3f} or more"
     return NOT_ENOUGH, f"{found}: the interval reaches from below the {required:.3f} that it must gain to above it{least}."
 

@@ -28,7 +28,7 @@ def rows(after: float = 0.7, words: float | None = 0.5) -> list[Row]:
         (compared(-0.002, 0.004), 0.01, DO_NOT_BOTHER, "at its best is less than"),
         (compared(-0.2, -0.1), 0.01, DO_NOT_BOTHER, "changed by -0.150 (-0.200 to -0.100)"),
         (compared(-0.01, 0.05, p=0.2), 0.01, NOT_ENOUGH, "only true gains of 0.040 or more"),
-        (compared(0.02, 0.15, p=0.06), 0.01, NOT_ENOUGH, "may be chance (p 0.060, corrected)"),
+        (compared(0.02, 0.15, p=0.06), 0.01, NOT_ENOUGH, "may be chance (p 0.060)"),
         (compared(0.05, 0.5, num_queries=20), 0.01, NOT_ENOUGH, "so small a set shows only true gains of 0.040 or more"),
         (compared(-0.5, -0.2, num_queries=49), 0.01, NOT_ENOUGH, "fewer than 50 queries decide nothing"),
     ],

@@ -148,29 +148,31 @@ def from_json(value: Mapping[str, Any]) -> Verdict:
     return Verdict(**{**value, **parts})
 
 
-def decide(comparison: Comparison, rows: Sequence[Row], required_gain: float = REQUIRED_GAIN) -> Verdict:
+def decide(
+    comparison: Comparison, rows: Sequence[Row], required_gain: float = REQUIRED_GAIN, words: Comparison | None = None
+) -> Verdict:
     """Returns the answer to whether one system is worth more than another.
 
     Args:
         comparison: Of the two, at their widest dim.
         rows: Figures of all systems.
         required_gain: Least gain that is worth it.
+        words: Of words with the second system; None where they were not searched.
     """
     values = {(row.system, row.dim): row.value for row in rows if row.metric == comparison.metric}
-    words = next((value for (_, dim), value in values.items() if dim is None), None)
-    after = values[comparison.after, comparison.dim]
     shown = None if comparison.detectable is None else required_gain + comparison.detectable
-    decision, reason = _judge(comparison, after, words, required_gain, shown)
+    decision, reason = _judge(comparison, words, required_gain, shown)
+    if words and words.low <= 0 and decision != DO_NOT_BOTHER:
+        alone = f"words alone (BM25, {values[words.before, None]:.3f})"
+        reason = f"{reason.removesuffix('.')}; that the model is better than {alone} was not shown."
     return Verdict(
-        decision, reason, comparison.metric, comparison.dim, values[comparison.before, comparison.before_dim], after,
-        comparison.gain, comparison.low, comparison.high, comparison.p_corrected, comparison.num_queries, required_gain,
-        shown, comparison.num_queries < LEAST_QUERIES,
+        decision, reason, comparison.metric, comparison.dim, values[comparison.before, comparison.before_dim],
+        values[comparison.after, comparison.dim], comparison.gain, comparison.low, comparison.high, comparison.p_corrected,
+        comparison.num_queries, required_gain, shown, comparison.num_queries < LEAST_QUERIES,
     )  # fmt: skip
 
 
-def _judge(
-    comparison: Comparison, after: float, words: float | None, required: float, shown: float | None
-) -> tuple[Decision, str]:
+def _judge(comparison: Comparison, words: Comparison | None, required: float, shown: float | None) -> tuple[Decision, str]:
     """Returns the decision and its reason."""
     one, low, high = comparison, f"{comparison.low:+.3f}", f"{comparison.high:+.3f}"
     found = f"{one.metric} at {one.dim} dims changed by {one.gain:+.3f} ({low} to {high}) on {one.num_queries} queries"
@@ -179,8 +181,9 @@ def _judge(
         return NOT_ENOUGH, f"{found}: {least}fewer than {LEAST_QUERIES} queries decide nothing."
     if one.high < required:
         return DO_NOT_BOTHER, f"{found}, which at its best is less than the {required:.3f} that it must gain."
-    if words is not None and after <= words:
-        return DO_NOT_BOTHER, f"{found}, but words alone (BM25) reach {words:.3f}, and need no model."
+    if words and words.high <= 0:
+        against = f"{words.gain:+.3f} ({words.low:+.3f} to {words.high:+.3f})"
+        return DO_NOT_BOTHER, f"{found}, but against words alone (BM25), which need no model, the model gains {against}."
     if one.low >= required and one.p_corrected < significance.SIGNIFICANT:
         return FINE_TUNE, f"{found}, all of it at or above the {required:.3f} that it must gain."
     if one.low >= required:

@@ -14,9 +14,9 @@ def compared(low: float, high: float, num_queries: int = 200, p: float = 0.001) 
     return Comparison("base", "tuned", 64, 64, "nDCG@10", gain, low, high, p, p, num_queries, 0, 0, 0.03)
 
 
-def rows(after: float = 0.7, words: float | None = 0.5) -> list[Row]:
-    made = [Row("base", 64, "nDCG@10", 0.6), Row("tuned", 64, "nDCG@10", after), Row("tuned", 64, "MRR@10", 0.1)]
-    return made if words is None else [*made, Row("bm25", None, "nDCG@10", words)]
+def rows() -> list[Row]:
+    made = [Row("base", 64, "nDCG@10", 0.6), Row("tuned", 64, "nDCG@10", 0.7), Row("tuned", 64, "MRR@10", 0.1)]
+    return [*made, Row("bm25", None, "nDCG@10", 0.5)]
 
 
 @pytest.mark.parametrize(
@@ -46,10 +46,30 @@ def test_the_whole_interval_decides_and_the_reason_is_one_sentence(
     assert found.is_small == (comparison.num_queries < 50)
 
 
-def test_a_model_that_words_beat_has_not_earned_its_cost():
-    found = verdict.decide(compared(0.05, 0.15), rows(after=0.7, words=0.72))
-    assert (found.decision, "words alone (BM25) reach 0.720" in found.reason) == (DO_NOT_BOTHER, True)
-    assert verdict.decide(compared(0.05, 0.15), rows(words=None)).decision == FINE_TUNE
+@pytest.mark.parametrize(
+    ("low", "high", "decision", "said"),
+    [
+        (
+            -0.04,
+            -0.01,
+            DO_NOT_BOTHER,
+            "against words alone (BM25), which need no model, the model gains -0.025 (-0.040 to -0.010).",
+        ),
+        (-0.04, 0.0, DO_NOT_BOTHER, "the model gains -0.020 (-0.040 to +0.000)."),
+        (-0.04, 0.01, FINE_TUNE, "; that the model is better than words alone (BM25, 0.500) was not shown."),
+        (0.01, 0.04, FINE_TUNE, "that it must gain."),
+    ],
+)
+def test_words_decide_only_where_the_whole_interval_says_that_they_do_as_well(low: float, high: float, decision: str, said: str):
+    words = dataclasses.replace(compared(low, high), before="bm25", before_dim=None)
+    found = verdict.decide(compared(0.05, 0.15), rows(), words=words)
+    assert (found.decision, found.reason[-len(said) :]) == (decision, said)
+    assert found.reason.count(". ") == 0
+
+
+def test_what_words_do_better_than_both_changes_nothing_where_a_set_is_too_small():
+    words = dataclasses.replace(compared(-0.4, -0.1, 20), before="bm25", before_dim=None)
+    assert verdict.decide(compared(0.05, 0.15, 20), rows(), words=words).decision == NOT_ENOUGH
 
 
 @pytest.mark.parametrize(("low", "num_queries"), [(0.5, 1), (0.0, 80)])

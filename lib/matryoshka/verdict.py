@@ -204,7 +204,7 @@ def saving_of(found: Resolutions | None) -> Saving | None:
 
 
 def training_of(facts: Mapping[str, Any]) -> Training | None:
-    """Returns what fine-tuning cost, from the facts of the model's manifest; None where they do not say.
+    """Returns what fine-tuning cost, from the facts of the model's manifest; None where they do not say, or took no step.
 
     Of a run that was taken up again, seconds are those of its last part, and steps before it are taken to cost the same.
     """
@@ -212,9 +212,11 @@ def training_of(facts: Mapping[str, Any]) -> Training | None:
         return None
     stopped = facts.get("stopped_at")
     num_steps = facts["num_steps"] if stopped is None else stopped
-    share = (num_steps - facts.get("first_step", 0)) / num_steps
+    num_taken = num_steps - facts.get("first_step", 0)
+    if num_taken <= 0:
+        return None
     num_devices = int(facts.get("num_devices", facts.get("workers", 1)))
-    hours = float(facts["train_seconds"]) / max(share, 1e-9) * num_devices / 3600
+    hours = float(facts["train_seconds"]) / num_taken * num_steps * num_devices / 3600
     return Training(str(facts.get("device", "worker")), round(hours, 4), num_devices)
 
 

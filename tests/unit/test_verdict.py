@@ -98,6 +98,12 @@ def test_training_costs_the_hours_of_all_devices_and_what_was_done_before_a_run_
     assert verdict.training_of({"num_steps": 100}) is None
 
 
+@pytest.mark.parametrize("end", [{}, {"stopped_at": 60, "first_step": 60}, {"stopped_at": 0, "first_step": 0}])
+def test_a_run_that_was_taken_up_at_its_end_does_not_say_what_training_cost(end: dict[str, int]):
+    facts = {"train_seconds": 3, "num_steps": 100, "stopped_at": None, "device": "cpu", "num_devices": 2, "first_step": 100}
+    assert verdict.training_of({**facts, **end}) is None
+
+
 def resolution(dim: int) -> Resolution:
     return Resolution(dim, 0.5, dim / 128, 0.9, dim * 2_000_000, 1.0, dim / 10)
 

@@ -193,11 +193,11 @@ def weigh(
         found: Of this evaluation.
         system: The one that the verdict is about.
         floor: Share of full width's quality that the recommended dim keeps.
-        required_gain: Least gain that is worth it; None: there is no untouched model.
+        required_gain: Least gain that is worth it; None: nobody asks whether the one is tuned well enough.
     """
     rows, compared, texts = evaluation.figures(series), comparison.compare(series), task.texts
     before = next((own.system for own in series if evaluation.is_plain(own)), system)
-    chosen = comparison.find(compared, before, system) if required_gain is not None else None
+    chosen = comparison.find(compared, before, system)
     words = comparison.find(compared, lexical.NAME, system)
     kept = comparison.resolutions(series, system, floor, found.microseconds, found.num_documents)
     answer = _decide(chosen, words, rows, required_gain, found.training, kept) if chosen and required_gain is not None else None

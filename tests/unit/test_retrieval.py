@@ -95,10 +95,10 @@ def test_a_model_has_to_be_better_than_words(task: Task, found: Findings):
     assert (made.verdict.decision, "words alone (BM25)" in made.verdict.reason) == ("do not bother", True)
 
 
-def test_without_an_untouched_model_there_is_no_verdict(task: Task, found: Findings):
+def test_where_nobody_asks_for_a_verdict_models_are_compared_all_the_same(task: Task, found: Findings):
     made = retrieval.weigh(task, Report("t", ()), found.series, found, "tuned", 0.95, None)
-    assert (made.verdict, made.extremes) == (None, None)
-    assert made.rows
+    assert (made.verdict, made.extremes.before, made.extremes.after) == (None, "base", "tuned")
+    assert made.comparisons
 
 
 def test_a_funnel_is_evaluated_as_it_is_searched_and_int8_where_the_index_has_it(

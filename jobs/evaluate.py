@@ -34,6 +34,7 @@ _OF_ONE_MODEL = ("model", "system", "embeddings", "index", "compare")
 _OF_RETRIEVAL = ("split", "embeddings", "index", "bm25", "quantised", "require_gain")
 _NAME = re.compile(r"[\w.-]+")
 _TUNED, _BASE = "tuned", "base"
+_ASK_FOR_BOTH = "Pass a model that this project tuned as --model, and an evaluation of an untouched one as --compare."
 
 
 class Settings(StageSettings):
@@ -44,7 +45,8 @@ class Settings(StageSettings):
     Every document is compared with every query, so the figures are exact; where documents are chunked, a document counts as
     its best chunk. Documents are embedded into the output folder, unless --embeddings names vectors that this model already
     made of this corpus. Several --models are ranked, each with its size and speed; one that is added later costs only itself.
-    With --compare, systems are held against each other query by query, and the verdict is whether the model is worth it.
+    With --compare, systems are held against each other query by query; of a tuned model and an untouched one, the verdict is
+    whether fine-tuning was worth it.
     """
 
     data: FolderPath | None = Field(None, description="Folder that the prepare job wrote.")
@@ -70,6 +72,7 @@ class Settings(StageSettings):
         None,
         description="End with code 3 unless this gain in nDCG@10 over the untouched model is shown; none: the verdict asks 0.01.",
     )
+    verdict: bool = Field(True, description="Say whether fine-tuning was worth it, of a tuned model beside an untouched one.")
     system: str | None = Field(
         None, description="Name in the report; none: 'tuned' if this project trained the model, else 'base'."
     )
@@ -83,6 +86,8 @@ class Settings(StageSettings):
         self._refuse_together("models", _OF_ONE_MODEL, "it goes with one model")
         if self.require_gain is not None and not (self.compare or self.models):
             raise ValueError("--require-gain: nothing to gain on. Pass an evaluation of the untouched model as --compare.")
+        if self.require_gain is not None and not self.verdict:
+            raise ValueError("--require-gain cannot be used with --no-verdict: then nobody judges the gain. Drop one of them.")
         return self
 
     def _refuse_together(self, name: str, others: tuple[str, ...], reason: str) -> None:
@@ -204,6 +209,9 @@ def _evaluate(settings: Settings) -> Manifest:
         embed.refuse_strangers("--embeddings", store, info, source.task.data)
         embed.refuse_strangers("--index", index, info, source.task.data)
     _refuse_comparing(source, system, settings)
+    has_verdict = _has_verdict(settings, info)
+    if settings.require_gain is not None and not has_verdict:
+        raise ValueError(f"--require-gain: nothing to gain on. {_ASK_FOR_BOTH}")
     previous = artifacts.claim(output, "evaluation", identity, settings.replace)
     if previous and previous.is_complete and not artifacts.find_faults(output, previous):
         say(f"evaluate: nothing to do, {output} is complete")
@@ -217,13 +225,20 @@ def _evaluate(settings: Settings) -> Manifest:
     if isinstance(source, _Retrieval) and found.findings:
         findings = dataclasses.replace(found.findings, training=_training(info))
         made = Report(found.title, (), profiles, **described)
-        return _finish(output, manifest, *source.weigh(output, settings, made, findings, system))
+        return _finish(output, manifest, *source.weigh(output, settings, made, findings, system, has_verdict=has_verdict))
     return _finish(output, manifest, Report(found.title, [*_rows(settings.compare), *found.rows], profiles, **described))
 
 
 def _asked(settings: Settings) -> dict[str, Any]:
     """Returns what else decides what a report of any number of models says."""
-    return {name: getattr(settings, name) for name in ("bm25", "quantised", "floor", "require_gain")}
+    return {name: getattr(settings, name) for name in ("bm25", "quantised", "floor", "require_gain", "verdict")}
+
+
+def _has_verdict(settings: Settings, info: ModelInfo) -> bool:
+    """Returns whether fine-tuning is to be judged: the model is tuned, and the first one that it is held against is not."""
+    first = next((row.system for row in _rows(settings.compare) if evaluation.is_plain(row)), None)
+    untouched = {profile.system for profile in _profiles(settings.compare) if not profile.is_tuned}
+    return settings.verdict and info.is_tuned and first in untouched
 
 
 def _rank(settings: Settings) -> Manifest:
@@ -245,7 +260,7 @@ def _rank(settings: Settings) -> Manifest:
     if previous and previous.is_complete and previous.inputs == inputs and not artifacts.find_faults(output, previous):
         say(f"evaluate: nothing to do, {output} is complete")
         return previous
-    alone = {"output": "", "models": (), "bm25": False, "require_gain": None, **source.as_settings}
+    alone = {"output": "", "models": (), "bm25": False, "require_gain": None, "verdict": False, **source.as_settings}
     own = {
         name: settings.model_copy(
             update={**alone, "output": str(folder_of(output, name)), "model": location, "dims": dims, "system": name}
@@ -270,11 +285,12 @@ def _rank(settings: Settings) -> Manifest:
     )
     if isinstance(source, _Retrieval):
         words = retrieval.search_words(source.task, output) if settings.bm25 else Findings()
+        is_judged = settings.verdict and has_both
         tuned = next((name for name in ranking.means if name not in untouched), ranking.best)
         ordered = sorted(own, key=lambda name: name not in untouched[:1])  # the others are held against the first
         series = (one for name in ordered for one in runs.read_series(storage.local_path(own[name].output))[1])
         every = dataclasses.replace(words, series=(*words.series, *series), training=_training(found[tuned][1]))
-        return _finish(output, manifest, *source.weigh(output, settings, made, every, tuned, has_verdict=has_both))
+        return _finish(output, manifest, *source.weigh(output, settings, made, every, tuned, has_verdict=is_judged))
     return _finish(output, manifest, made)
 
 
@@ -356,7 +372,7 @@ class _Retrieval:
         return _Found(title, profile, remarks=self.task.remarks, findings=words.and_then(found))
 
     def weigh(
-        self, output: Path, settings: Settings, made: Report, found: Findings, system: str, *, has_verdict: bool = True
+        self, output: Path, settings: Settings, made: Report, found: Findings, system: str, *, has_verdict: bool
     ) -> tuple[Report, tuple[FileRecord, ...]]:
         """Returns the report with what the queries tell of systems beside each other, and the records of the files behind it."""
         required = verdict.REQUIRED_GAIN if settings.require_gain is None else settings.require_gain
@@ -416,6 +432,7 @@ def _profile(job: _Job, documents_per_second: float | None, queries_per_second: 
         job.system, num_bytes, num_parameters, job.info.width, job.info.max_tokens,
         documents_per_second or None,  # 0 where another run had embedded everything
         queries_per_second,
+        job.info.is_tuned,
     )  # fmt: skip
 
 

@@ -127,7 +127,7 @@ def _explain(settings: Settings, wiring: dict[str, Any]) -> list[tuple[str, Any,
 def _also(settings: Settings, name: str, system: str, base: str) -> tuple[str, Any, dict[str, Any]]:
     """Returns the evaluation of one of both models on other data."""
     before, after = (str(_folder_of(settings, name, system)) for system in ("base", "tuned"))
-    wiring = {"output": before if system == "base" else after, "model": base, "system": system}
+    wiring = {"output": before if system == "base" else after, "model": base, "system": system, "verdict": False}
     return f"also.{name}", evaluate, wiring | ({"compare": before} if system == "tuned" else {})
 
 
@@ -206,6 +206,8 @@ def _refuse_early(settings: Settings) -> None:
     starts: list[tuple[str | None, str]] = [*candidates.items()] or [(None, settings.model)]
     for winner, location in starts:
         info = model.describe(location)
+        if settings.require_gain is not None and info.is_tuned:
+            raise ValueError(f"pipeline, require_gain: {location} is tuned already, so no gain is that of tuning. Leave it out.")
         for has_gpu in (True, False):
             for name, _, stage in plan(settings, has_gpu=has_gpu, winner=winner):
                 _refuse_stage(f"pipeline, section '{name}', model {location}", stage, info)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from matryoshka import evaluation, significance
 from matryoshka.evaluation import BINARY, FUNNEL, INT8
@@ -31,11 +32,11 @@ class Comparison:
         low: Lower end of its 95% interval.
         high: Upper end.
         p_value: Of the paired permutation test.
-        p_corrected: The same, corrected for the number of comparisons of the report.
+        p_corrected: The same, corrected for the number of comparisons of its family.
         wins: Queries that gained.
         ties: Queries that did neither.
         losses: Queries that lost.
-        detectable: Gain that these queries would show as significant in 80% of the cases.
+        detectable: Gain whose whole interval would be above 0 in 80% of the cases; None: these queries do not tell.
     """
 
     before: str
@@ -51,7 +52,7 @@ class Comparison:
     wins: int
     ties: int
     losses: int
-    detectable: float
+    detectable: float | None
 
     @property
     def num_queries(self) -> int:
@@ -60,10 +61,12 @@ class Comparison:
 
 
 def compare(series: Sequence[Series], metric: str = NDCG) -> list[Comparison]:
-    """Returns every comparison that a report makes, by one measure; p-values are corrected for their number.
+    """Returns every comparison that a report makes, by one measure.
 
     Models are held against the first one, dim by dim, and against words at their full width; a model through a funnel, or
-    quantised, against itself.
+    quantised, against itself. p-values are corrected in two families: each model against the first one at the widest dim of
+    both, which is what verdicts rest on (of two models, one test, which stays as it is); and all that is asked besides, so
+    that no side question changes an answer.
     """
     pairs = list(_pairs(series))
     if not pairs:
@@ -71,7 +74,9 @@ def compare(series: Sequence[Series], metric: str = NDCG) -> list[Comparison]:
     differences = np.stack([after.values[metric] - before.values[metric] for before, after in pairs], axis=1)
     low, high = significance.interval(significance.resampled_means(differences), len(differences))
     p_values = significance.p_values(differences)
-    corrected = significance.correct(p_values)
+    is_main, corrected = _are_main(pairs), np.empty(len(pairs))
+    for family in (is_main, ~is_main):
+        corrected[family] = significance.correct(p_values[family])
     gains = differences.mean(axis=0)
     return [
         Comparison(
@@ -102,6 +107,17 @@ def _pairs(series: Sequence[Series]) -> Iterator[tuple[Series, Series]]:
             yield at[first, own.dim], own
         if words and widest.get(own.system) is own:
             yield words, own
+
+
+def _are_main(pairs: Sequence[tuple[Series, Series]]) -> npt.NDArray[np.bool_]:
+    """Returns which comparisons hold a model against the first one at the widest dim of both."""
+    widest: dict[str, int] = {}
+    for number, (before, after) in enumerate(pairs):
+        if evaluation.is_plain(before) and evaluation.is_plain(after):
+            known = pairs[widest.get(after.system, number)][1]
+            if (after.dim or 0) >= (known.dim or 0):
+                widest[after.system] = number
+    return np.isin(np.arange(len(pairs)), list(widest.values()))
 
 
 def find(comparisons: Sequence[Comparison], before: str, after: str) -> Comparison | None:

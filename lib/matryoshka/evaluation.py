@@ -43,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A system's model: its size, and how fast it was in this evaluation; None where that was not measured."""
+    """A system's model: its size, how fast it was in this evaluation (None: not measured), and whether this project tuned it."""
 
     system: str
     num_bytes: int
@@ -52,6 +52,7 @@ class Profile:
     max_tokens: int | None
     documents_per_second: float | None
     queries_per_second: float | None
+    is_tuned: bool = False
 
 
 def figures(series: Sequence[Series]) -> list[Row]:

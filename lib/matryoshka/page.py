@@ -170,7 +170,7 @@ def _verdict(reading: Reading) -> _Verdict | None:
     if verdict.get("is_small"):
         caution = f"{verdict.get('num_queries') or 'So few'} queries tell little."
         if verdict.get("detectable_gain") is not None:
-            caution += f" Only a true gain of {verdict['detectable_gain']:.3f} or more would show in four of five such sets."
+            caution += f" Only a true gain of {verdict['detectable_gain']:.3f} or more would be shown in four of five such sets."
     known = _VERDICTS.get(decision, (decision, "unsure", "?"))
     return _Verdict(*known, verdict.get("reason") or "", caution, list(_numbers(verdict)))
 

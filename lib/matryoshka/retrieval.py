@@ -193,19 +193,21 @@ def weigh(
         found: Of this evaluation.
         system: The one that the verdict is about.
         floor: Share of full width's quality that the recommended dim keeps.
-        required_gain: Least gain that is worth it; None: there is no untouched model.
+        required_gain: Least gain that is worth it; None: nobody asks whether the one is tuned well enough.
     """
     rows, compared, texts = evaluation.figures(series), comparison.compare(series), task.texts
     before = next((own.system for own in series if evaluation.is_plain(own)), system)
-    chosen = comparison.find(compared, before, system) if required_gain is not None else None
+    chosen = comparison.find(compared, before, system)
+    words = comparison.find(compared, lexical.NAME, system)
     kept = comparison.resolutions(series, system, floor, found.microseconds, found.num_documents)
+    answer = _decide(chosen, words, rows, required_gain, found.training, kept) if chosen and required_gain is not None else None
     extremes = showcase.find_extremes(task.judged_ids, series, chosen, task.qrels, texts) if chosen else None
     wanted = {*(extremes.documents if extremes else ()), *(found.shown.documents(task.qrels) if found.shown else ())}
     documents = task.find_texts(wanted)
     return dataclasses.replace(
         made,
         rows=rows,
-        verdict=_decide(chosen, rows, required_gain, found.training, kept) if chosen and required_gain is not None else None,
+        verdict=answer,
         comparisons=compared,
         resolutions=kept,
         extremes=extremes.with_texts(documents) if extremes else None,
@@ -217,10 +219,11 @@ def weigh(
 
 def _decide(
     chosen: comparison.Comparison,
+    words: comparison.Comparison | None,
     rows: Sequence[evaluation.Row],
     required_gain: float,
     training: Training | None,
     kept: comparison.Resolutions | None,
 ) -> verdict.Verdict:
-    answer = verdict.decide(chosen, rows, required_gain)
+    answer = verdict.decide(chosen, rows, required_gain, words)
     return dataclasses.replace(answer, training=training, saving=verdict.saving_of(kept))

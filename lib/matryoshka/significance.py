@@ -116,13 +116,15 @@ def count_outcomes(differences: FloatArray) -> tuple[int, int, int]:
     return wins, len(differences) - wins - losses, losses
 
 
-def detectable(differences: FloatArray) -> float:
-    """Returns the mean difference that so many queries, differing so much, would show as significant in 80% of the cases.
+def detectable(differences: FloatArray) -> float | None:
+    """Returns how far above 0 a true mean must be for the whole interval of so many queries, differing so much, to be above 0
+    in 80% of the cases; None where they do not say how much they differ: fewer than two, or all alike.
 
     >>> round(detectable(np.tile([-0.3, 0.3], 500)), 4)
     0.0266
     """
-    if len(differences) < 2:
-        return math.inf
+    spread = float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
+    if spread < _SAME:
+        return None
     needed = _NORMAL.inv_cdf(1 - SIGNIFICANT / 2) + _NORMAL.inv_cdf(POWER)
-    return float(needed * differences.std(ddof=1) / math.sqrt(len(differences)))
+    return needed * spread / math.sqrt(len(differences))

@@ -100,10 +100,10 @@ class Verdict:
         gain: The difference.
         low: Lower end of its 95% interval.
         high: Upper end.
-        p_value: Of the paired permutation test, corrected for the number of comparisons.
+        p_value: Of the paired permutation test; corrected for the number of models that were held against the first one.
         num_queries: Judged queries.
         required_gain: Least gain that is worth it.
-        detectable_gain: That these queries would show in 80% of the cases.
+        detectable_gain: True gain that these queries would show to be what is required in 80% of the cases; None: unknown.
         is_small: Whether there are too few queries to decide.
         forgotten: On other data.
         training: What fine-tuning cost; None where nothing was recorded.
@@ -122,7 +122,7 @@ class Verdict:
     p_value: float
     num_queries: int
     required_gain: float
-    detectable_gain: float
+    detectable_gain: float | None
     is_small: bool
     forgotten: tuple[Forgotten, ...] = ()
     training: Training | None = None
@@ -148,44 +148,48 @@ def from_json(value: Mapping[str, Any]) -> Verdict:
     return Verdict(**{**value, **parts})
 
 
-def decide(comparison: Comparison, rows: Sequence[Row], required_gain: float = REQUIRED_GAIN) -> Verdict:
+def decide(
+    comparison: Comparison, rows: Sequence[Row], required_gain: float = REQUIRED_GAIN, words: Comparison | None = None
+) -> Verdict:
     """Returns the answer to whether one system is worth more than another.
 
     Args:
         comparison: Of the two, at their widest dim.
         rows: Figures of all systems.
         required_gain: Least gain that is worth it.
+        words: Of words with the second system; None where they were not searched.
     """
     values = {(row.system, row.dim): row.value for row in rows if row.metric == comparison.metric}
-    words = next((value for (_, dim), value in values.items() if dim is None), None)
-    after = values[comparison.after, comparison.dim]
-    decision, reason = _judge(comparison, after, words, required_gain)
+    shown = None if comparison.detectable is None else required_gain + comparison.detectable
+    decision, reason = _judge(comparison, words, required_gain, shown)
+    if words and words.low <= 0 and decision != DO_NOT_BOTHER:
+        alone = f"words alone (BM25, {values[words.before, None]:.3f})"
+        reason = f"{reason.removesuffix('.')}; that the model is better than {alone} was not shown."
     return Verdict(
-        decision, reason, comparison.metric, comparison.dim, values[comparison.before, comparison.before_dim], after,
-        comparison.gain, comparison.low, comparison.high, comparison.p_corrected, comparison.num_queries, required_gain,
-        comparison.detectable, comparison.num_queries < LEAST_QUERIES,
+        decision, reason, comparison.metric, comparison.dim, values[comparison.before, comparison.before_dim],
+        values[comparison.after, comparison.dim], comparison.gain, comparison.low, comparison.high, comparison.p_corrected,
+        comparison.num_queries, required_gain, shown, comparison.num_queries < LEAST_QUERIES,
     )  # fmt: skip
 
 
-def _judge(comparison: Comparison, after: float, words: float | None, required: float) -> tuple[Decision, str]:
+def _judge(comparison: Comparison, words: Comparison | None, required: float, shown: float | None) -> tuple[Decision, str]:
     """Returns the decision and its reason."""
     one, low, high = comparison, f"{comparison.low:+.3f}", f"{comparison.high:+.3f}"
     found = f"{one.metric} at {one.dim} dims changed by {one.gain:+.3f} ({low} to {high}) on {one.num_queries} queries"
     if one.num_queries < LEAST_QUERIES:
-        least = f"only gains of {one.detectable:.3f} or more" if one.detectable < 1 else "nothing"
-        return NOT_ENOUGH, f"{found}: so small a set shows {least}, and fewer than {LEAST_QUERIES} queries decide nothing."
+        least = "" if shown is None else f"so small a set shows only true gains of {shown:.3f} or more, and "
+        return NOT_ENOUGH, f"{found}: {least}fewer than {LEAST_QUERIES} queries decide nothing."
     if one.high < required:
         return DO_NOT_BOTHER, f"{found}, which at its best is less than the {required:.3f} that it must gain."
-    if words is not None and after <= words:
-        return DO_NOT_BOTHER, f"{found}, but words alone (BM25) reach {words:.3f}, and need no model."
+    if words and words.high <= 0:
+        against = f"{words.gain:+.3f} ({words.low:+.3f} to {words.high:+.3f})"
+        return DO_NOT_BOTHER, f"{found}, but against words alone (BM25), which need no model, the model gains {against}."
     if one.low >= required and one.p_corrected < significance.SIGNIFICANT:
         return FINE_TUNE, f"{found}, all of it at or above the {required:.3f} that it must gain."
     if one.low >= required:
-        return NOT_ENOUGH, f"{found}, which among so many comparisons may be chance (p {one.p_corrected:.3f}, corrected)."
-    return NOT_ENOUGH, (
-        f"{found}: the interval reaches from below the {required:.3f} that it must gain to above it, and so many queries show"
-        f" only gains of {one.detectable:.3f} or more."
-    )
+        return NOT_ENOUGH, f"{found}, which the paired test says may be chance (p {one.p_corrected:.3f})."
+    least = "" if shown is None else f", and so many queries show only true gains of {shown:.3f} or more"
+    return NOT_ENOUGH, f"{found}: the interval reaches from below the {required:.3f} that it must gain to above it{least}."
 
 
 def saving_of(found: Resolutions | None) -> Saving | None:
@@ -200,7 +204,7 @@ def saving_of(found: Resolutions | None) -> Saving | None:
 
 
 def training_of(facts: Mapping[str, Any]) -> Training | None:
-    """Returns what fine-tuning cost, from the facts of the model's manifest; None where they do not say.
+    """Returns what fine-tuning cost, from the facts of the model's manifest; None where they do not say, or took no step.
 
     Of a run that was taken up again, seconds are those of its last part, and steps before it are taken to cost the same.
     """
@@ -208,9 +212,11 @@ def training_of(facts: Mapping[str, Any]) -> Training | None:
         return None
     stopped = facts.get("stopped_at")
     num_steps = facts["num_steps"] if stopped is None else stopped
-    share = (num_steps - facts.get("first_step", 0)) / num_steps
+    num_taken = num_steps - facts.get("first_step", 0)
+    if num_taken <= 0:
+        return None
     num_devices = int(facts.get("num_devices", facts.get("workers", 1)))
-    hours = float(facts["train_seconds"]) / max(share, 1e-9) * num_devices / 3600
+    hours = float(facts["train_seconds"]) / num_taken * num_steps * num_devices / 3600
     return Training(str(facts.get("device", "worker")), round(hours, 4), num_devices)
 
 

@@ -14,7 +14,7 @@ import tiny_model
 
 from jobs import embed, evaluate, index, verify
 from jobs.entry import ExitCode, main
-from matryoshka import artifacts, corpus, pairs
+from matryoshka import artifacts, corpus, model, pairs
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.pairs import DatasetStore
 
@@ -107,15 +107,23 @@ def test_similarity_is_a_report_like_the_others_and_ranks_models_as_well(tiny: s
 
 
 @pytest.fixture(scope="module")
-def compared(ranked: evaluate.Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tuned(narrow: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The narrow model, with what this project leaves in the models that it tuned."""
+    folder = Path(shutil.copytree(narrow, tmp_path_factory.mktemp("tuned") / "narrow"))
+    Manifest("model", {"dims": [32]}, is_complete=True).write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(ranked: evaluate.Settings, tiny: str, tuned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models and BM25, one evaluation after the other."""
     root, folder = Path(ranked.output), tmp_path_factory.mktemp("compared")
     for system, name in (("base", "tiny"), ("tuned", "narrow")):
         own: dict[str, Any] = {"bm25": True, "quantised": ("int8",)} if system == "base" else {"compare": str(folder / "base")}
         evaluate.run(
             evaluate.Settings(
-                output=str(folder / system), data=str(root / "data"), model=dict(zip(("tiny", "narrow"), ranked.models,
-                strict=True))[name], dims=(32,), system=system, embeddings=str(root / f"evaluation-{name}" / "embeddings"), **own,
+                output=str(folder / system), data=str(root / "data"), model=tiny if system == "base" else str(tuned),
+                dims=(32,), system=system, embeddings=str(root / f"evaluation-{name}" / "embeddings"), **own,
             )
         )  # fmt: skip
     return folder
@@ -138,6 +146,25 @@ def test_a_comparison_has_a_verdict_and_the_figures_that_each_model_was_ranked_b
     assert made["sentences"][0] in (compared / "tuned" / "report.md").read_text().split("\n\n")[1]
     assert [profile["system"] for profile in made["models"]] == ["base", "tuned"]
     verify.run(verify.Settings(folder=str(compared)))
+
+
+def test_where_nothing_was_tuned_or_nobody_asks_models_are_compared_without_a_verdict(
+    compared: Path, narrow: Path, tmp_path: Path
+) -> None:
+    settings = evaluate.Settings(**_report(compared / "tuned")["settings"])
+    for number, more in enumerate(({"model": str(narrow)}, {"verdict": False})):
+        output = tmp_path / str(number)
+        evaluate.run(settings.model_copy(update={"output": str(output), **more}))
+        made = _report(output)
+        assert made["verdict"] is None
+        assert ("base", "tuned") in {(one["before"], one["after"]) for one in made["comparisons"]}
+        assert made["sentences"][0].startswith("nDCG@10 at 32 dims went from ")
+    with pytest.raises(ValueError, match=r"--require-gain: nothing to gain on\. Pass a model that this project tuned"):
+        evaluate.run(settings.model_copy(update={"output": str(tmp_path / "no"), "model": str(narrow), "require_gain": 0.1}))
+    third = {"output": str(tmp_path / "no"), "system": "third", "compare": str(tmp_path / "0"), "verdict": True}
+    assert evaluate._has_verdict(settings.model_copy(update=third), model.describe(settings.model))
+    with pytest.raises(ValueError, match="--no-verdict"):
+        evaluate.Settings(output="out", data=".", compare=".", require_gain=0.1, verdict=False)
 
 
 def test_the_runs_of_an_evaluation_give_its_figures_to_ir_measures(compared: Path) -> None:

@@ -51,6 +51,8 @@ def test_the_verdict_has_the_gain_what_it_cost_and_what_became_of_the_model_else
     assert forgotten["change"] == pytest.approx(elsewhere["tuned", 64] - elsewhere["base", 64])
     assert (finished_pipeline / "report.md").read_text().startswith("# Before and after fine-tuning\n\nVerdict: fine-tune. ")
     assert {one["after"] for one in report["comparisons"]} == {"base", "tuned", "tuned+funnel"}
+    # What became of the model on data that it was not tuned for is no answer to whether tuning was worth it.
+    assert json.loads((finished_pipeline / "also-alike-tuned" / "report.json").read_text())["verdict"] is None
     steps = report["searches"]["queries"][0]["funnel"]
     assert [step["dim"] for step in steps] == [16, 64]
 
@@ -73,6 +75,21 @@ def test_a_gain_that_is_not_shown_stops_the_pipeline_before_the_index_and_keeps_
     report = json.loads((run / "report.json").read_text())
     assert list(report["fingerprints"])[-3:] == ["model", "embeddings", "evaluation-gain"]
     assert (report["verdict"]["required_gain"], report["verdict"]["forgotten"]) == (1.5, [])
+
+
+def test_only_the_data_that_a_model_is_tuned_for_have_a_verdict(tmp_path: Path) -> None:
+    own = pipeline.Settings(output=str(tmp_path), prepare={"python_docs": True}, require_gain=0.0, also={"other": {"beir": "x"}})
+    stages = [stage for _, _, stage in pipeline.plan(own, has_gpu=False)]
+    unjudged = {Path(stage.output).name for stage in stages if isinstance(stage, evaluate.Settings) and not stage.verdict}
+    assert unjudged == {"also-other-base", "also-other-tuned"}
+
+
+def test_a_gain_is_not_required_of_tuning_a_model_that_is_tuned_already(finished_pipeline: Path, tmp_path: Path) -> None:
+    own = pipeline.Settings(
+        output=str(tmp_path), prepare={"python_docs": True}, model=str(finished_pipeline / "model"), require_gain=0.01
+    )
+    with pytest.raises(ValueError, match=r"model is tuned already, so no gain is that of tuning\. Leave it out"):
+        pipeline.run(own)
 
 
 def test_words_are_searched_once_unless_they_are_not_wanted(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from matryoshka import comparison
+from matryoshka import comparison, significance
 from matryoshka.runs import Series
 
 RNG = np.random.default_rng(0)
@@ -44,6 +44,22 @@ def test_a_comparison_has_the_gain_of_the_means_and_a_larger_corrected_p_value()
     found = comparison.find(compared, "base", "tuned")
     assert (found.dim, found.p_corrected < 0.05) == (64, True)
     assert comparison.find(compared, "tuned", "base") is None
+
+
+def test_side_questions_do_not_change_the_answer_to_the_main_one():
+    two = [own for own in SYSTEMS if own.system in ("base", "tuned") and own.dim == 64]
+    (alone,) = comparison.compare(two)
+    compared = comparison.compare(SYSTEMS)
+    main = comparison.find(compared, "base", "tuned")
+    assert alone.p_value == alone.p_corrected == main.p_value == main.p_corrected
+    others = [one for one in compared if one is not main]
+    expected = significance.correct(np.array([one.p_value for one in others]))
+    assert [one.p_corrected for one in others] == expected.tolist()
+
+
+def test_of_several_models_the_main_questions_are_corrected_for_their_number():
+    made = [Series(name, 64, {"nDCG@10": QUALITY + gain}, [[]] * 80) for name, gain in (("a", 0), ("b", 0.1), ("c", 0.2))]
+    assert {one.p_corrected for one in comparison.compare(made)} == {2 / 10_001}
 
 
 def test_one_system_alone_is_compared_with_nothing():

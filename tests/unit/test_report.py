@@ -176,7 +176,7 @@ def test_a_report_comes_back_as_it_was_written(tmp_path: Path):
 def test_a_terminal_shows_fewer_measures_than_the_report():
     rows = [Row("base", 64, metric, 0.5) for metric in ("nDCG@10", "MAP@100", "Recall@10")]
     assert list(report.tables(rows, report.SHOWN)) == ["nDCG@10", "Recall@10"]
-    assert report.gain_table(whole().comparisons)[2] == ["base", "tuned", "64", "+0.200", "+0.200 to +0.200", "0.0003"]
+    assert report.gain_table(whole().comparisons)[2] == ["base", "tuned", "64", "+0.200", "+0.200 to +0.200", "0.0001"]
 
 
 def test_a_report_that_ranks_nothing_has_no_best(tmp_path: Path):

@@ -1,5 +1,6 @@
 """A task put to systems: what is kept on disk, and what the queries tell."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,10 +88,17 @@ def test_a_report_has_verdict_comparisons_resolutions_extremes_and_searches(task
     storage.as_json([made.per_query, made.searches])
 
 
-def test_without_an_untouched_model_there_is_no_verdict(task: Task, found: Findings):
+def test_a_model_has_to_be_better_than_words(task: Task, found: Findings):
+    perfect = {name: np.ones(len(own)) for name, own in found.series[0].values.items()}
+    series = [dataclasses.replace(found.series[0], values=perfect), *found.series[1:]]
+    made = retrieval.weigh(task, Report("t", ()), series, found, "tuned", 0.95, 0.01)
+    assert (made.verdict.decision, "words alone (BM25)" in made.verdict.reason) == ("do not bother", True)
+
+
+def test_where_nobody_asks_for_a_verdict_models_are_compared_all_the_same(task: Task, found: Findings):
     made = retrieval.weigh(task, Report("t", ()), found.series, found, "tuned", 0.95, None)
-    assert (made.verdict, made.extremes) == (None, None)
-    assert made.rows
+    assert (made.verdict, made.extremes.before, made.extremes.after) == (None, "base", "tuned")
+    assert made.comparisons
 
 
 def test_a_funnel_is_evaluated_as_it_is_searched_and_int8_where_the_index_has_it(

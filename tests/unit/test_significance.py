@@ -43,6 +43,11 @@ def test_the_gain_that_is_called_detectable_is_found_in_four_of_five_runs():
     assert float(found.mean()) == pytest.approx(significance.POWER, abs=0.04)
 
 
+def test_queries_that_all_differ_alike_do_not_say_which_gain_they_would_show():
+    assert significance.detectable(np.zeros(60)) is None
+    assert significance.detectable(np.full(60, 0.2)) is None
+
+
 def test_a_clear_difference_is_significant_and_its_interval_keeps_away_from_nothing():
     differences = np.random.default_rng(3).normal(0.1, 0.2, (200, 1))
     low, high = significance.interval(significance.resampled_means(differences), 200)
@@ -57,7 +62,7 @@ def test_systems_that_do_not_differ_have_a_p_value_of_one_and_an_empty_interval(
 
 
 def test_a_single_query_shows_nothing():
-    assert significance.detectable(np.array([0.7])) == float("inf")
+    assert significance.detectable(np.array([0.7])) is None
     assert significance.p_values(np.array([[0.7]])).tolist() == [1.0]
 
 

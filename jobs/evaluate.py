@@ -214,8 +214,7 @@ def _evaluate(settings: Settings) -> Manifest:
         raise ValueError(f"--require-gain: nothing to gain on. {_ASK_FOR_BOTH}")
     previous = artifacts.claim(output, "evaluation", identity, settings.replace)
     if previous and previous.is_complete and not artifacts.find_faults(output, previous):
-        say(f"evaluate: nothing to do, {output} is complete")
-        return previous
+        return _keep(output, previous)
     manifest = Manifest("evaluation", identity, facts={"run": describe_run("evaluate", settings)})
     artifacts.begin(output, manifest, previous)
     with cluster.connected() as session:
@@ -258,8 +257,7 @@ def _rank(settings: Settings) -> Manifest:
     inputs = {name: info.fingerprint for name, (_, info, _) in found.items()}
     previous = artifacts.claim(output, "evaluation", identity, settings.replace)
     if previous and previous.is_complete and previous.inputs == inputs and not artifacts.find_faults(output, previous):
-        say(f"evaluate: nothing to do, {output} is complete")
-        return previous
+        return _keep(output, previous)
     alone = {"output": "", "models": (), "bm25": False, "require_gain": None, "verdict": False, **source.as_settings}
     own = {
         name: settings.model_copy(
@@ -469,6 +467,14 @@ def _refuse_comparing(source: _Retrieval | _Similarity, system: str, settings: S
 def _training(info: ModelInfo) -> Training | None:
     made = artifacts.peek(info.folder, "model") if info.is_tuned else None
     return verdict.training_of(made.facts) if made else None
+
+
+def _keep(output: Path, previous: Manifest) -> Manifest:
+    """Returns the manifest of an evaluation that is complete; its page, which no manifest names, is made if it is missing."""
+    if not (output / page.HTML).is_file():
+        page.write(output)
+    say(f"evaluate: nothing to do, {output} is complete")
+    return previous
 
 
 def _finish(output: Path, manifest: Manifest, made: Report, records: Sequence[FileRecord] = ()) -> Manifest:

@@ -267,18 +267,23 @@ def run(settings: Settings) -> None:
             _run_stage(choice)
             _, *stages = plan(settings, has_gpu=has_gpu, winner=report.read_best(output / _CANDIDATES))
             done.append(choice)
-        missed = _run_stages(stages)
-    _finish(output, previous, settings, [*done, *stages], _GAIN if missed and missed[0] == _GAIN else _AFTER)
+        ran, missed = _run_stages(stages)
+    _finish(output, previous, settings, [*done, *ran], _GAIN if missed and missed[0] == _GAIN else _AFTER)
     if settings.verify:
         verify.run(verify.Settings(folder=settings.output))
     if missed:
         raise missed[1]
 
 
-def _run_stages(stages: Sequence[Stage]) -> tuple[str, NoGainError] | None:
-    """Runs stages to the end, or until the gain that is required is not shown; returns where that was, and what was said."""
+def _run_stages(stages: Sequence[Stage]) -> tuple[list[Stage], tuple[str, NoGainError] | None]:
+    """Runs stages to the end, or until the gain that is required is not shown.
+
+    Returns the stages that ran, and where the gain was missed, and what was said.
+    """
+    ran: list[Stage] = []
     missed: tuple[str, NoGainError] | None = None
     for stage in stages:
+        ran.append(stage)
         try:
             _run_stage(stage)
         except NoGainError as error:
@@ -286,7 +291,7 @@ def _run_stages(stages: Sequence[Stage]) -> tuple[str, NoGainError] | None:
             if missed[0] == _GAIN:
                 say("pipeline: stops before the index, keep the base model")
                 break
-    return missed
+    return ran, missed
 
 
 def _run_stage(stage: Stage) -> None:
@@ -306,6 +311,8 @@ def _finish(output: Path, previous: Manifest | None, settings: Settings, stages:
         page.write(output)
         records = tuple(FileRecord.of(output, output / name) for name in (report.JSON, report.MARKDOWN))
         dataclasses.replace(manifest, receipts=(Receipt("report", len(made.rows), records),)).write(output)
+    elif not (output / page.HTML).is_file():
+        page.write(output)
     for metric, table in report.tables(made.rows, report.SHOWN).items():
         show_table(metric, table)
     for name, rows in made.elsewhere.items():

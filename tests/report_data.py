@@ -217,7 +217,11 @@ def _searches(texts: _Texts, draw: np.random.Generator, num_queries: int) -> dic
         others = [name for name in drawn if name not in relevant]
         results = {str(dim): _ranked([*relevant, *others], dim) for dim in DIMS}
         funnel = [record(dim=64, kept=50, relevant_kept=2), record(dim=384, kept=10, relevant_kept=2 - (number % 3 == 0))]
-        queries.append(record(id=f"q{number}", text=texts.query(number), relevant=relevant, results=results, funnel=funnel))
+        shown = {name for own in results.values() for name, _ in own}
+        counted = record(num_relevant=len(relevant), relevant={name: grade for name, grade in relevant.items() if name in shown})
+        queries.append(record(id=f"q{number}", text=texts.query(number), **counted, results=results, funnel=funnel))
+    # Of labelled text thousands are relevant, of which ten are shown.
+    queries[-1]["num_relevant"] = 2_000
     return record(documents=documents, queries=queries)
 
 

@@ -135,8 +135,9 @@ class Resolution:
         value: Of the headline measure.
         retained: Share of what full width reaches.
         low: Lower end of the share's 95% interval.
-        bytes_per_million: Of the vectors of a million documents.
-        microseconds_per_query: Of exact search here; None where it was not measured.
+        bytes_per_million: Of the vectors of a million documents, of chunked ones with all their chunks.
+        microseconds_per_query: In which a query is compared with every document of this corpus, in memory, in a batch; None
+            where it was not measured.
         seconds_per_million: In which a thousand queries are compared with a million documents, one and all; None: the same.
     """
 
@@ -172,7 +173,13 @@ class Resolutions:
 
 
 def resolutions(
-    series: Sequence[Series], system: str, floor: float, microseconds: Mapping[int, float], num_documents: int, metric: str = NDCG
+    series: Sequence[Series],
+    system: str,
+    floor: float,
+    microseconds: Mapping[int, float],
+    num_documents: int,
+    rows_per_document: float = 1.0,
+    metric: str = NDCG,
 ) -> Resolutions | None:
     """Returns what each dim of a system keeps of full width; None where full width finds nothing.
 
@@ -180,8 +187,9 @@ def resolutions(
         series: Of all systems.
         system: Which one.
         floor: Share that is to be kept.
-        microseconds: That exact search took for one query, by dim.
-        num_documents: That it searched.
+        microseconds: In which one query is compared with all documents, by dim.
+        num_documents: So many.
+        rows_per_document: Vectors of each, on average.
         metric: Name of the measure.
     """
     own = sorted((one for one in series if one.system == system and one.dim is not None), key=lambda one: -(one.dim or 0))
@@ -199,7 +207,7 @@ def resolutions(
         by_dim.append(
             Resolution(
                 dim, float(means[place]), float(means[place] / means[0]), float(low[place]),
-                _BYTES_PER_NUMBER * dim * _MILLION, taken, scaled,
+                round(_BYTES_PER_NUMBER * dim * _MILLION * rows_per_document), taken, scaled,
             )
         )  # fmt: skip
     enough = [one.dim for one in by_dim if one.low >= floor]

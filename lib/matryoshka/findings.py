@@ -1,5 +1,6 @@
 """Pictures of what an evaluation found: quality, what it costs, and the queries behind it. None where a report lacks them."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +20,8 @@ def evidence(reading: Reading) -> Figure | None:
     forms = {"data": TEXT, "metric": TEXT, "dim": WHOLE, "before": PLACES, "after": PLACES, "change": CHANGE, "low": CHANGE,
              "high": CHANGE}  # fmt: skip
     here = {**verdict, "data": "this data", "change": verdict["gain"]}
-    rows = [{key: own.get(key) for key in forms} for own in (here, *(verdict.get("forgotten") or ()))]
+    others = reading.records("verdict", "forgotten", having=("data", "change"))
+    rows = [{key: own.get(key) for key in forms} for own in (here, *others)]
     needed = verdict.get("required_gain")
     rules = [{"at": 0.0, "what": "no change"}, *([{"at": needed, "what": "required"}] if needed else [])]
     base = figures.rows_of().encode(
@@ -45,12 +47,12 @@ def evidence(reading: Reading) -> Figure | None:
 def quality(reading: Reading) -> Figure | None:
     """Returns quality by dim of every system, with intervals; systems without dims are lines."""
     systems, metrics, dims = reading.systems, reading.metrics, reading.dims
-    found = [row for row in reading.records("rows") if row.get("value") is not None]
+    found = [row for row in reading.rows if row.get("value") is not None]
     if not dims or not found:
         return None
     forms = {"system": TEXT, "dim": WHOLE, "metric": TEXT, "value": PLACES, "low": PLACES, "high": PLACES}
     rows = [{key: row.get(key) for key in forms} for row in found]
-    rows.sort(key=lambda row: (metrics.index(row["metric"]), systems.index(row["system"]), -(row["dim"] or 0)))
+    rows.sort(key=lambda row: (metrics.index(str(row["metric"])), systems.index(row["system"]), -(row["dim"] or 0)))
     dense = alt.Scale(domain=[name for name in systems if any(row["system"] == name and row["dim"] is not None for row in rows)])
     data = figures.rows_of().transform_filter("datum.metric === metric")
     axis = alt.Axis(values=dims, format="d", grid=False)
@@ -94,7 +96,8 @@ def _say_quality(reading: Reading, rows: Sequence[Json], metric: str) -> str:
 
 def resolutions(reading: Reading) -> Figure | None:
     """Returns the quality retained against the size of the vectors, one point per dim, with the recommended one marked."""
-    found = [row for row in reading.records("resolutions", "by_dim") if row.get("bytes_per_million")]
+    known = reading.records("resolutions", "by_dim", having=("dim", "retained", "bytes_per_million"))
+    found = [row for row in known if row["bytes_per_million"] > 0]
     if not found:
         return None
     recommended, floor = reading.part("resolutions", "recommended"), reading.part("resolutions", "floor")
@@ -131,7 +134,8 @@ def frontier(reading: Reading) -> Figure | None:
     """Returns quality against time per query of the index's plans, with the chosen one marked."""
     chosen = reading.part("frontier", "chosen")
     forms = {"name": TEXT, "plan": TEXT, "quality": SHARE, "low": SHARE, "high": SHARE, "microseconds": COUNT}
-    rows = [{key: point.get(key) for key in forms} for point in reading.records("frontier", "points")]
+    known = reading.records("frontier", "points", having=("quality", "microseconds"))
+    rows = [{key: point.get(key) for key in forms} for point in known if point["microseconds"] > 0]
     if not rows:
         return None
     for row in rows:
@@ -151,7 +155,7 @@ def frontier(reading: Reading) -> Figure | None:
     caption = "Quality is the share of what exact search at full width reaches."
     best = next((row for row in rows if row["choice"] == CHOSEN), None)
     if best:
-        caption += f" Chosen: {best['plan']}, {best['quality']:.1%} in {best['microseconds']:,.0f} microseconds."
+        caption += f" Chosen: {best['plan'] or best['name']}, {best['quality']:.1%} in {best['microseconds']:,.0f} microseconds."
     title = "Quality against time per query"
     return Figure("frontier", title, caption, figures.specify(chart, 300, rows=rows), Table.of("frontier", title, forms, rows))
 
@@ -163,14 +167,19 @@ def _beside(base: alt.Chart) -> Any:
 
 def gains(reading: Reading) -> Figure | None:
     """Returns the change of every query at a dim, from the largest gain to the largest loss."""
-    values, (before, after) = reading.mapping("per_query", "values"), reading.pair
-    dims = [dim for dim in values.get(before) or {} if dim in (values.get(after) or {})]
-    if not dims:
+    old, new = (reading.mapping("per_query", "values", name) for name in reading.pair)
+    found = {dim: _changes(reading, old[dim], new[dim]) for dim in old if dim in new}
+    changes = {dim: own for dim, own in found.items() if own}
+    if not changes:
         return None
-    changes = {dim: _changes(reading, values[before][dim], values[after][dim]) for dim in dims}
+    dims = list(changes)
     num_queries = len(changes[dims[0]])
     drawn = figures.steps(num_queries)
-    rows = [{"dim": dim, "share": (rank + 0.5) / num_queries, **own[rank]} for dim, own in changes.items() for rank in drawn]
+    rows = [
+        {"dim": dim, "share": (rank + 0.5) / len(own), **own[rank]}
+        for dim, own in changes.items()
+        for rank in figures.steps(len(own))
+    ]
     kinds = alt.Color("kind:N", title=None, scale=alt.Scale(domain=["lost", "gained"]))
     axis = alt.Axis(format=".0%", grid=False, tickCount=5)
     share = alt.X("share:Q", title="share of queries, ordered by change", axis=axis, scale=alt.Scale(domain=[0, 1], nice=False))
@@ -192,11 +201,13 @@ def gains(reading: Reading) -> Figure | None:
     return Figure("gains", title, caption, spec, table, Choice("Dims", "dim", tuple(dims)), is_wide=True)
 
 
-def _changes(reading: Reading, before: Sequence[float], after: Sequence[float]) -> list[dict[str, Any]]:
-    """Returns what became of each query, the largest gain first."""
+def _changes(reading: Reading, before: Sequence[float | None], after: Sequence[float | None]) -> list[dict[str, Any]]:
+    """Returns what became of each query that has both values, the largest gain first."""
+    texts = reading.part("per_query", "texts") or ()
     found = [
-        {"query": figures.cut(text), "before": old, "after": new, "change": round(new - old, 4)}
-        for text, old, new in zip(reading.records("per_query", "texts"), before, after, strict=True)
+        {"query": figures.cut(text or ""), "before": old, "after": new, "change": round(new - old, 4)}
+        for text, old, new in itertools.zip_longest(texts, before, after)
+        if old is not None and new is not None
     ]
     return sorted(found, key=lambda query: -query["change"])
 

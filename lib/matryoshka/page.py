@@ -105,7 +105,7 @@ def render(value: Json) -> str:
         extremes_place=f" at {reading.part('extremes', 'dim')} dims" if reading.part("extremes", "dim") else "",
         gained=_extremes(reading, "gained"),
         lost=_extremes(reading, "lost"),
-        has_queries=bool(reading.part("per_query", "ids")),
+        has_queries=all(reading.part("per_query", key) for key in ("ids", "texts", "values")),
         policy=_policy(style, scripts),
         style=style,
         scripts=scripts,
@@ -163,9 +163,9 @@ def _sentences(reading: Reading) -> list[str]:
 
 def _verdict(reading: Reading) -> _Verdict | None:
     verdict = reading.mapping("verdict")
-    if not verdict:
+    if "decision" not in verdict:
         return None
-    decision = str(verdict.get("decision"))
+    decision = str(verdict["decision"])
     caution = ""
     if verdict.get("is_small"):
         caution = f"{verdict.get('num_queries') or 'So few'} queries tell little."
@@ -180,14 +180,14 @@ def _numbers(verdict: Json) -> Iterable[_Number]:
     if verdict.get("gain") is not None:
         place = f"{verdict.get('metric')} gained at {verdict.get('dim')} dims"
         yield _Number(place, _show(verdict["gain"], "+.3f"), "; ".join(_gain_details(verdict)))
-    training = verdict.get("training")
-    if training:
+    training = verdict.get("training") or {}
+    if training.get("device_hours") is not None:
         hours, num_devices = training["device_hours"], training.get("num_devices") or 1
         amount = f"{hours:,.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
-        device = _DEVICES.get(training.get("device"), "worker") + "s" * (num_devices > 1)
+        device = _DEVICES.get(str(training.get("device")), "worker") + "s" * (num_devices > 1)
         yield _Number("Training cost", amount, f"of device time, measured: {num_devices} {device}, their times added up")
-    saving = verdict.get("saving")
-    if saving:
+    saving = verdict.get("saving") or {}
+    if all(saving.get(key) for key in ("dim", "retained", "bytes_per_million_before", "bytes_per_million")):
         before, after = saving["bytes_per_million_before"], saving["bytes_per_million"]
         detail = f"{_bytes(before)} to {_bytes(after)} per million documents; keeps {saving['retained']:.1%} of the quality"
         yield _Number(f"Smaller vectors at {saving['dim']} dims", _show(after / before - 1, "+.0%"), detail)
@@ -246,8 +246,10 @@ def _sections(reading: Reading) -> list[_Section]:
 def _elsewhere(reading: Reading) -> list[Table]:
     """Returns the figures of the same systems on other data."""
     forms = {"metric": "", "system": "", "dim": "d", "value": ".4f", "low": ".4f", "high": ".4f"}
-    other = reading.mapping("elsewhere")
-    return [Table.of(f"elsewhere-{name}", f"On other data: {name}", forms, rows) for name, rows in other.items()]
+    return [
+        Table.of(f"elsewhere-{name}", f"On other data: {name}", forms, reading.records("elsewhere", name))
+        for name in reading.mapping("elsewhere")
+    ]
 
 
 def _comparisons(reading: Reading) -> Table:
@@ -292,7 +294,7 @@ def _amounts(reading: Reading) -> Table:
 
 
 def _facts(reading: Reading, key: str, title: str) -> Table:
-    found = {name: value for name, value in reading.mapping(key).items() if name != "commands"}
+    found = {name: value for name, value in (reading.part(key) or {}).items() if name != "commands"}
     return Table.of(key, title, {"name": "", "value": ""}, [{"name": name, "value": value} for name, value in _flatten(found)])
 
 
@@ -310,4 +312,16 @@ def _flatten(value: Json, before: str = "") -> Iterable[tuple[str, str]]:
 
 
 def _extremes(reading: Reading, key: str) -> list[dict[str, Any]]:
-    return [{**query, "change": query["after"] - query["before"]} for query in reading.records("extremes", key)]
+    return [
+        {
+            **{name: query[name] for name in ("before", "after")},
+            "text": query.get("text") or "",
+            "change": query["after"] - query["before"],
+            "results": {name: _results(own or ()) for name, own in (query.get("results") or {}).items()},
+        }
+        for query in reading.records("extremes", key, having=("before", "after"))
+    ]
+
+
+def _results(found: Sequence[Json | None]) -> list[dict[str, Any]]:
+    return [{"text": one.get("text") or "", "grade": one.get("grade")} for one in found if one]

@@ -4,6 +4,7 @@ Source: the measures are those of Kornblith et al. 2019, arXiv:1905.00414 (linea
 doi:10.1016/0377-0427(87)90125-7 (silhouette).
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -21,33 +22,40 @@ _SMALL = "datum.value < 0.01 ? format(datum.value, datum.value ? '~e' : 'd') : d
 def maps(reading: Reading) -> list[Figure]:
     """Returns the latent space before and after: the same documents, each at its place in either."""
     shown = reading.mapping("anatomy", "map")
-    if not shown.get("before") or not shown.get("after"):
+    documents = _documents(shown)
+    if not documents:
         return []
-    labels, said = _labels(shown)
-    common = [name for name, _ in Counter(filter(None, labels)).most_common(_NUM_GROUPS)]
-    caption = f"{len(labels):,} documents in two dims ({shown.get('method') or 'projected'}), coloured by {said}."
+    said = "label" if shown.get("labels") else "cluster before fine-tuning"
+    common = [name for name, _ in Counter(own["label"] for own in documents if own["label"]).most_common(_NUM_GROUPS)]
+    caption = f"{len(documents):,} documents in two dims ({shown.get('method') or 'projected'}), coloured by {said}."
     caption += " One that is pointed at stands out in both maps."
     return [
-        _map(side, title, caption, _places(shown, side, labels, common), common)
+        _map(side, title, caption, _places(documents, side, common), common)
         for side, title in (("before", "Documents before fine-tuning"), ("after", "Documents after fine-tuning"))
     ]
 
 
-def _labels(shown: Json) -> tuple[list[str], str]:
-    """Returns the label of each document, or its cluster where there are no labels, and which of both it is."""
-    if shown.get("labels"):
-        return shown["labels"], "label"
-    clusters = shown.get("clusters") or [0] * len(shown["ids"])
-    return [f"cluster {number + 1}" for number in clusters], "cluster before fine-tuning"
-
-
-def _places(shown: Json, side: str, labels: Sequence[str], common: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns each document with its place and group: its label, if that is among the commonest."""
-    found = zip(shown[side], labels, shown["ids"], shown["texts"], strict=True)
+def _documents(shown: Json) -> list[dict[str, Any]]:
+    """Returns the documents that have a place in both maps, each with its label, or its cluster where there are no labels."""
+    labels = shown.get("labels") or [None if one is None else f"cluster {one + 1}" for one in shown.get("clusters") or ()]
+    columns = (shown.get("before") or (), shown.get("after") or (), labels, shown.get("ids") or (), shown.get("texts") or ())
     return [
-        {"place": place, "x": x, "y": y, "label": label, "group": label if label in common else OTHER, "id": name,
-         "text": figures.cut(text)}
-        for place, ((x, y), label, name, text) in enumerate(found)
+        {"before": before, "after": after, "label": label or "", "id": name or "", "text": figures.cut(text or "")}
+        for before, after, label, name, text in itertools.zip_longest(*columns)
+        if _is_place(before) and _is_place(after)
+    ]
+
+
+def _is_place(value: Sequence[float | None] | None) -> bool:
+    return value is not None and len(value) == 2 and None not in value
+
+
+def _places(documents: Sequence[Json], side: str, common: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns each document with its place and group: its label, if that is among the commonest."""
+    return [
+        {"place": place, "x": own[side][0], "y": own[side][1], "label": own["label"],
+         "group": own["label"] if own["label"] in common else OTHER, "id": own["id"], "text": own["text"]}
+        for place, own in enumerate(documents)
     ]  # fmt: skip
 
 
@@ -85,7 +93,7 @@ def layers(reading: Reading) -> list[Figure]:
             "layer": str(row["layer"]).removeprefix("layer "),
             "moved": 1 - row["cka"] if row.get("cka") is not None else None,
         }
-        for row in reading.records("anatomy", "layers")
+        for row in reading.records("anatomy", "layers", having=("layer",))
     ]
     weights, moved = ([row for row in rows if row.get(key) is not None] for key in ("weight_change", "moved"))
     length = "Length of the change over the length of the weights."
@@ -123,8 +131,8 @@ def prefixes(reading: Reading) -> list[Figure]:
 
 
 def _by_dim(reading: Reading, key: str, title: str, caption: str, form: str) -> Figure | None:
-    systems = reading.mapping("anatomy", "by_system")
-    rows = [{"system": name, "dim": dim, "value": value} for name, own in systems.items() for dim, value in own.get(key) or ()]
+    found = {name: reading.records("anatomy", "by_system", name, key) for name in reading.mapping("anatomy", "by_system")}
+    rows = [{"system": name, "dim": own[0], "value": own[1]} for name, pairs in found.items() for own in pairs if _is_place(own)]
     if not rows:
         return None
     forms = {"system": TEXT, "dim": WHOLE, "value": form}
@@ -151,8 +159,8 @@ def training(reading: Reading) -> list[Figure]:
 
 def _dev(reading: Reading) -> Figure | None:
     rows = [
-        {**row, "dims": f"{row['dim']} dims" if row["dim"] else "mean of all"}
-        for row in reading.records("training", "evaluations")
+        {**row, "dims": f"{row['dim']} dims" if row.get("dim") else "mean of all"}
+        for row in reading.records("training", "evaluations", having=("step", "metric", "value"))
     ]
     if not rows:
         return None
@@ -165,7 +173,7 @@ def _dev(reading: Reading) -> Figure | None:
 
 
 def _curve(reading: Reading, key: str, title: str, caption: str) -> Figure | None:
-    found = [row for row in reading.records("training", "curves") if row.get(key) is not None]
+    found = reading.records("training", "curves", having=("step", key))
     if not found:
         return None
     rows = [{"step": found[place]["step"], key: found[place][key]} for place in figures.steps(len(found))]

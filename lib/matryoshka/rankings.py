@@ -4,7 +4,6 @@ Documents are numbers in the order of their ids, so that the order among equals 
 counts as its best chunk, and stands once.
 """
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,6 +29,8 @@ _QUERIES_AT_ONCE = 2_048  # whose signs are compared: many documents tie
 _BLOCK_ROWS = 1 << 14  # small units are looked through together
 _SPARE = 28  # candidates beyond those that are wanted, so that a gap shows
 _RESCORED = 4  # so many times the results are kept by the signs alone
+_TIMED_QUERIES, _MOST_TIMED_ROWS = 256, 1 << 14
+_MOST_TIMED_NUMBERS = 1 << 22  # of documents: 2 GFLOP a pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +87,12 @@ class Rankings:
     Attributes:
         scores: Higher is better; ``PADDING`` where there is nothing more.
         documents: Numbers of a catalogue; -1 pads.
-        seconds: That the search took.
 
     Shapes: scores [Q, K], documents [Q, K].
     """
 
     scores: Float32Array
     documents: IntArray
-    seconds: float
 
     def ids(self, names: Names) -> list[list[str]]:
         """Returns the ids of the documents, without padding."""
@@ -120,16 +119,31 @@ def exact(
 
     Shapes: queries [Q, D].
     """
-    start, cut = time.perf_counter(), shrink(queries, dim)
+    cut = shrink(queries, dim)
     if packing == "binary":
         parts = (cut[first : first + _QUERIES_AT_ONCE] for first in range(0, len(cut), _QUERIES_AT_ONCE))
-        found = [_rank(*_by_signs(store, catalogue, part, num_results), num_results) for part in parts]
-        scores, documents = topk.pad(found)
+        scores, documents = topk.pad([_scan_signs(store, catalogue, part, num_results) for part in parts])
     elif catalogue.is_chunked:
         scores, documents = _scan(store, catalogue, cut, num_results, packing)
     else:
         scores, documents = _compare(store, catalogue, cut, num_results, packing)
-    return Rankings(scores, documents, time.perf_counter() - start)
+    return Rankings(scores, documents)
+
+
+def time_products(store: EmbeddingStore, queries: Vectors, dims: Sequence[int]) -> dict[int, float]:
+    """Returns the seconds that comparing one query with one row takes at each dim; nothing where there are none of either.
+
+    The matrix product alone is timed, on the CPU: 256 queries at once and the same sample of rows at every dim, both in memory
+    (few ones are repeated), after a warm-up. Reading, choosing the best and ranking cost the same at every dim.
+
+    Shapes: queries [Q, D].
+    """
+    _, block = next(_blocks(store), (0, np.empty((0, 0), np.float16)))
+    if not len(block) or not len(queries):
+        return {}
+    num_rows = min(_MOST_TIMED_ROWS, max(_MOST_TIMED_NUMBERS // max(dims), 1))
+    rows, asked = block[np.arange(num_rows) % len(block)], queries[np.arange(_TIMED_QUERIES) % len(queries)]
+    return {dim: products.time_products(shrink(asked, dim), shrink(rows, dim)) / (_TIMED_QUERIES * num_rows) for dim in dims}
 
 
 def through_funnel(searcher: Searcher, catalogue: Catalogue, queries: Vectors, num_results: int) -> Rankings:
@@ -140,7 +154,6 @@ def through_funnel(searcher: Searcher, catalogue: Catalogue, queries: Vectors, n
 
     Shapes: queries [Q, D].
     """
-    start = time.perf_counter()
 
     def search(rows: IntArray, num_asked: int) -> Lists:
         ranking = searcher.search(queries[rows], num_asked)
@@ -150,7 +163,7 @@ def through_funnel(searcher: Searcher, catalogue: Catalogue, queries: Vectors, n
         scores, documents = _best_documents(search, len(queries), searcher.num_documents, num_results)
     else:
         scores, documents = search(np.arange(len(queries)), num_results)
-    return Rankings(scores, documents, time.perf_counter() - start)
+    return Rankings(scores, documents)
 
 
 def by_words(index: LexicalIndex, catalogue: Catalogue, queries: Sequence[str], num_results: int) -> Rankings:
@@ -162,7 +175,7 @@ def by_words(index: LexicalIndex, catalogue: Catalogue, queries: Sequence[str], 
         queries: Their texts.
         num_results: K.
     """
-    start, num_rows = time.perf_counter(), len(catalogue.numbers)
+    num_rows = len(catalogue.numbers)
     size = max(_MOST_WORD_SCORES // max(num_rows, 1), 1)
 
     def search(rows: IntArray, num_asked: int) -> Lists:
@@ -174,8 +187,7 @@ def by_words(index: LexicalIndex, catalogue: Catalogue, queries: Sequence[str], 
         scores, found = topk.pad(parts)
         return scores, np.where(found >= 0, catalogue.numbers[found], -1)
 
-    scores, documents = _best_documents(search, len(queries), num_rows, num_results)
-    return Rankings(scores, documents, time.perf_counter() - start)
+    return Rankings(*_best_documents(search, len(queries), num_rows, num_results))
 
 
 def _compare(store: EmbeddingStore, catalogue: Catalogue, cut: Float32Array, num_results: int, packing: Packing) -> Lists:
@@ -254,6 +266,15 @@ def _scan(store: EmbeddingStore, catalogue: Catalogue, cut: Float32Array, num_re
         scores, documents = np.concatenate([scores, more[0]], axis=1), np.concatenate([documents, more[1]], axis=1)
         scores, documents = _rank(scores, documents, num_results)
     return scores, documents
+
+
+def _scan_signs(store: EmbeddingStore, catalogue: Catalogue, cut: Float32Array, num_results: int) -> Lists:
+    """Returns the best documents among those that signs choose: more, where the rows belong to too few documents."""
+
+    def search(rows: IntArray, num_asked: int) -> Lists:
+        return _by_signs(store, catalogue, cut[rows], num_asked)
+
+    return _best_documents(search, len(cut), len(catalogue.numbers), num_results)
 
 
 def _by_signs(store: EmbeddingStore, catalogue: Catalogue, cut: Float32Array, num_results: int) -> Lists:

@@ -58,31 +58,41 @@ class Reading:
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
 
-    def records(self, *keys: str) -> list[Any]:
-        """Returns the list under a path of keys; empty where there is none."""
-        return list(self.part(*keys) or ())
+    def records(self, *keys: str, having: Sequence[str] = ()) -> list[Any]:
+        """Returns what is not null of the list under a path of keys, of records those that have all of some values.
+
+        >>> Reading({"rows": [{"dim": 64}, None, {"dim": None}]}).records("rows", having=["dim"])
+        [{'dim': 64}]
+        """
+        found = [record for record in self.part(*keys) or () if record is not None]
+        return [record for record in found if all(record.get(name) is not None for name in having)]
 
     def mapping(self, *keys: str) -> dict[str, Any]:
-        """Returns the mapping under a path of keys; empty where there is none."""
-        return dict(self.part(*keys) or {})
+        """Returns what is not null of the mapping under a path of keys; empty where there is none."""
+        return {key: value for key, value in (self.part(*keys) or {}).items() if value is not None}
+
+    @property
+    def rows(self) -> list[Json]:
+        """Returns the figures, as far as it is known whose they are."""
+        return self.records("rows", having=("system", "metric"))
 
     @property
     def metrics(self) -> list[str]:
         """Returns the metrics of the report, its headline first."""
-        found = list(dict.fromkeys(str(row["metric"]) for row in self.records("rows")))
+        found = list(dict.fromkeys(str(row["metric"]) for row in self.rows))
         wanted = [self.part("verdict", "metric"), *_HEADLINES]
         return sorted(found, key=lambda metric: wanted.index(metric) if metric in wanted else len(wanted))
 
     @property
     def dims(self) -> list[int]:
         """Returns all dims, widest first."""
-        return sorted({int(row["dim"]) for row in self.records("rows") if row.get("dim") is not None}, reverse=True)
+        return sorted({int(row["dim"]) for row in self.rows if row.get("dim") is not None}, reverse=True)
 
     @property
     def systems(self) -> list[str]:
         """Returns the systems of the report: models before their variants, and last what has no dims."""
         has_dims: dict[str, bool] = {}
-        for row in self.records("rows"):
+        for row in self.rows:
             has_dims[str(row["system"])] = has_dims.get(str(row["system"]), False) or row.get("dim") is not None
         return sorted(has_dims, key=lambda name: (not has_dims[name], VARIANT in name))
 

@@ -63,13 +63,25 @@ class Task:
         return (f"{num_unjudged} queries without judgements were left out.",) if num_unjudged else ()
 
     def find_texts(self, names: Collection[str]) -> dict[str, str]:
-        """Returns the texts of documents by id; of chunked ones, that of one chunk."""
+        """Returns the texts of documents by id; of chunked ones, that of the first chunk."""
         _, paths = corpus.find_files(self.data.corpus)
         if not self.data.is_chunked:
             return corpus.find_texts_in(paths, names, Columns())
-        chunks = {units.document_of(name): name for name in corpus.read_ids(paths)}
-        found = corpus.find_texts_in(paths, [chunks[name] for name in names if name in chunks], Columns())
+        wanted, first = set(names), dict[str, str]()
+        for name in corpus.read_ids(paths) if wanted else ():
+            document = units.document_of(name)
+            if document in wanted:
+                first.setdefault(document, name)
+        found = corpus.find_texts_in(paths, first.values(), Columns())
         return {units.document_of(name): text for name, text in found.items()}
+
+    def count_rows(self) -> float:
+        """Returns the rows of a document on average: its chunks, if it was cut."""
+        if not self.data.is_chunked:
+            return 1.0
+        _, paths = corpus.find_files(self.data.corpus)
+        catalogue = Catalogue.of(corpus.read_ids(paths), is_chunked=True)
+        return len(catalogue.numbers) / max(len(catalogue.names), 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +91,8 @@ class Findings:
     Attributes:
         series: What each system got on every query.
         records: The runs that were written.
-        microseconds: That exact search took for one query, by dim.
-        num_documents: Rows that it compared.
+        microseconds: In which one query is compared with all documents, by dim.
+        num_documents: So many; one that was cut into chunks counts once.
         shown: A sample of searches.
         frontier: Plans of the index, as a JSON value.
         training: What the model's training cost.
@@ -155,11 +167,10 @@ def search_vectors(
     judged, catalogue = keeper.judged, keeper.catalogue
     rows = showcase.choose_searches(judged)
     is_int8 = index is not None and index.layout.storage == "int8"
-    microseconds, results = {}, {}
+    results = {}
     for dim in dims:
         found = rankings.exact(store, catalogue, queries, dim, metrics.DEPTH)
         keeper.keep(system, dim, found)
-        microseconds[dim] = round(1e6 * found.seconds / max(len(queries), 1), 1)
         results[dim] = showcase.list_results(found, catalogue, judged, rows)
         for packing in dict.fromkeys([*packings, *(("int8",) if is_int8 else ())]):
             # Signs are asked for ten results, as they are when serving: for more they would also hand on more to be rescored.
@@ -175,8 +186,10 @@ def search_vectors(
         keeper.keep(f"{system}{evaluation.FUNNEL}", plan.shortlist.dim, found, depth)
         relevant = [showcase.relevant_documents(task.qrels, name) for name in shown.query_ids]
         shown = dataclasses.replace(shown, funnel=showcase.trace(searcher, catalogue, queries[judged.asked[rows]], relevant))
+    seconds, num_rows = rankings.time_products(store, queries, dims), len(catalogue.numbers)
+    microseconds = {dim: float(f"{1e6 * num_rows * one:.4g}") for dim, one in seconds.items()}
     return Findings(
-        tuple(keeper.series), tuple(keeper.records), microseconds, len(catalogue.numbers), shown,
+        tuple(keeper.series), tuple(keeper.records), microseconds, len(catalogue.names), shown,
         index.frontier if index else None,
     )  # fmt: skip
 
@@ -199,10 +212,10 @@ def weigh(
     before = next((own.system for own in series if evaluation.is_plain(own)), system)
     chosen = comparison.find(compared, before, system)
     words = comparison.find(compared, lexical.NAME, system)
-    kept = comparison.resolutions(series, system, floor, found.microseconds, found.num_documents)
+    kept = comparison.resolutions(series, system, floor, found.microseconds, found.num_documents, task.count_rows())
     answer = _decide(chosen, words, rows, required_gain, found.training, kept) if chosen and required_gain is not None else None
     extremes = showcase.find_extremes(task.judged_ids, series, chosen, task.qrels, texts) if chosen else None
-    wanted = {*(extremes.documents if extremes else ()), *(found.shown.documents(task.qrels) if found.shown else ())}
+    wanted = {*(extremes.documents if extremes else ()), *(found.shown.documents if found.shown else ())}
     documents = task.find_texts(wanted)
     return dataclasses.replace(
         made,

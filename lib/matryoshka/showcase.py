@@ -19,7 +19,6 @@ _EXTREMES, _SHOWN_RESULTS = 10, 5
 _SHOWN_CHARACTERS, _SHOWN_QUERY_CHARACTERS = 300, 120
 _DIGITS, _SCORE_DIGITS = 4, 4
 _SEARCHES, _SALT, _RESULTS_PER_SEARCH = 100, "shown searches", 10
-_MOST_RELEVANT = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,36 +177,39 @@ class Searches:
     results: Mapping[int, Sequence[Sequence[tuple[str, float]]]]
     funnel: Sequence[Sequence[Mapping[str, int]]] = ()
 
-    def documents(self, qrels: Qrels) -> set[str]:
-        """Returns the ids of the documents that are shown: what was found, and what is relevant."""
-        found = {name for own in self.results.values() for one in own for name, _ in one}
-        return found | {name for query in self.query_ids for name in relevant_documents(qrels, query)}
+    @property
+    def documents(self) -> set[str]:
+        """Ids of the documents that are shown."""
+        return {name for own in self.results.values() for one in own for name, _ in one}
 
     def as_json(self, qrels: Qrels, queries: Mapping[str, str], texts: Mapping[str, str]) -> dict[str, Any]:
-        """Returns the sample with texts as a JSON value.
+        """Returns the sample with texts as a JSON value; of the relevant documents, all are counted, and those shown have grades.
 
         Args:
             qrels: Judgements.
             queries: Texts of the queries by id.
             texts: Texts of the documents by id.
         """
-        shown = sorted(self.documents(qrels))
         return {
-            "documents": {name: texts.get(name, "")[:_SHOWN_CHARACTERS] for name in shown},
+            "documents": {name: texts.get(name, "")[:_SHOWN_CHARACTERS] for name in sorted(self.documents)},
             "queries": [
-                {
-                    "id": name,
-                    "text": queries.get(name, ""),
-                    "relevant": relevant_documents(qrels, name),
-                    "results": {str(dim): [list(one) for one in own[row]] for dim, own in self.results.items()},
-                    "funnel": list(self.funnel[row]) if self.funnel else [],
-                }
-                for row, name in enumerate(self.query_ids)
+                self._tell(row, name, queries, relevant_documents(qrels, name)) for row, name in enumerate(self.query_ids)
             ],
+        }
+
+    def _tell(self, row: int, name: str, queries: Mapping[str, str], relevant: Mapping[str, int]) -> dict[str, Any]:
+        results = {str(dim): [list(one) for one in own[row]] for dim, own in self.results.items()}
+        shown = sorted({str(document) for own in results.values() for document, _ in own}.intersection(relevant))
+        return {
+            "id": name,
+            "text": queries.get(name, ""),
+            "num_relevant": len(relevant),
+            "relevant": {document: relevant[document] for document in shown},
+            "results": results,
+            "funnel": list(self.funnel[row]) if self.funnel else [],
         }
 
 
 def relevant_documents(qrels: Qrels, query: str) -> dict[str, int]:
-    """Returns the relevant documents of a query with their grades, at most fifty: of labelled data there may be thousands."""
-    best = sorted(((name, grade) for name, grade in qrels.get(query, {}).items() if grade > 0), key=lambda one: (-one[1], one[0]))
-    return dict(best[:_MOST_RELEVANT])
+    """Returns the relevant documents of a query with their grades: of labelled data there may be thousands."""
+    return {name: grade for name, grade in qrels.get(query, {}).items() if grade > 0}

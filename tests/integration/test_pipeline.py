@@ -10,7 +10,7 @@ import pytest
 
 from jobs import evaluate, pipeline, verify
 from jobs.entry import NoGainError
-from matryoshka import model
+from matryoshka import model, page
 from matryoshka.artifacts import Manifest, Receipt
 from matryoshka.indexing import IndexStore
 from matryoshka.pairs import DatasetStore
@@ -65,16 +65,24 @@ def test_a_gain_that_is_not_shown_stops_the_pipeline_before_the_index_and_keeps_
         shutil.rmtree(run / made)
     settings = pipeline.Settings.from_command_line(["--config", str(pipeline_config)], "pipeline")
     settings = settings.model_copy(update={"output": str(run), "require_gain": 1.5})
+    pages = [run / name / page.HTML for name in (".", "candidates", "evaluation-base")]
+    seen = []
     for _ in range(2):
+        for path in pages:
+            path.unlink()  # the second time nothing else is left to do
         with pytest.raises(NoGainError, match=r"do not bother\. nDCG@10 at 64 dims"):
             pipeline.run(settings)
         assert "stops before the index, keep the base model" in capsys.readouterr().out
-        before = folders.times(run)
-    assert folders.times(run) == before
+        assert all(path.is_file() for path in pages)
+        seen.append({name: when for name, when in folders.times(run).items() if not name.endswith(page.HTML)})
+    assert seen[0] == seen[1]
     assert not (run / "index").exists()
     report = json.loads((run / "report.json").read_text())
-    assert list(report["fingerprints"])[-3:] == ["model", "embeddings", "evaluation-gain"]
+    assert list(report["fingerprints"])[-4:] == ["model", "anatomy", "embeddings", "evaluation-gain"]
     assert (report["verdict"]["required_gain"], report["verdict"]["forgotten"]) == (1.5, [])
+    ran = [command.split()[2] for command in report["environment"]["commands"]]
+    assert ran[-2:] == ["jobs.embed", "jobs.evaluate"]
+    assert not {"jobs.index", "jobs.search"} & set(ran)
 
 
 def test_only_the_data_that_a_model_is_tuned_for_have_a_verdict(tmp_path: Path) -> None:

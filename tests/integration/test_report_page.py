@@ -156,6 +156,17 @@ def test_a_query_is_found_and_shown_by_keyboard_alone(browser: Browser, full: Pa
     assert view.locator("#suggestions").is_hidden()
 
 
+def test_of_thousands_of_relevant_documents_all_are_counted_and_those_shown_are_marked(browser: Browser, full: Path) -> None:
+    view = browser.open(full).view
+    view.locator("#question").fill("(case 59)")
+    view.keyboard.press("Enter")
+    assert view.locator("#answer > p").first.inner_text() == "2,000 relevant documents."
+    first = view.locator("#answer .column").first
+    assert first.locator(".quiet").inner_text() == "2 of 2,000 relevant found"
+    assert first.locator(".relevant").count() == 2
+    assert "2 of 2,000 relevant kept, 1,998 lost here" in view.locator("#answer .funnel li").first.inner_text()
+
+
 def test_the_scheme_can_be_switched_and_charts_follow(browser: Browser, full: Path) -> None:
     view = browser.open(full, scheme="light").view
     before = view.locator("#figure-layers-moved .mark-rect.role-mark path").first.get_attribute("fill")

@@ -82,6 +82,11 @@ def test_the_least_dim_that_surely_keeps_the_floor_is_recommended(floor: float, 
     assert [one.seconds_per_million for one in found.by_dim] == [400.0, None, 100.0]
 
 
+def test_vectors_of_chunked_documents_weigh_as_much_as_all_their_chunks():
+    found = comparison.resolutions([plateau(384, 1.0), plateau(64, 0.9)], "tuned", 0.95, {}, 100, 3.5)
+    assert [one.bytes_per_million for one in found.by_dim] == [2_688_000_000, 448_000_000]
+
+
 def test_a_share_that_is_only_luck_is_not_recommended():
     """On average the short dim keeps everything; on other queries it might not."""
     noisy = Series("tuned", 64, {"nDCG@10": np.where(np.arange(80) % 2, 2, 0) * QUALITY}, [[]] * 80)

@@ -51,6 +51,24 @@ def test_the_recommended_dim_and_the_chosen_plan_are_marked_and_no_other(reading
     assert "64:50,384:10, 99.6% in 101 microseconds" in frontier.caption
 
 
+def test_what_has_no_cost_is_not_drawn(reading: Reading):
+    for key, value in (("microseconds", None), ("quality", None), ("microseconds", 0.0)):
+        points = [{**point, key: value} if point["name"] == "fast" else point for point in reading.records("frontier", "points")]
+        figure = findings.frontier(Reading({"frontier": {"chosen": "balanced", "points": points}}))
+        assert figure
+        assert [row[0] for row in figure.table.rows] == [None, "balanced", "high"]
+    assert findings.frontier(Reading({"frontier": {"points": [{"name": "fast", "quality": 1.0}]}})) is None
+
+
+def test_queries_without_a_value_are_not_counted_and_dims_without_any_not_drawn():
+    values = {"base": {"64": [0.1, None, 0.3], "32": []}, "tuned": {"64": [0.2, 0.2, 0.3], "32": []}}
+    figure = findings.gains(Reading({"per_query": {"values": values, "texts": ["one"]}}))
+    assert figure
+    assert figure.table.rows == [["64", 2, 1, 1, 0]]
+    assert [row["query"] for row in figure.spec["datasets"]["rows"]] == ["one", ""]
+    assert findings.gains(Reading({"per_query": {"values": {"base": {"32": []}, "tuned": {"32": []}}, "texts": []}})) is None
+
+
 def test_gains_count_every_query_and_draw_some_at_equal_steps():
     reading = Reading(report_data.report(1_000))
     figure = findings.gains(reading)

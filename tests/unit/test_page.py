@@ -1,7 +1,9 @@
 import base64
+import copy
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,33 @@ def test_any_part_of_a_report_may_be_missing_or_none(missing: set[str], empty: s
     assert elements.names.count("h1") == 1
     assert ("evidence" in elements.data["figures"]) == ("verdict" in shown)
     assert ("quality" in elements.data["figures"]) == ("rows" in shown)
+
+
+def _places(value: Any, *before: Any) -> Iterator[tuple[Any, ...]]:
+    """Yields the path to every value of a part of a report, of a list to the first and the last one."""
+    if isinstance(value, dict | list | tuple):
+        for key in value if isinstance(value, dict) else sorted({0, len(value) - 1} - {-1}):
+            yield (*before, key)
+            yield from _places(value[key], *before, key)
+
+
+SMALL = json.loads(json.dumps(report_data.report(4)))
+PLACES = sorted((place for place in _places(SMALL) if place[0] != "searches"), key=str)
+
+
+@settings(max_examples=25, deadline=None)
+@given(place=st.sampled_from(PLACES), how=st.sampled_from(["missing", "null", "empty"]))
+def test_any_value_within_a_part_may_be_missing_or_null(place: tuple[Any, ...], how: str):
+    part = {place[0]: copy.deepcopy(SMALL[place[0]])}
+    holder: Any = part
+    for key in place[:-1]:
+        holder = holder[key]
+    found = holder[place[-1]]
+    if how == "missing":
+        del holder[place[-1]]
+    else:
+        holder[place[-1]] = type(found)() if how == "empty" and isinstance(found, dict | list) else None
+    assert Elements(page.render(part)).names.count("h1") == 1
 
 
 def test_a_report_of_an_earlier_version_has_a_page():

@@ -66,3 +66,13 @@ def test_the_time_of_embedding_is_shared_out_in_full():
     assert figure
     assert sum(row["share"] for row in figure.spec["datasets"]["rows"]) == pytest.approx(1)
     assert figure.caption == "16,373 documents and 3,912,447 tokens: 88% of the time went to 'compute'."
+
+
+def test_what_was_not_timed_has_no_bar_and_a_document_without_a_place_no_point():
+    figure = portraits.embedding(Reading({"embedding": {"seconds": {"read": None, "compute": 2.0}}}))
+    assert figure
+    assert figure.table.rows == [["compute", 2.0, 1.0]]
+    assert portraits.embedding(Reading({"embedding": {"seconds": {"read": None}}})) is None
+    shown = {"before": [[0.0, 1.0], None, [1.0, 1.0]], "after": [[1.0, 0.0], [2.0, 0.0], [None, 1.0]], "texts": ["only"]}
+    maps = portraits.maps(Reading({"anatomy": {"map": shown}}))
+    assert [len(own.table.rows) for own in maps] == [1, 1]

@@ -195,3 +195,7 @@ def test_long_lists_are_not_made_of_everything():
     room = torch.empty(len(full), 8, dtype=scans.scan_dtype("cpu"))
     scan.look_through(vectors._block(slice(0, len(full)), room), 0, None)
     assert sum(int(lot.counts.sum()) for lot in scan._lots) < 3 * 200
+
+
+def test_a_product_takes_some_time():
+    assert products.time_products(np.ones((2, 4), np.float32), np.ones((3, 4), np.float32)) > 0

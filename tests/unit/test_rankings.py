@@ -210,6 +210,47 @@ def test_signs_choose_four_times_as_many_and_vectors_rank_them(make_store: MakeS
         assert found == [f"d{n:03}" for n in sorted(chosen, key=lambda n, scores=scores: -scores[n])[:k]]
 
 
+def test_signs_find_ten_documents_behind_one_of_a_thousand_better_chunks(make_store: MakeStore, random_vectors: Make):
+    query = random_vectors(1, 8)
+    names = [f"long#{start}-{start + 1}" for start in range(1000)] + [f"d{number}#0-5" for number in range(12)]
+    store = make_store({"a:0": (names, np.concatenate([np.repeat(query, 1000, axis=0), random_vectors(12, 8, 5)]))})
+    found = exact(store, np.concatenate([query, random_vectors(3, 8, 6)]), 8, 10, "binary", is_chunked=True)
+    assert [len(set(row)) for row in found] == [10] * 4
+    assert found[0][0] == "long"
+
+
+@chunked
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_signs_give_as_many_documents_as_are_asked_for_however_they_are_cut(
+    make_store: MakeStore, random_vectors: Make, counts: list[int], num_units: int, dim: int, k: int, seed: int
+):
+    chunks = chunks_of(counts, np.random.default_rng(seed))
+    full = random_vectors(len(chunks), 8, seed)
+    parts = np.array_split(np.arange(len(chunks)), num_units)
+    store = make_store({f"{n}:0": ([chunks[row] for row in rows], full[rows]) for n, rows in enumerate(parts)})
+    found = exact(store, random_vectors(3, 8, seed + 100), dim, k, "binary", is_chunked=True)
+    assert [len(set(row)) for row in found] == [len(row) for row in found] == [min(k, len(counts))] * 3
+
+
+def test_products_are_timed_at_every_dim_in_a_sample_of_one_size_whatever_the_corpus_holds(
+    make_store: MakeStore, random_vectors: Make, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+
+    def note(queries: np.ndarray, documents: np.ndarray) -> float:
+        asked.append((queries.shape, documents.shape))
+        return 2.0
+
+    monkeypatch.setattr(rankings.products, "time_products", note)
+    monkeypatch.setattr(rankings, "_MOST_TIMED_NUMBERS", 800)
+    store = make_store({"a:0": ([f"d{n}" for n in range(5)], random_vectors(5, 8))})
+    taken = rankings.time_products(store, random_vectors(3, 8, 1), (8, 4))
+    assert asked == [((256, 8), (100, 8)), ((256, 4), (100, 4))]
+    assert taken == pytest.approx(dict.fromkeys((8, 4), 2.0 / 25_600))
+    assert rankings.time_products(store, random_vectors(0, 8), (8,)) == {}
+    assert rankings.time_products(make_store({"a:0": ([], random_vectors(0, 8))}, "empty"), random_vectors(3, 8), (8,)) == {}
+
+
 @pytest.mark.parametrize("is_chunked", [False, True])
 def test_words_find_the_documents_that_share_some_and_no_others(is_chunked: bool):
     texts = ["a red fox", "a red red fox", "blue whales", "foxes", "grass"]

@@ -120,6 +120,24 @@ def test_a_funnel_is_evaluated_as_it_is_searched_and_int8_where_the_index_has_it
     assert [step["dim"] for step in made.shown.funnel[0]] == [4, 8]
 
 
+def chunked(folder: Path, documents: dict[str, str]) -> Task:
+    """A task on documents that were cut into chunks."""
+    data = datasets_by_hand.write(folder, documents, {"test": {"q": "x"}}, {"test": {"q": {"a": 1}}})
+    facts = {**data.manifest.facts, "is_chunked": True}
+    return Task.open(dataclasses.replace(data, manifest=dataclasses.replace(data.manifest, facts=facts)), "test")
+
+
+def test_a_chunked_document_is_shown_by_its_first_chunk_and_weighs_as_many_rows_as_it_has(tmp_path: Path):
+    task = chunked(tmp_path, {"a#0-9": "begins", "b#0-9": "other", "a#9-18": "goes on", "a#18-27": "ends"})
+    assert task.find_texts({"a", "unknown"}) == {"a": "begins"}
+    assert task.find_texts(set()) == {}
+    assert task.count_rows() == 2.0
+
+
+def test_whole_documents_have_one_row_each(task: Task):
+    assert task.count_rows() == 1.0
+
+
 def test_a_split_that_nobody_judged_is_refused(tmp_path: Path):
     data = datasets_by_hand.write(tmp_path, {"d": "text"}, {"test": {"q": "x"}}, {"test": {"stranger": {"d": 1}}})
     with pytest.raises(ValueError, match="no query of split 'test' has judgements"):

@@ -20,7 +20,7 @@ def test_ir_measures_reads_the_numbers_that_we_have_out_of_a_run_with_ties(tmp_p
     documents = np.array([[0, 1, 2, 3], [4, 5, -1, -1], [-1, -1, -1, -1]])
     scores = np.array([[0.5, 0.5, 0.5, 0.25], [0.125, 0.125, -np.inf, -np.inf], [-np.inf] * 4], dtype=np.float32)
     queries, qrels = ["q1", "q2", "q3"], {"q1": {"d0": 1, "d3": 2}, "q2": {"d5": 1}, "q3": {"d1": 1}}
-    record = runs.write_trec(tmp_path, "base-8", queries, Rankings(scores, documents, 0.1), NAMES)
+    record = runs.write_trec(tmp_path, "base-8", queries, Rankings(scores, documents), NAMES)
     assert record.path == "runs/base-8.trec"
     read = list(ir_measures.read_trec_run(str(tmp_path / record.path)))
     theirs = ir_measures.calc_aggregate([nDCG @ 10, RR @ 10], qrels, read)
@@ -31,7 +31,7 @@ def test_ir_measures_reads_the_numbers_that_we_have_out_of_a_run_with_ties(tmp_p
 
 
 def test_a_label_that_is_no_name_for_a_file_is_made_one(tmp_path: Path):
-    nothing = Rankings(np.empty((0, 0), np.float32), np.empty((0, 0), np.int64), 0.0)
+    nothing = Rankings(np.empty((0, 0), np.float32), np.empty((0, 0), np.int64))
     assert runs.write_trec(tmp_path, "my model/v2+int8-64", [], nothing, NAMES).path == "runs/my_model_v2+int8-64.trec"
 
 

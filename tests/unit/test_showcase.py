@@ -77,27 +77,34 @@ def test_searches_show_results_relevant_documents_and_what_each_step_of_the_funn
     relevant = [showcase.relevant_documents(qrels, name) for name in ("p", "q")]
     searcher = make_index(store).searcher(FunnelPlan.parse(["4:20", "8:12"]))
     steps = showcase.trace(searcher, catalogue, queries[judged.asked[rows]], relevant)
+    assert len(relevant[1]) == 40
     assert steps[1] == [{"dim": 4, "kept": 20, "relevant_kept": 20}, {"dim": 8, "kept": 12, "relevant_kept": 12}]
     shown = showcase.Searches(["p", "q"], results, steps)
     value = shown.as_json(qrels, {"p": "a question"}, {"d00": "z" * 400})
     assert [own["id"] for own in value["queries"]] == ["p", "q"]
     first = value["queries"][0]
-    assert (first["text"], first["relevant"], set(first["results"])) == ("a question", {"d00": 1}, {"8", "4"})
+    assert (first["text"], first["num_relevant"], set(first["results"])) == ("a question", 1, {"8", "4"})
     assert [name for name, _ in first["results"]["4"]] == exact[4].ids(catalogue.names)[0][:10]
     assert first["results"]["8"][0][1] == pytest.approx(float(exact[8].scores[0, 0]), abs=1e-4)
-    assert value["documents"]["d00"] == "z" * 300
-    assert set(value["documents"]) == {*(f"d{n:02}" for n in range(40))}
+    for own, judged_documents in zip(value["queries"], relevant, strict=True):
+        results = {name for found_ones in own["results"].values() for name, _ in found_ones}
+        assert own["relevant"] == {name: grade for name, grade in judged_documents.items() if name in results}
+        assert results <= set(value["documents"])
+    assert value["queries"][1]["num_relevant"] == 40
+    assert len(value["documents"]) < 40  # those that nothing found are counted, and have no text
+    assert {"z" * 300, ""} >= set(value["documents"].values())
 
 
-def test_at_most_fifty_relevant_documents_are_shown_the_best_first():
-    many = {f"d{n:03}": 1 + (n == 99) for n in range(100)}
-    assert list(showcase.relevant_documents({"q": many}, "q"))[:2] == ["d099", "d000"]
-    assert len(showcase.relevant_documents({"q": many}, "q")) == 50
+def test_every_relevant_document_that_is_shown_is_called_relevant_however_many_there_are():
+    many = {f"d{n:04}": 1 for n in range(5_000)}
+    shown = showcase.Searches(["q"], {8: [[("d4999", 0.5), ("x", 0.4)]], 4: [[("d2500", 0.5)]]})
+    (query,) = shown.as_json({"q": {**many, "x": 0}}, {}, {})["queries"]
+    assert (query["num_relevant"], query["relevant"]) == (5_000, {"d2500": 1, "d4999": 1})
     assert showcase.relevant_documents({}, "q") == {}
 
 
 def test_a_query_without_results_is_shown_without_any():
-    nothing = Rankings(np.full((1, 3), -np.inf, np.float32), np.full((1, 3), -1), 0.0)
+    nothing = Rankings(np.full((1, 3), -np.inf, np.float32), np.full((1, 3), -1))
     catalogue = Catalogue.of(["a"])
     judged = Judgements.of({"q": {"a": 1}}, ["q"], catalogue.names)
     assert showcase.list_results(nothing, catalogue, judged, [0]) == [[]]

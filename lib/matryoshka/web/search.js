@@ -68,12 +68,13 @@ function startSearch({ documents, queries }) {
   function show(query) {
     const dims = Object.keys(query.results).sort((one, other) => other - one);
     const relevant = new Map(Object.entries(query.relevant).filter(([, grade]) => grade > 0));
+    const numRelevant = query.num_relevant ?? relevant.size; // those that are not shown have no grade here
     const ranks = new Map((query.results[dims[0]] ?? []).map(([id], place) => [id, place]));
     const parts = [element("h3", {}, element("bdi", {}, query.text)),
-      element("p", { class: "quiet" }, relevant.size === 1 ? "1 relevant document." : `${relevant.size} relevant documents.`)];
-    if (query.funnel?.length) parts.push(element("h4", {}, "Through the funnel"), funnel(query.funnel, relevant.size));
+      element("p", { class: "quiet" }, numRelevant === 1 ? "1 relevant document." : `${numRelevant.toLocaleString("en")} relevant documents.`)];
+    if (query.funnel?.length) parts.push(element("h4", {}, "Through the funnel"), funnel(query.funnel, numRelevant));
     const columns = element("div", { class: "columns", tabindex: "0", role: "region", "aria-label": "Results at every resolution" },
-      ...dims.map((dim) => column(query.results[dim], dim, dims[0], ranks, relevant)));
+      ...dims.map((dim) => column(query.results[dim], dim, dims[0], ranks, relevant, numRelevant)));
     const legend = element("p", { class: "quiet" }, `Each with its score, and how far it moved against ${dims[0]} dims.`);
     answer.replaceChildren(...parts, element("h4", {}, "At every resolution"), legend, columns);
   }
@@ -84,11 +85,11 @@ function startSearch({ documents, queries }) {
       const lost = place ? steps[place - 1].relevant_kept - relevant_kept : numRelevant - relevant_kept;
       return element("li", {}, `${dim} dims`, element("strong", {}, `${kept.toLocaleString("en")} kept`),
         dropped === null ? "of the whole corpus" : `${dropped.toLocaleString("en")} dropped`,
-        element("span", { class: lost ? "note" : "mark" }, `${lost ? "" : "✓ "}${relevant_kept} of ${numRelevant} relevant kept${lost ? `, ${lost} lost here` : ""}`));
+        element("span", { class: lost ? "note" : "mark" }, `${lost ? "" : "✓ "}${relevant_kept} of ${numRelevant.toLocaleString("en")} relevant kept${lost ? `, ${lost.toLocaleString("en")} lost here` : ""}`));
     }));
   }
 
-  function column(found, dim, widest, ranks, relevant) {
+  function column(found, dim, widest, ranks, relevant, numRelevant) {
     const numFound = found.filter(([id]) => relevant.has(id)).length;
     const items = found.map(([id, score], place) => {
       const grade = relevant.get(id) ?? 0;
@@ -99,7 +100,7 @@ function startSearch({ documents, queries }) {
       return item;
     });
     return element("div", { class: "column" }, element("h5", {}, `${dim} dims`),
-      element("p", { class: "quiet" }, `${numFound} of ${relevant.size} relevant found`), element("ol", { class: "results" }, ...items));
+      element("p", { class: "quiet" }, `${numFound} of ${numRelevant.toLocaleString("en")} relevant found`), element("ol", { class: "results" }, ...items));
   }
 
   function note(score, place, was) {

@@ -25,7 +25,6 @@ Lists = tuple[Float32Array, IntArray]
 
 _LEAST_PAIRS = 4_096  # that are worth a thread
 _FEW = {"plain": 2, "rounded": 7}  # queries: on a CPU each document is then scored at once
-_QUERIES_AT_ONCE = 1_024
 _TIMED_PASSES = 3
 
 
@@ -204,22 +203,6 @@ class StoredVectors:
             norms = 1.0 if self._is_plain else candidates.square_().sum(1).sqrt_().clamp_min_(1e-30)
             scores[part] = products / norms
         return scores
-
-
-def nearest(queries: Float32Array, documents: Float32Array, num_kept: int) -> Lists:
-    """Returns (scores, rows) of the best documents of each query by plain products, which rounding moves; in no order.
-
-    Where a hundred are wanted of each query, this takes a third of the time of ``StoredVectors.best``.
-
-    Shapes: queries [Q, dim], documents [N, dim] -> [Q, min(num_kept, N)] each.
-    """
-    columns, width = torch.from_numpy(documents).T, min(num_kept, len(documents))
-    scores, rows = np.empty((len(queries), width), np.float32), np.empty((len(queries), width), np.int64)
-    for start in range(0, len(queries), _QUERIES_AT_ONCE):
-        part = slice(start, start + _QUERIES_AT_ONCE)
-        best = torch.topk(torch.from_numpy(queries[part]) @ columns, width, dim=1, sorted=False)
-        scores[part], rows[part] = best.values.numpy(), best.indices.numpy()
-    return scores, rows
 
 
 def time_products(queries: Float32Array, documents: Float32Array) -> float:

@@ -27,7 +27,6 @@ _MOST_SCORES = 1 << 20  # of queries with candidates, at once: some 60 MB with w
 _MOST_WORD_SCORES = 1 << 24
 _QUERIES_AT_ONCE = 2_048  # whose signs are compared: many documents tie
 _BLOCK_ROWS = 1 << 14  # small units are looked through together
-_SPARE = 28  # candidates beyond those that are wanted, so that a gap shows
 _RESCORED = 4  # so many times the results are kept by the signs alone
 _TIMED_QUERIES, _MOST_TIMED_ROWS = 256, 1 << 14
 _MOST_TIMED_NUMBERS = 1 << 22  # of documents: 2 GFLOP a pass
@@ -191,31 +190,14 @@ def by_words(index: LexicalIndex, catalogue: Catalogue, queries: Sequence[str], 
 
 
 def _compare(store: EmbeddingStore, catalogue: Catalogue, cut: Float32Array, num_results: int, packing: Packing) -> Lists:
-    """Returns the best rows by products, whose order rounding could have changed only where scores are close: these are redone.
-
-    Scores of close ones then depend on query and document alone, as everywhere, so copies of a text tie.
-    """
-    width = num_results + _SPARE
-    scores, rows = np.empty((len(cut), 0), np.float32), np.empty((len(cut), 0), np.int64)
+    """Returns the best documents where each is one row."""
+    scores, documents = np.full((len(cut), 0), PADDING, dtype=np.float32), np.full((len(cut), 0), -1)
     for first, block in _blocks(store):
-        more, found = products.nearest(cut, shrink(_pack(block, packing), cut.shape[1]), width)
-        both = np.concatenate([scores, more], axis=1), np.concatenate([rows, first + found], axis=1)
-        order = np.argsort(-both[0], axis=1, kind="stable")[:, :width]
-        scores, rows = (np.take_along_axis(own, order, axis=1) for own in both)
-    moved = 4 * (cut.shape[1] + 16) * 2.0**-24  # two scores, each a sum of so many products, computed in two ways
-    is_close = np.zeros(scores.shape, dtype=bool)
-    near = scores[:, :-1] - scores[:, 1:] <= moved
-    is_close[:, :-1] |= near
-    is_close[:, 1:] |= near
-    numbers, places = np.nonzero(is_close)
-    is_unclear = np.zeros(len(cut), dtype=bool)
-    if width < len(catalogue.numbers) and scores.shape[1] == width:
-        is_unclear = scores[:, num_results - 1] - scores[:, -1] <= moved
-    scores[numbers, places] = _score(store, cut, numbers, rows[numbers, places], packing)
-    found_scores, documents = _rank(scores, catalogue.numbers[rows], num_results)
-    if is_unclear.any():  # many copies of one text
-        found_scores[is_unclear], documents[is_unclear] = _scan(store, catalogue, cut[is_unclear], num_results, packing)
-    return found_scores, documents
+        more, found = Shard(_pack(block, packing)).scan(cut, num_results)
+        own = np.where(found >= 0, catalogue.numbers[first + found], -1)
+        both = np.concatenate([scores, more], axis=1), np.concatenate([documents, own], axis=1)
+        scores, documents = topk.cut(*both, num_results)
+    return _rank(scores, documents, num_results)
 
 
 def _blocks(store: EmbeddingStore) -> Iterator[tuple[int, npt.NDArray[np.float16]]]:

@@ -139,16 +139,17 @@ def _answer_all(settings: Settings, index: IndexStore, info: ModelInfo | None, p
         say(f"search: nothing to do, {output} is complete ({previous.num_rows} results)")
         return
     manifest = Manifest("results", identity, facts={"run": describe_run("search", settings)})
-    with cluster.connected() as session, storage.workspace(output, "queries") as work:
+    with cluster.connected() as session:
         cluster.check_device(settings.device)
         artifacts.begin(output, manifest, previous)
-        parts = _encode(session, source, info, settings, index, work) if info else _read(source, index.width)
-        with session.shards(index.shards, settings.workers, settings.device) as actors:
-            asking = _Asking(settings, index, plan, actors, faults)
-            rows = asking.rows(parts, source.num_rows - source.num_empty)
-            if settings.with_text:
-                rows = results.with_texts(rows, corpus.recall(index.manifest.facts["corpus"]), work)
-            receipt = results.write_results(output, rows)
+        with storage.workspace(output, "queries") as work:
+            parts = _encode(session, source, info, settings, index, work) if info else _read(source, index.width)
+            with session.shards(index.shards, settings.workers, settings.device) as actors:
+                asking = _Asking(settings, index, plan, actors, faults)
+                rows = asking.rows(parts, source.num_rows - source.num_empty)
+                if settings.with_text:
+                    rows = results.with_texts(rows, corpus.recall(index.manifest.facts["corpus"]), work)
+                receipt = results.write_results(output, rows)
     facts = {**manifest.facts, "missing": asking.faults, "coverage": asking.index.coverage}
     dataclasses.replace(manifest, facts=facts, receipts=(receipt,), is_complete=True).write(output)
     _report_missing(asking.index, asking.faults)

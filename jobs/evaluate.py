@@ -91,7 +91,9 @@ class Settings(StageSettings):
         return self
 
     def _refuse_together(self, name: str, others: tuple[str, ...], reason: str) -> None:
-        given = [other for other in others if other in self.model_fields_set and getattr(self, other) not in (None, False, ())]
+        values = {other: getattr(self, other) for other in others if other in self.model_fields_set}
+        # Not by equality: a gain of 0 equals False.
+        given = [other for other, value in values.items() if value is not None and value is not False and value != ()]
         if getattr(self, name) and given:
             raise ValueError(f"--{given[0].replace('_', '-')} cannot be used with --{name}: {reason}. Drop one of them.")
 

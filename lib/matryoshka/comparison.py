@@ -29,7 +29,7 @@ class Comparison:
         before_dim: Of the one; None: it has none.
         metric: Name of the measure.
         gain: Mean difference.
-        low: Lower end of its 95% interval.
+        low: Lower end of its 95% interval; None where there are fewer than two queries.
         high: Upper end.
         p_value: Of the paired permutation test.
         p_corrected: The same, corrected for the number of comparisons of its family.
@@ -45,8 +45,8 @@ class Comparison:
     before_dim: int | None
     metric: str
     gain: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p_value: float
     p_corrected: float
     wins: int
@@ -72,7 +72,7 @@ def compare(series: Sequence[Series], metric: str = NDCG) -> list[Comparison]:
     if not pairs:
         return []
     differences = np.stack([after.values[metric] - before.values[metric] for before, after in pairs], axis=1)
-    low, high = significance.interval(significance.resampled_means(differences), len(differences))
+    ends = significance.mean_intervals(differences)
     p_values = significance.p_values(differences)
     is_main, corrected = _are_main(pairs), np.empty(len(pairs))
     for family in (is_main, ~is_main):
@@ -80,8 +80,8 @@ def compare(series: Sequence[Series], metric: str = NDCG) -> list[Comparison]:
     gains = differences.mean(axis=0)
     return [
         Comparison(
-            before.system, after.system, after.dim or 0, before.dim, metric, float(gains[number]), float(low[number]),
-            float(high[number]), float(p_values[number]), float(corrected[number]),
+            before.system, after.system, after.dim or 0, before.dim, metric, float(gains[number]), *ends[number],
+            float(p_values[number]), float(corrected[number]),
             *significance.count_outcomes(differences[:, number]), significance.detectable(differences[:, number]),
         )
         for number, (before, after) in enumerate(pairs)
@@ -181,7 +181,7 @@ def resolutions(
     rows_per_document: float = 1.0,
     metric: str = NDCG,
 ) -> Resolutions | None:
-    """Returns what each dim of a system keeps of full width; None where full width finds nothing.
+    """Returns what each dim of a system keeps of full width; None where full width finds nothing, or one query cannot tell.
 
     Args:
         series: Of all systems.
@@ -193,7 +193,7 @@ def resolutions(
         metric: Name of the measure.
     """
     own = sorted((one for one in series if one.system == system and one.dim is not None), key=lambda one: -(one.dim or 0))
-    if not own or not own[0].values[metric].any():
+    if not own or not own[0].values[metric].any() or len(own[0].values[metric]) < 2:
         return None
     values = np.stack([one.values[metric] for one in own], axis=1)
     drawn = significance.resampled_means(values)

@@ -29,7 +29,7 @@ class Row:
         dim: None where there is none, as of words.
         metric: Name of the measure.
         value: Mean over the judged queries.
-        low: Lower end of the 95% interval over queries; None where there are no single queries.
+        low: Lower end of the 95% interval over queries; None where there are no single queries, or one.
         high: Upper end.
     """
 
@@ -61,10 +61,10 @@ def figures(series: Sequence[Series]) -> list[Row]:
     if not named:
         return []
     values = np.stack([own.values[name] for own, name in named], axis=1)
-    low, high = significance.interval(significance.resampled_means(values), len(values))
+    ends = significance.mean_intervals(values)
     return [
-        Row(own.system, own.dim, name, float(mean), float(lower), float(upper))
-        for (own, name), mean, lower, upper in zip(named, values.mean(axis=0), low, high, strict=True)
+        Row(own.system, own.dim, name, float(mean), low, high)
+        for (own, name), mean, (low, high) in zip(named, values.mean(axis=0), ends, strict=True)
     ]
 
 

@@ -4,7 +4,7 @@ It computes on one thread: sums keep their order, so that a map comes out the sa
 OpenMP waits for the others longer than it works.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,6 @@ from matryoshka import geometry
 from matryoshka.geometry import Float64Array, Points
 
 Method = Literal["t-SNE", "PCA"]
-
-METHODS = get_args(Method)
 
 _PERPLEXITY = 30.0
 _FEWEST_FOR_TSNE = 30

@@ -15,8 +15,6 @@ import numpy.typing as npt
 from scipy import stats
 
 NDCG, SPEARMAN = "nDCG@10", "Spearman"
-MEASURES = (NDCG, "Recall@10", "Recall@100", "MRR@10", "MAP@100", "Success@1")
-"""Success@1: queries whose first document is relevant; with labelled data, the accuracy of the nearest neighbour."""
 
 DEEP = ("Recall@100", "MAP@100")
 """What ten results say nothing about."""
@@ -121,6 +119,7 @@ class Judgements:
             "Recall@100": _share(is_relevant.sum(axis=1), self.num_relevant),
             "MRR@10": reciprocal.max(axis=1, initial=0.0),
             "MAP@100": _share(precision.sum(axis=1), self.num_relevant),
+            # Queries whose first document is relevant; with labelled data, the accuracy of the nearest neighbour.
             "Success@1": is_relevant[:, :1].any(axis=1).astype(np.float64),
         }
 

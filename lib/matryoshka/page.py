@@ -19,15 +19,16 @@ import jinja2
 from matryoshka import charts, findings, portraits, report, storage
 from matryoshka.figures import Figure
 from matryoshka.reading import Json, Reading, Table
+from matryoshka.verdict import DO_NOT_BOTHER, FINE_TUNE, NOT_ENOUGH
 
 HTML = "report.html"
 
 _WEB = Path(__file__).parent / "web"
 _SCRIPTS = ("scheme.js", "charts.js", "tables.js", "queries.js", "search.js")
-_VERDICTS = {
-    "fine-tune": ("Fine-tune", "good", "✓"),
-    "do not bother": ("Do not bother", "bad", "✕"),
-    "not enough evidence": ("Not enough evidence", "unsure", "?"),
+_VERDICTS: Mapping[str, tuple[str, str, str]] = {
+    FINE_TUNE: ("Fine-tune", "good", "✓"),
+    DO_NOT_BOTHER: ("Do not bother", "bad", "✕"),
+    NOT_ENOUGH: ("Not enough evidence", "unsure", "?"),
 }
 _DEVICES = {"cpu": "CPU core", "cuda": "GPU"}
 _FACTS = {"settings": "Settings", "environment": "Environment", "fingerprints": "Fingerprints"}

@@ -144,7 +144,7 @@ def read_sentences(folder: Path) -> list[str]:
 
 
 def read(folder: Path) -> Report:
-    """Returns a report as it was written, but for its ranking.
+    """Returns a report as it was written, but for its ranking, for what happened elsewhere, and for sections of its own.
 
     Raises:
         ValueError: There is no report in the folder.
@@ -352,7 +352,7 @@ def gain_table(comparisons: Sequence[Comparison]) -> Table:
     header = ["before", "after", "dim", "gain", "95% interval", "p"]
     lines = []
     for one in comparisons:
-        between = f"{one.low:+.3f} to {one.high:+.3f}"
+        between = "" if one.low is None else f"{one.low:+.3f} to {one.high:+.3f}"
         lines.append([one.before, one.after, str(one.dim), f"{one.gain:+.3f}", between, f"{one.p_corrected:.4f}"])
     return [header, *lines]
 
@@ -364,8 +364,18 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
 
 
 def _compared(one: Comparison) -> list[str]:
-    figures = (f"{one.gain:+.3f}", f"{one.low:+.3f}", f"{one.high:+.3f}", f"{one.p_value:.4f}", f"{one.p_corrected:.4f}")
-    return [f"{one.before} to {one.after}", str(one.dim), *figures, str(one.wins), str(one.ties), str(one.losses)]
+    ends = ("" if end is None else f"{end:+.3f}" for end in (one.low, one.high))
+    tests = (f"{one.p_value:.4f}", f"{one.p_corrected:.4f}")
+    return [
+        f"{one.before} to {one.after}",
+        str(one.dim),
+        f"{one.gain:+.3f}",
+        *ends,
+        *tests,
+        str(one.wins),
+        str(one.ties),
+        str(one.losses),
+    ]
 
 
 def resolution_table(found: Resolutions) -> Table:

@@ -58,8 +58,19 @@ def interval(resampled: FloatArray, num_queries: int, confidence: float = CONFID
     return low, high
 
 
+def mean_intervals(values: FloatArray) -> list[tuple[float | None, float | None]]:
+    """Returns the ends of the confidence interval of each column's mean; fewer than two queries have none.
+
+    Shapes: values [Q, C].
+    """
+    if len(values) < 2:
+        return [(None, None)] * values.shape[1]
+    low, high = interval(resampled_means(values), len(values))
+    return list(zip(low.tolist(), high.tolist(), strict=True))
+
+
 def _student(level: float, freedom: int) -> float:
-    """Returns a quantile of Student's t, by its expansion around the normal one: .2% too small for five degrees of freedom."""
+    """Returns a quantile of Student's t, by its expansion around the normal one: .9% too small for five degrees of freedom."""
     z, freedom = _NORMAL.inv_cdf(level), max(freedom, 1)
     first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
     return z + first / freedom + second / freedom**2

@@ -138,8 +138,12 @@ def publish_bytes(path: Path, data: bytes) -> None:
 
 
 def publish_json(path: Path, value: Any) -> None:
-    """Writes a value as indented JSON, atomically."""
-    publish_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    """Writes a value as indented JSON, atomically.
+
+    Raises:
+        ValueError: A number in it is not finite: JSON has no word for that.
+    """
+    publish_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def publish_json_lines(path: Path, head: Mapping[str, Any], key: str, values: Iterable[Any]) -> None:

@@ -98,7 +98,7 @@ class Verdict:
         before: Value before fine-tuning.
         after: Value after it.
         gain: The difference.
-        low: Lower end of its 95% interval.
+        low: Lower end of its 95% interval; None where there are fewer than two queries.
         high: Upper end.
         p_value: Of the paired permutation test; corrected for the number of models that were held against the first one.
         num_queries: Judged queries.
@@ -117,8 +117,8 @@ class Verdict:
     before: float
     after: float
     gain: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p_value: float
     num_queries: int
     required_gain: float
@@ -162,7 +162,7 @@ def decide(
     values = {(row.system, row.dim): row.value for row in rows if row.metric == comparison.metric}
     shown = None if comparison.detectable is None else required_gain + comparison.detectable
     decision, reason = _judge(comparison, words, required_gain, shown)
-    if words and words.low <= 0 and decision != DO_NOT_BOTHER:
+    if words and words.low is not None and words.low <= 0 and decision != DO_NOT_BOTHER:
         alone = f"words alone (BM25, {values[words.before, None]:.3f})"
         reason = f"{reason.removesuffix('.')}; that the model is better than {alone} was not shown."
     return Verdict(
@@ -174,22 +174,26 @@ def decide(
 
 def _judge(comparison: Comparison, words: Comparison | None, required: float, shown: float | None) -> tuple[Decision, str]:
     """Returns the decision and its reason."""
-    one, low, high = comparison, f"{comparison.low:+.3f}", f"{comparison.high:+.3f}"
-    found = f"{one.metric} at {one.dim} dims changed by {one.gain:+.3f} ({low} to {high}) on {one.num_queries} queries"
-    if one.num_queries < LEAST_QUERIES:
+    one = comparison
+    found = f"{one.metric} at {one.dim} dims changed by {_in_words(one)} on {one.num_queries} queries"
+    if one.num_queries < LEAST_QUERIES or one.low is None or one.high is None:
         least = "" if shown is None else f"so small a set shows only true gains of {shown:.3f} or more, and "
         return NOT_ENOUGH, f"{found}: {least}fewer than {LEAST_QUERIES} queries decide nothing."
     if one.high < required:
         return DO_NOT_BOTHER, f"{found}, which at its best is less than the {required:.3f} that it must gain."
-    if words and words.high <= 0:
-        against = f"{words.gain:+.3f} ({words.low:+.3f} to {words.high:+.3f})"
-        return DO_NOT_BOTHER, f"{found}, but against words alone (BM25), which need no model, the model gains {against}."
+    if words and words.high is not None and words.high <= 0:
+        return DO_NOT_BOTHER, f"{found}, but against words alone (BM25), which need no model, the model gains {_in_words(words)}."
     if one.low >= required and one.p_corrected < significance.SIGNIFICANT:
         return FINE_TUNE, f"{found}, all of it at or above the {required:.3f} that it must gain."
     if one.low >= required:
         return NOT_ENOUGH, f"{found}, which the paired test says may be chance (p {one.p_corrected:.3f})."
     least = "" if shown is None else f", and so many queries show only true gains of {shown:.3f} or more"
     return NOT_ENOUGH, f"{found}: the interval reaches from below the {required:.3f} that it must gain to above it{least}."
+
+
+def _in_words(one: Comparison) -> str:
+    """Returns a gain with its interval, if it has one."""
+    return f"{one.gain:+.3f}" + ("" if one.low is None else f" ({one.low:+.3f} to {one.high:+.3f})")
 
 
 def saving_of(found: Resolutions | None) -> Saving | None:

@@ -260,6 +260,10 @@ _BAD_EVALUATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "two kinds of data": ({"sts": "sts.csv"}, "--data .*, --beir or --sts, one of them"),
     "a split of sentences": ({"data": None, "sts": "sts.csv", "split": "dev"}, "--split cannot be used with --sts"),
     "words and sentences": ({"data": None, "sts": "sts.csv", "bm25": True}, "--bm25 cannot be used with --sts"),
+    "a gain of nothing and sentences": (
+        {"data": None, "sts": "sts.csv", "compare": "base", "require_gain": 0.0},
+        "--require-gain cannot be used with --sts",
+    ),
     "a gain on nothing": ({"require_gain": 0.1}, "--require-gain: nothing to gain on. Pass an evaluation of the untouched model"),
     "a gain of untouched models": ({"models": ("TINY",), "require_gain": 0.1}, "Name a tuned model and an untouched one"),
     "a floor of nothing": ({"floor": 0}, "'floor'.*--floor"),

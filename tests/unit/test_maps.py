@@ -1,3 +1,5 @@
+from typing import get_args
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ def groups(num_groups: int = 3, size: int = 12, width: int = 8, seed: int = 0) -
     return shrink(centres + 0.05 * np.random.default_rng(seed).standard_normal(centres.shape), width)
 
 
-@pytest.mark.parametrize("method", maps.METHODS)
+@pytest.mark.parametrize("method", get_args(maps.Method))
 def test_a_map_of_the_same_vectors_lies_where_it_lay_and_comes_out_the_same_again(method: maps.Method):
     vectors = groups()
     first, second = maps.draw(vectors, vectors[:, ::-1], method, seed=3)
@@ -25,7 +27,7 @@ def test_a_map_of_the_same_vectors_lies_where_it_lay_and_comes_out_the_same_agai
     assert np.square(first - second).sum() < 0.2 * np.square(first).sum()
 
 
-@pytest.mark.parametrize("method", maps.METHODS)
+@pytest.mark.parametrize("method", get_args(maps.Method))
 def test_what_lies_together_is_drawn_together(method: maps.Method):
     first, _ = maps.draw(groups(), groups(seed=1), method, seed=3)
     centres = first.reshape(3, 12, 2).mean(axis=1)

@@ -55,14 +55,14 @@ def test_queries_that_were_asked_come_first_in_their_order_and_the_others_after_
 
 def test_a_judged_query_without_results_counts_as_nothing_found():
     qrels = {"q1": {"a": 1}, "q2": {"b": 1}}
-    expected = dict.fromkeys(metrics.MEASURES, 0.5)
+    expected = dict.fromkeys(THEIRS, 0.5)
     assert metrics.measure(qrels, ["q1"], [["a"]]) == expected
     assert metrics.measure(qrels, ["q1", "q2"], [["a"], []]) == expected
     assert metrics.measure(qrels, ["q1", "q2"], [["a"], ["", ""]]) == expected
 
 
 def test_a_query_without_judgements_does_not_count():
-    assert metrics.measure({"q1": {"a": 1}}, ["q1", "q9"], [["a"], ["b"]]) == dict.fromkeys(metrics.MEASURES, 1.0)
+    assert metrics.measure({"q1": {"a": 1}}, ["q1", "q9"], [["a"], ["b"]]) == dict.fromkeys(THEIRS, 1.0)
 
 
 def test_the_given_order_counts_whatever_the_ids_are():

@@ -1,11 +1,12 @@
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from matryoshka import comparison, evaluation, report, showcase, verdict
+from matryoshka import comparison, evaluation, page, report, showcase, verdict
 from matryoshka.evaluation import Profile, Row, rank_systems
 from matryoshka.report import Report
 from matryoshka.runs import Series
@@ -114,12 +115,12 @@ def test_a_ranking_names_the_best_and_lists_models_in_its_order(tmp_path: Path):
     assert "| wide | 0.500 | 91.0 | 22.7M | 384 |  | 150 |  |\n| small | 0.400 |" in text
 
 
-def whole() -> Report:
+def whole(num_queries: int = 60) -> Report:
     """A report of everything that queries tell."""
     rng = np.random.default_rng(0)
-    base, ids = rng.random(60), [f"q{n}" for n in range(60)]
+    base, ids = rng.random(num_queries), [f"q{n}" for n in range(num_queries)]
     values = {("bm25", None): base - 0.3, ("base", 64): base, ("tuned", 64): base + 0.2, ("tuned", 32): base + 0.19}
-    series = [Series(*name, {"nDCG@10": own}, [["d1", "d<2>"]] * 60) for name, own in values.items()]
+    series = [Series(*name, {"nDCG@10": own}, [["d1", "d<2>"]] * num_queries) for name, own in values.items()]
     rows, compared = evaluation.figures(series), comparison.compare(series)
     chosen = comparison.find(compared, "base", "tuned")
     kept = comparison.resolutions(series, "tuned", 0.95, {64: 20.0}, 100)
@@ -150,6 +151,20 @@ def test_the_verdict_stands_on_top_with_what_it_cost_what_was_forgotten_and_what
     assert "\n\nA remark.\n\n" in text
     assert "| base to tuned | 64 | +0.200 | +0.200 | +0.200 | 0.0001 |" in text
     assert "| 64 | 0.705 | 100.0% | 100.0% | 128 | 20 |\n| 32 | 0.695 | 98.6% | 98.4% | 64 |  |" in text
+
+
+def test_a_single_judged_query_makes_a_report_without_intervals_that_any_reader_of_json_takes(tmp_path: Path):
+    report.write(tmp_path, whole(1))
+    text = (tmp_path / report.JSON).read_text()
+    assert not {"Infinity", "NaN"} & set(re.findall(r"\w+", text))
+    value = json.loads(text)
+    own = [*value["rows"], *value["comparisons"], value["verdict"]]
+    assert {(one["low"], one["high"]) for one in own} == {(None, None)}
+    assert "changed by +0.200 on 1 queries: fewer than 50 queries decide nothing." in value["verdict"]["reason"]
+    assert (value["verdict"]["detectable_gain"], value["resolutions"]) == (None, None)
+    assert "| base to tuned | 64 | +0.200 |  |  | 1.0000 |" in (tmp_path / report.MARKDOWN).read_text()
+    page.write(tmp_path)
+    assert report.read(tmp_path).verdict == whole(1).verdict
 
 
 def test_words_have_a_row_of_their_own_at_the_end_of_a_table():

@@ -139,6 +139,9 @@ def test_digests_tell_values_apart():
 def test_json_comes_back_as_it_was_written(tmp_path: Path):
     value = {"dims": [384, 64], "text": "gr\u00f6\u00dfer \U0001f600", "none": None}
     storage.publish_json(tmp_path / "value.json", value)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        storage.publish_json(tmp_path / "infinite.json", {"gain": float("inf")})
+    assert not (tmp_path / "infinite.json").exists()
     assert storage.read_json(tmp_path / "value.json") == value
 
 

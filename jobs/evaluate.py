@@ -62,7 +62,10 @@ class Settings(StageSettings):
     embeddings: FolderPath | None = Field(None, description="Folder that the embed job wrote from this model and data.")
     index: FolderPath | None = Field(None, description="Folder that the index job wrote: its funnel is evaluated as well.")
     compare: FolderPath | None = Field(None, description="An earlier evaluation of the same data, to stand beside this one.")
-    bm25: bool = Field(False, description="Evaluate BM25 as well: documents scored by the words that they share with a query.")
+    bm25: bool = Field(
+        False,
+        description="Evaluate BM25 as well: documents scored by the words of a query; left out above a million documents.",
+    )
     quantised: tuple[Literal["int8", "binary"], ...] = Field(
         (),
         description="Evaluate vectors as int8 (always where the index stores them so), or chosen by signs, then rescored.",

@@ -351,7 +351,7 @@ def _collect(output: Path, settings: Settings, last: str) -> Report:
     explained = [_ANATOMY] if settings.explain is not None else []
     stages = ("data", *chosen, _BEFORE, *mined, "model", *explained, "embeddings", *built, last, *also)
     told = [sentence for _ in explained for sentence in _read_anatomy(output)["sentences"]]
-    found = report.read(output / last)
+    before, found = report.read(output / _BEFORE), report.read(output / last)
     forgotten = (
         verdict.forgotten_on(name, comparison.find(own.comparisons, _BASE, _TUNED), own.rows, _BASE, _TUNED)
         for name, own in elsewhere.items()
@@ -362,7 +362,7 @@ def _collect(output: Path, settings: Settings, last: str) -> Report:
         verdict=dataclasses.replace(found.verdict, forgotten=tuple(filter(None, forgotten))) if found.verdict else None,
         remarks=(
             *(f"Base model: {sentence}" for name in chosen for sentence in report.read_sentences(output / name)),
-            *found.remarks,
+            *dict.fromkeys((*before.remarks, *found.remarks)),
             *told,
         ),
         elsewhere={name: own.rows for name, own in elsewhere.items()},

@@ -51,8 +51,8 @@ def quality(reading: Reading) -> Figure | None:
     if not dims or not found:
         return None
     forms = {"system": TEXT, "dim": WHOLE, "metric": TEXT, "value": PLACES, "low": PLACES, "high": PLACES}
-    rows = [{key: row.get(key) for key in forms} for row in found]
-    rows.sort(key=lambda row: (metrics.index(str(row.get("metric"))), systems.index(str(row["system"])), -(row["dim"] or 0)))
+    rows: list[dict[str, Any]] = [{key: row.get(key) for key in forms} for row in found]
+    rows.sort(key=lambda row: (metrics.index(row["metric"]), systems.index(row["system"]), -(row["dim"] or 0)))
     dense = alt.Scale(domain=[name for name in systems if any(row["system"] == name and row["dim"] is not None for row in rows)])
     data = figures.rows_of().transform_filter("datum.metric === metric")
     axis = alt.Axis(values=dims, format="d", grid=False)

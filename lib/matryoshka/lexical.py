@@ -17,6 +17,9 @@ import Stemmer
 
 NAME = "bm25"
 
+MOST_TEXTS = 1_000_000
+"""Of more, no index is made: it takes .55 GB and 16.5 s for every 100,000 texts of 100 words."""
+
 _LANGUAGE = "english"
 
 

@@ -28,8 +28,8 @@ _MOST_WORD_SCORES = 1 << 24
 _QUERIES_AT_ONCE = 2_048  # whose signs are compared: many documents tie
 _BLOCK_ROWS = 1 << 14  # small units are looked through together
 _RESCORED = 4  # so many times the results are kept by the signs alone
-_TIMED_QUERIES, _MOST_TIMED_ROWS = 256, 1 << 14
-_MOST_TIMED_NUMBERS = 1 << 22  # of documents: 2 GFLOP a pass
+_TIMED_QUERIES, _MOST_TIMED_ROWS = 256, 1 << 12
+_MOST_TIMED_NUMBERS = 1 << 19  # of documents: .3 GFLOP a pass, and its scores stay in cache
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,7 @@ class Reading:
         return {key: value for key, value in (self.part(*keys) or {}).items() if value is not None}
 
     @property
-    def rows(self) -> list[Json]:
+    def rows(self) -> list[dict[str, Any]]:
         """Returns the figures, as far as it is known whose they are."""
         return self.records("rows", having=("system", "metric"))
 

@@ -96,6 +96,7 @@ class Findings:
         shown: A sample of searches.
         frontier: Plans of the index, as a JSON value.
         training: What the model's training cost.
+        remarks: What was left out.
     """
 
     series: tuple[Series, ...] = ()
@@ -105,10 +106,12 @@ class Findings:
     shown: Searches | None = None
     frontier: Mapping[str, Any] | None = None
     training: Training | None = None
+    remarks: tuple[str, ...] = ()
 
     def and_then(self, others: "Findings") -> "Findings":
         """Returns others with these systems before them."""
-        return dataclasses.replace(others, series=(*self.series, *others.series), records=(*self.records, *others.records))
+        series, records = (*self.series, *others.series), (*self.records, *others.records)
+        return dataclasses.replace(others, series=series, records=records, remarks=(*self.remarks, *others.remarks))
 
 
 class _Keeper:
@@ -132,7 +135,11 @@ class _Keeper:
 
 
 def search_words(task: Task, output: Path) -> Findings:
-    """Returns what BM25 finds; writes its run below a folder."""
+    """Returns what BM25 finds, and writes its run below a folder; of more texts than it holds in memory, a remark alone."""
+    num_rows = task.data.num_documents
+    if num_rows > lexical.MOST_TEXTS:
+        said = f"BM25 was left out: {num_rows:,} texts, and it holds at most {lexical.MOST_TEXTS:,} in memory."
+        return Findings(remarks=(said,))
     ids, texts = corpus.read_texts(corpus.inspect(task.data.corpus, Columns()))
     keeper = _Keeper(task, output, Catalogue.of(ids, is_chunked=task.data.is_chunked))
     keeper.keep(lexical.NAME, None, rankings.by_words(LexicalIndex(texts), keeper.catalogue, task.queries, metrics.DEPTH))
@@ -227,6 +234,7 @@ def weigh(
         per_query=showcase.per_query(task.judged_ids, series, texts),
         searches=found.shown.as_json(task.qrels, texts, documents) if found.shown else None,
         frontier=found.frontier,
+        remarks=(*made.remarks, *found.remarks),
     )
 
 

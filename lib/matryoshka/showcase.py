@@ -198,14 +198,13 @@ class Searches:
         }
 
     def _tell(self, row: int, name: str, queries: Mapping[str, str], relevant: Mapping[str, int]) -> dict[str, Any]:
-        results = {str(dim): [list(one) for one in own[row]] for dim, own in self.results.items()}
-        shown = sorted({str(document) for own in results.values() for document, _ in own}.intersection(relevant))
+        shown = sorted({document for own in self.results.values() for document, _ in own[row]}.intersection(relevant))
         return {
             "id": name,
             "text": queries.get(name, ""),
             "num_relevant": len(relevant),
             "relevant": {document: relevant[document] for document in shown},
-            "results": results,
+            "results": {str(dim): [list(one) for one in own[row]] for dim, own in self.results.items()},
             "funnel": list(self.funnel[row]) if self.funnel else [],
         }
 

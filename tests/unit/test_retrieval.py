@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ir_measures import AP, RR, R, Success, nDCG
 
-from matryoshka import artifacts, metrics, retrieval, storage
+from matryoshka import artifacts, lexical, metrics, retrieval, storage
 from matryoshka.indexing import IndexStore, Layout
 from matryoshka.report import Report
 from matryoshka.retrieval import Findings, Task
@@ -136,6 +136,21 @@ def test_a_chunked_document_is_shown_by_its_first_chunk_and_weighs_as_many_rows_
 
 def test_whole_documents_have_one_row_each(task: Task):
     assert task.count_rows() == 1.0
+
+
+def test_of_more_texts_than_fit_in_memory_words_are_left_out_and_the_report_says_so(
+    task: Task, found: Findings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(lexical, "MOST_TEXTS", NUM_DOCUMENTS - 1)
+    words = retrieval.search_words(task, tmp_path / "large")
+    assert (words.series, words.records) == ((), ())
+    without = words.and_then(dataclasses.replace(found, series=found.series[1:]))
+    made = retrieval.weigh(task, Report("t", (), remarks=("First.",)), without.series, without, "tuned", 0.95, 0.01)
+    assert made.remarks == ("First.", "BM25 was left out: 150 texts, and it holds at most 149 in memory.")
+    assert made.remarks[1] in made.sentences
+    assert "bm25" not in {row.system for row in made.rows}
+    monkeypatch.setattr(lexical, "MOST_TEXTS", NUM_DOCUMENTS)
+    assert retrieval.search_words(task, tmp_path / "fits").series
 
 
 def test_a_split_that_nobody_judged_is_refused(tmp_path: Path):

@@ -30,7 +30,6 @@ _VERDICTS: Mapping[str, tuple[str, str, str]] = {
     DO_NOT_BOTHER: ("Do not bother", "bad", "✕"),
     NOT_ENOUGH: ("Not enough evidence", "unsure", "?"),
 }
-_DEVICES = {"cpu": "CPU core", "cuda": "GPU"}
 _FACTS = {"settings": "Settings", "environment": "Environment", "fingerprints": "Fingerprints"}
 # Within a script element these could end it or begin a comment, or are line ends to some readers of JavaScript.
 _UNSAFE = str.maketrans({character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"})
@@ -185,7 +184,7 @@ def _numbers(verdict: Json) -> Iterable[_Number]:
     if training.get("device_hours") is not None:
         hours, num_devices = training["device_hours"], training.get("num_devices") or 1
         amount = f"{hours:,.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
-        device = _DEVICES.get(str(training.get("device")), "worker") + "s" * (num_devices > 1)
+        device = report.DEVICES.get(str(training.get("device")), "worker") + "s" * (num_devices > 1)
         yield _Number("Training cost", amount, f"of device time, measured: {num_devices} {device}, their times added up")
     saving = verdict.get("saving") or {}
     if all(saving.get(key) for key in ("dim", "retained", "bytes_per_million_before", "bytes_per_million")):

@@ -10,7 +10,7 @@ VARIANT = "+"
 """Stands between a model and the way in which it is searched, in the name of a system."""
 
 _HEADLINES = ("nDCG@10", "Spearman")
-_USUAL = ("base", "tuned")
+USUAL = ("base", "tuned")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,4 +103,4 @@ class Reading:
         if all(named):
             return named
         models = [name for name in self.systems if VARIANT not in name]
-        return _USUAL if set(_USUAL) <= set(models) or len(models) < 2 else (models[0], models[1])
+        return USUAL if set(USUAL) <= set(models) or len(models) < 2 else (models[0], models[1])

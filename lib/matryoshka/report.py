@@ -11,6 +11,7 @@ from typing import Any
 from matryoshka import evaluation, storage, verdict
 from matryoshka.comparison import Comparison, Resolutions
 from matryoshka.evaluation import FUNNEL, HEADLINES, Profile, Ranking, Row
+from matryoshka.reading import USUAL
 from matryoshka.showcase import Change, Extremes
 from matryoshka.verdict import Verdict
 
@@ -19,7 +20,6 @@ JSON, MARKDOWN = "report.json", "report.md"
 SHOWN = (*HEADLINES, "MRR@10", "Recall@10")
 """The measures that a terminal shows."""
 
-_USUAL = ("base", "tuned")
 _NOTE = f"A row of a `{FUNNEL}` system stands at the dim of its shortlist; its results were reranked at wider dims."
 _SHOWN_CHANGES = 3
 
@@ -267,7 +267,7 @@ def describe_verdict(found: Verdict) -> str:
     parts = [f"Verdict: {found.decision}. {found.reason}"]
     if found.training:
         own = found.training
-        parts.append(f"Fine-tuning took {own.device_hours:.2f} {_HOURS.get(own.device, own.device)}-hours.")
+        parts.append(f"Fine-tuning took {own.device_hours:.2f} {DEVICES.get(own.device, own.device)}-hours.")
     if found.saving:
         saving = found.saving
         share = 1 - saving.bytes_per_million / saving.bytes_per_million_before
@@ -278,7 +278,7 @@ def describe_verdict(found: Verdict) -> str:
     return " ".join(parts)
 
 
-_HOURS = {"cuda": "GPU", "cpu": "CPU core"}
+DEVICES = {"cuda": "GPU", "cpu": "CPU core"}
 
 
 def _megabytes(num_bytes: int) -> str:
@@ -309,7 +309,7 @@ def describe_reach(rows: Sequence[Row]) -> str:
     enough = [dim for dim in dims if values[after, dim] >= values[before, dims[0]]]
     if not enough:
         return ""
-    who = "Tuned" if (before, after) == _USUAL else f"With {after}"
+    who = "Tuned" if (before, after) == USUAL else f"With {after}"
     return f"{who}, {enough[-1]} dims reach what {dims[0]} dims reached before."
 
 
@@ -326,7 +326,7 @@ def describe_change(rows: Sequence[Row], place: str = "") -> str:
     old, new = (f"{values[system, dims[0]]:.3f}" for system in (before, after))
     change = _difference(old, new)
     amount = "nothing changed" if not float(change) else f"{change[1:]} was {'gained' if change[0] == '+' else 'lost'}"
-    if (before, after) != _USUAL:
+    if (before, after) != USUAL:
         old, new = f"{old} ({before})", f"{new} ({after})"
     return f"{place}{metric} at {dims[0]} dims went from {old} to {new}: {amount}."
 
@@ -334,8 +334,8 @@ def describe_change(rows: Sequence[Row], place: str = "") -> str:
 def _before_and_after(rows: Sequence[Row]) -> tuple[str, str]:
     """Returns the names of the two systems of a report, the earlier one first; empty ones where there are not two."""
     systems = list(dict.fromkeys(row.system for row in rows if evaluation.is_plain(row)))
-    if set(_USUAL) <= set(systems):
-        return _USUAL
+    if set(USUAL) <= set(systems):
+        return USUAL
     return (systems[0], systems[1]) if len(systems) == 2 else ("", "")
 
 

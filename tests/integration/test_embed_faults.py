@@ -1,6 +1,5 @@
 """An embed run meets what a long run meets: killed workers, killed nodes, deadly and poisoned documents, a full disk."""
 
-import functools
 import json
 import os
 import random
@@ -18,6 +17,7 @@ from typing import Any
 
 import folders
 import numpy as np
+import progress
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -74,10 +74,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny: st
     return folders.vectors(output)
 
 
-def _has_units(output: Path, count: int) -> bool:
-    return folders.count_units(output) >= count and bool(_find_workers())
-
-
 def _find_workers(*, loading: bool = False) -> list[psutil.Process]:
     """Returns the encoder workers of this process's Ray; those that are still loading, if asked for."""
     title = "_EncoderActor.__init__" if loading else "_EncoderActor"
@@ -91,48 +87,54 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def _kill_the_worker(output: Path, killed: list[int], num_starting: int) -> None:
-    """Ends the one worker at a random moment, again and again while it starts, and once more after it has started."""
+def _kill_while_starting(times: int, chance: random.Random) -> None:
+    """Ends the one worker again and again while it starts."""
+    for _ in range(times):
+        folders.wait_until(lambda: bool(_find_workers(loading=True)))
+        time.sleep(chance.random())
+        _kill_the_worker()
+
+
+def _kill_the_worker() -> None:
+    folders.wait_until(lambda: bool(_find_workers()))  # a process that writes its title has none for a moment
+    (worker,) = _find_workers()
+    worker.kill()
+    folders.wait_until(lambda: not _title(worker))
+
+
+def _embed_while_killing(settings: embed.Settings, num_starting: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeds while the one worker is ended at a random moment, again and again while it starts, and once more at work."""
     chance = random.Random(5)
     first, last = sorted(chance.sample(range(1, _UNITS * 2 // 3), 2))
-    for moment in (first, *[None] * num_starting, last):
-        if moment is None:
-            folders.wait_until(lambda: bool(_find_workers(loading=True)))
-            time.sleep(chance.random())
-        else:
-            folders.wait_until(functools.partial(_has_units, output, moment))
-        (worker,) = _find_workers()
-        worker.kill()
-        killed.append(folders.count_units(output))
-        folders.wait_until(lambda process=worker: not _title(process))  # type: ignore[misc]
+    killer = threading.Thread(target=_kill_while_starting, args=(num_starting, chance))
 
+    def kill_and_watch() -> None:
+        _kill_the_worker()
+        killer.start()
 
-def _embed_while_killing(settings: embed.Settings, num_starting: int) -> None:
-    killed: list[int] = []
-    killer = threading.Thread(target=_kill_the_worker, args=(Path(settings.output), killed, num_starting))
-    killer.start()
-    embed.run(settings)
+    with monkeypatch.context() as patch:
+        moments = progress.interrupt(patch, {first: kill_and_watch, last: _kill_the_worker})
+        embed.run(settings)
     killer.join()
-    assert len(killed) == num_starting + 2
-    assert killed[-1] < _UNITS, "the worker was killed too late to matter"
+    assert not moments, "the worker lived longer than it should"
 
 
 def test_one_worker_killed_again_and_again_loses_nothing(
-    tmp_path: Path, corpus: Path, tiny: str, undisturbed: dict[str, bytes]
+    tmp_path: Path, corpus: Path, tiny: str, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "embeddings"
-    _embed_while_killing(_settings(output, corpus, tiny), num_starting=2)
+    _embed_while_killing(_settings(output, corpus, tiny), 2, monkeypatch)
     assert folders.vectors(output) == undisturbed
     verify.run(verify.Settings(folder=str(output)))
 
 
 @tiny_model.needs_compiler
 def test_a_compiled_worker_that_is_killed_comes_back_with_the_same_program(
-    tmp_path: Path, corpus: Path, tiny: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, corpus: Path, tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     embed.run(_settings(tmp_path / "undisturbed", corpus, tiny, compile="on"))
     output = tmp_path / "embeddings"
-    _embed_while_killing(_settings(output, corpus, tiny, compile="on"), num_starting=1)
+    _embed_while_killing(_settings(output, corpus, tiny, compile="on"), 1, monkeypatch)
     assert folders.vectors(output) == folders.vectors(tmp_path / "undisturbed")
     assert all(receipt.details["is_compiled"] for receipt in artifacts.read(output).receipts)
     capsys.readouterr()
@@ -280,10 +282,15 @@ def test_a_machine_that_is_lost_with_all_it_was_doing_costs_nothing(
     log = tmp_path / "log.txt"
     with log.open("wb") as sink:
         driver = subprocess.Popen(command, stdout=sink, stderr=sink, env={**os.environ, "RAY_ADDRESS": two_nodes["address"]})
-    folders.wait_until(lambda: folders.count_units(output) >= _UNITS // 10 or driver.poll() is not None)
     raylet = psutil.Process(two_nodes["raylet"])
+
+    def find_workers() -> list[psutil.Process]:
+        return [process for process in raylet.children(recursive=True) if "_EncoderActor" in _title(process)]
+
+    folders.wait_until(lambda: bool(find_workers()) or driver.poll() is not None)
     family = [raylet, *raylet.children(recursive=True)]
-    assert any("_EncoderActor" in _title(process) for process in family), log.read_text()
+    folders.wait_until(lambda: folders.count_units(output) >= _UNITS // 10 or driver.poll() is not None)
+    assert find_workers(), log.read_text()
     for process in family:
         process.kill()
     assert folders.count_units(output) < _UNITS, "the node was killed too late to matter"

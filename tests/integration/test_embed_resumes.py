@@ -2,10 +2,10 @@
 
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import folders
+import progress
 import psutil
 import pytest
 import texts
@@ -85,23 +85,19 @@ def test_a_killed_run_is_taken_up_where_it_stood(killed: Path, corpus: Path, tin
     verify.run(verify.Settings(folder=str(killed)))
 
 
-def test_a_killed_worker_costs_no_document(tmp_path: Path, corpus: Path, tiny: str, undisturbed: dict[str, bytes]) -> None:
+def test_a_killed_worker_costs_no_document(
+    tmp_path: Path, corpus: Path, tiny: str, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "embeddings"
-    killed: list[int] = []
 
     def kill_a_worker() -> None:
-        folders.wait_until(lambda: folders.count_units(output) > _UNITS // 20)
         workers = [process for process in psutil.Process().children(recursive=True) if "_EncoderActor" in _title(process)]
         workers[0].kill()
-        killed.append(folders.count_units(output))
 
-    killer = threading.Thread(target=kill_a_worker)
-    killer.start()
+    moments = progress.interrupt(monkeypatch, {_UNITS // 20: kill_a_worker})
     embed.run(_settings(output, corpus, tiny))
-    killer.join()
 
-    assert killed, "no worker was killed"
-    assert killed[0] < _UNITS, "the worker was killed too late to matter"
+    assert not moments, "no worker was killed"
     assert folders.vectors(output) == undisturbed
     verify.run(verify.Settings(folder=str(output)))
 

@@ -141,4 +141,4 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main("benchmark", Settings, run)
+    main("benchmark", Settings, run, writes=None)

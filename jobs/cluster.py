@@ -4,6 +4,7 @@ import collections
 import contextlib
 import logging
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util import metrics
 
+from jobs import interruption
 from jobs.terminal import say
 from matryoshka import calibration, embedding, encode, hidden, model, rates, storage
 from matryoshka.anatomy import Sample, Vectors
@@ -171,7 +173,8 @@ def connected() -> Iterator[Session]:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if not os.environ.get("RAY_ADDRESS"):
         options |= {"address": "local", "include_dashboard": False}
-    ray.init(**options)
+    with interruption.kept_handler(signal.SIGTERM):  # Ray takes it for itself
+        ray.init(**options)
     _session = Session()
     try:
         yield _session
@@ -509,11 +512,12 @@ class ShardActors:
 
 @dataclass(frozen=True, slots=True)
 class Outcome(Generic[T]):
-    """What became of one call: its result, or the last error after all attempts."""
+    """What became of one call: its result, or the last error after all attempts, and whether more of them would help."""
 
     key: str
     result: T | None
     error: str = ""
+    is_hopeless: bool = False
 
 
 def run_on_actors(
@@ -540,7 +544,8 @@ def run_on_actors(
             if storage.is_out_of_space(error.cause):
                 raise error.cause from None  # every other unit would fail as well
             if crew.tries[key] >= attempts or isinstance(error.cause, ValueError):
-                yield Outcome(key, None, str(error.cause) if isinstance(error.cause, ValueError) else _last_line(error))
+                is_hopeless = isinstance(error.cause, ValueError)
+                yield Outcome(key, None, str(error.cause) if is_hopeless else _last_line(error), is_hopeless)
             else:
                 crew.waiting.append(key)
         except RayError as error:  # the worker was lost: killed, evicted for want of memory, or its node is gone

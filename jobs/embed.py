@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jobs import cluster
-from jobs.cluster import Encoders, Session
-from jobs.entry import StageSettings, describe_run, main
-from jobs.terminal import Counter, say
+from jobs.cluster import Encoders, Outcome, Session
+from jobs.entry import HopelessError, StageSettings, describe_run, main
+from jobs.terminal import Counter, report_failure, say
 from matryoshka import artifacts, corpus, embedding, model, storage
 from matryoshka.artifacts import Journal, Manifest, Receipt
 from matryoshka.calibration import Calibration, Choice
@@ -112,7 +112,7 @@ def run(settings: Settings) -> Manifest:
     if best.is_compiled and num_plain:
         say(f"embed: {num_plain} of {len(done)} units were done without the compiled model: last bits of vectors may differ")
     if failures:
-        raise RuntimeError(
+        raise (HopelessError if all(failure.is_hopeless for failure in failures.values()) else RuntimeError)(
             f"embed: {len(failures)} of {len(units)} units failed ({_describe_failures(failures, units)})."
             " The others are finished and kept. Mend the cause and run the same command again."
         )
@@ -149,9 +149,9 @@ def _calibrate(
     return best
 
 
-def _describe_failures(failures: Mapping[str, str], units: Sequence[Unit]) -> str:
+def _describe_failures(failures: Mapping[str, Outcome[Receipt]], units: Sequence[Unit]) -> str:
     """Returns the first failed units, by file and rows, each with its error."""
-    failed = [f"{unit.title}: {failures[unit.key].rstrip('.')}" for unit in units if unit.key in failures]
+    failed = [f"{unit.title}: {failures[unit.key].error.rstrip('.')}" for unit in units if unit.key in failures]
     more = f"; and {len(failed) - _SHOWN_FAILURES} more" if len(failed) > _SHOWN_FAILURES else ""
     return "; ".join(failed[:_SHOWN_FAILURES]) + more
 
@@ -208,20 +208,20 @@ def _recorded_compiling(known: Manifest | None) -> bool | None:
 
 def _embed(
     pool: Encoders, source: Corpus, todo: Sequence[Unit], settings: Settings, finished: dict[str, Receipt]
-) -> dict[str, str]:
-    """Adds the receipts of units to ``finished`` and to the journal; returns the last error of each unit that failed."""
+) -> dict[str, Outcome[Receipt]]:
+    """Adds the receipts of units to ``finished`` and to the journal; returns what became of each unit that failed."""
     if not todo:
         return {}
     output = storage.local_path(settings.output)
-    failures: dict[str, str] = {}
+    failures: dict[str, Outcome[Receipt]] = {}
     titles = {unit.key: unit.title for unit in todo}
     journal = Journal(output)
     with Counter("embed", len(todo), "documents") as counter:
         try:
             for outcome in pool.embed(source, todo, output, settings.attempts):
                 if outcome.result is None:
-                    failures[outcome.key] = outcome.error
-                    say(f"embed: {titles[outcome.key]} failed: {outcome.error}")
+                    failures[outcome.key] = outcome
+                    report_failure("embed", titles[outcome.key], outcome.error)
                 else:
                     journal.add(outcome.result)
                     finished[outcome.key] = outcome.result

@@ -9,7 +9,7 @@ from typing import Any
 
 from jobs import cluster, embed, evaluate, explain, finetune, index, measurement, mine, prepare, search, tune, verify
 from jobs.entry import NoGainError, StageSettings, describe_run, main
-from jobs.terminal import say, show_table
+from jobs.terminal import begin_stage, say, show_table
 from matryoshka import anatomy, artifacts, comparison, config, model, nested, page, report, storage, verdict
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.config import Field, JobSettings, check_settings
@@ -145,7 +145,8 @@ def _stage_settings(settings: Settings, name: str, job: Any, wiring: dict[str, A
     if job is evaluate:  # words are searched once
         bm25 = own.pop("bm25", name == "evaluate") and "compare" not in wiring
         wiring = wiring | {"bm25": bm25}
-    reserved = {*wiring, "replace"} | ({"models", "embeddings", "index", "compare", "require_gain"} if job is evaluate else set())
+    of_job = {"models", "embeddings", "index", "compare", "require_gain"} if job is evaluate else set()
+    reserved = {*wiring, "replace", "run_id", *of_job}
     fixed = sorted(own.keys() & reserved)
     if fixed:
         raise ValueError(f"pipeline, section '{name}': '{fixed[0]}' is set by the pipeline itself. Take it out.")
@@ -297,6 +298,7 @@ def _run_stages(stages: Sequence[Stage]) -> tuple[list[Stage], tuple[str, NoGain
 def _run_stage(stage: Stage) -> None:
     name, run_stage, settings = stage
     start = time.perf_counter()
+    begin_stage(name)
     run_stage(settings)
     say(f"{name} took {time.perf_counter() - start:.1f} s\n")
 

@@ -12,7 +12,7 @@ from matryoshka.config import Field, JobSettings, Positional, options
 
 JOBS = (
     *("pipeline", "prepare", "mine", "finetune", "explain", "embed", "index", "tune"),
-    *("export", "search", "evaluate", "report", "verify", "benchmark"),
+    *("export", "search", "evaluate", "report", "verify", "status", "benchmark"),
 )
 
 _BEGIN, _END = "<!-- options -->", "<!-- end of options -->"
@@ -59,4 +59,4 @@ def run(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main("reference", Settings, run)
+    main("reference", Settings, run, writes=None)

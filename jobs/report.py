@@ -24,4 +24,4 @@ def run(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main("report", Settings, run)
+    main("report", Settings, run, writes=None)

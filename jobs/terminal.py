@@ -1,11 +1,12 @@
 """What a person or a log sees: progress, tables, one line per event. The only room that knows rich."""
 
+import contextlib
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,9 +16,49 @@ from rich.text import Text
 logger = logging.getLogger("jobs")
 
 
+class Listener(Protocol):
+    """Hears how a run is getting on."""
+
+    def stage_began(self, stage: str) -> None:
+        """Hears of a stage of a pipeline."""
+
+    def parts_done(self, stage: str, done: int, total: int, items: int, item: str, rate: float) -> None:
+        """Hears how many parts of a stage are done, how many items of what kind they hold, and items a second."""
+
+    def failed(self, error: str) -> None:
+        """Hears of a part that failed."""
+
+
+_listeners: list[Listener] = []
+
+
+@contextlib.contextmanager
+def heard_by(listener: Listener) -> Iterator[None]:
+    """Has a listener hear of everything that happens while the block runs."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
 def say(text: str) -> None:
     """Prints one line for the person who ran the job."""
     Console(soft_wrap=True, highlight=False, emoji=False).print(text, markup=False)
+
+
+def begin_stage(stage: str) -> None:
+    """Says that a stage of a pipeline begins."""
+    logger.info("event=begin stage=%s", stage)
+    for listener in _listeners:
+        listener.stage_began(stage)
+
+
+def report_failure(stage: str, part: str, error: str) -> None:
+    """Says that a part of a stage failed, and why; the run goes on."""
+    say(f"{stage}: {part} failed: {error}")
+    for listener in _listeners:
+        listener.failed(f"{part}: {error}")
 
 
 def complain(text: str) -> None:
@@ -67,6 +108,8 @@ class Counter:
         self._done += num_parts
         self._items += num_items
         rate = self._items / max(time.perf_counter() - self._start, 1e-9)
+        for listener in _listeners:
+            listener.parts_done(self._stage, self._done, self._total, self._items, self._item, rate)
         if self._bar and self._task is not None:
             self._bar.update(self._task, advance=num_parts, rate=f"{rate:,.0f} {self._item}/s")
         else:

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,17 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from jobs import interruption
 from jobs.cluster import Capacity
+from jobs.entry import HopelessError
+from jobs.interruption import TerminatedError
 from jobs.terminal import Counter, say
 from matryoshka import storage
 from matryoshka.recipe import Recipe
 from matryoshka.training import Job
 
 _POLL_SECONDS = 1.0
-_FAREWELL_SECONDS = 60.0
+_FAREWELL_SECONDS = 15.0  # less than a run that was told to end may take altogether
 _STEPS_PER_PREEMPTION_CHECK = 5  # every rank must ask as often, and all wait for each other
 
 logger = logging.getLogger("jobs")
@@ -109,7 +112,8 @@ class Group:
 
         Raises:
             ValueError: The recipe does not fit the model or the pairs.
-            RuntimeError: The loss is not finite, ranks were lost too often, or no model came out.
+            HopelessError: The loss is not finite.
+            RuntimeError: Ranks were lost too often, or no model came out.
             KeyboardInterrupt: The process was told to end; a checkpoint is there to go on from.
         """
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lost only with the driver
@@ -152,31 +156,16 @@ def _raise_own(mailbox: Any) -> None:
     told: str = ray.get(mailbox.error.remote())
     kind, _, text = told.partition(":")
     if text:
-        raise ValueError(text) if kind == "ValueError" else RuntimeError(text)
+        raise ValueError(text) if kind == "ValueError" else HopelessError(text)
 
 
 def _fit(trainer: TorchTrainer) -> None:
     """Runs a trainer; Ctrl-C, which Ray Train takes for itself and answers with an exit, is an interrupt as in other jobs."""
-    with _kept_handler(signal.SIGINT):
+    with interruption.kept_handler(signal.SIGINT):
         try:
             trainer.fit()
         except SystemExit:
             raise KeyboardInterrupt from None
-
-
-@contextlib.contextmanager
-def _kept_handler(number: signal.Signals) -> Iterator[None]:
-    """Gives a signal the handler back that it had before the block."""
-    before = signal.getsignal(number)
-    try:
-        yield
-    finally:
-        if _is_main_thread():
-            signal.signal(number, before)
-
-
-def _is_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
 
 
 def _adopt(job: Job) -> None:
@@ -214,15 +203,16 @@ class _Listening:
 
     def __enter__(self) -> None:
         self._stack.enter_context(self._counter)
-        self._stack.enter_context(_on_terminate(self._tell_to_end))
+        self._stack.enter_context(interruption.on_terminate(self._tell_to_end))
         self._thread.start()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._ended.set()
         self._thread.join()
         self._stack.close()
-        if self._told_to_end.is_set() and kind is None:
-            raise KeyboardInterrupt  # it was told as the last step ended
+        # It was told as the last step ended, or Ray Train made an exit of the interruption.
+        if self._told_to_end.is_set() and (kind is None or issubclass(kind, KeyboardInterrupt)):
+            raise TerminatedError
 
     def _listen(self) -> None:
         try:
@@ -234,7 +224,8 @@ class _Listening:
     def _tell_to_end(self) -> None:
         """Answers SIGTERM: at first, the listener has a checkpoint written; when it has done so, or cannot, the run ends."""
         if self._is_deaf.is_set() or self._is_leaving.is_set():
-            raise KeyboardInterrupt
+            raise TerminatedError
+        interruption.hurry()
         self._told_to_end.set()
 
     def _listen_on(self) -> None:
@@ -269,17 +260,6 @@ class _Listening:
         say(f"finetune: told to end; a checkpoint of step {step} is kept" if step >= 0 else "finetune: told to end")
         self._is_leaving.set()
         os.kill(os.getpid(), signal.SIGTERM)
-
-
-@contextlib.contextmanager
-def _on_terminate(act: Callable[[], None]) -> Iterator[None]:
-    """Has SIGTERM call a function for as long as the block runs, where this thread may decide on signals."""
-    if not _is_main_thread():
-        yield
-        return
-    with _kept_handler(signal.SIGTERM):
-        signal.signal(signal.SIGTERM, lambda *_: act())
-        yield
 
 
 class _Observer:

@@ -237,4 +237,4 @@ def _sentence(name: str, floor: float, num_passed: int, point: Point, exact: Poi
 
 
 if __name__ == "__main__":
-    main("tune", Settings, run)
+    main("tune", Settings, run, writes="index")

@@ -2,14 +2,14 @@
 
 from typing import Annotated
 
-from jobs.entry import main
+from jobs.entry import HopelessError, main
 from jobs.terminal import say
 from matryoshka import storage, verification
 from matryoshka.config import Field, JobSettings, Positional
 
 
 class Settings(JobSettings):
-    """Checks every artifact in a folder, and below it, against its manifest; ends with code 1 if anything is wrong.
+    """Checks every artifact in a folder, and below it, against its manifest; ends with code 5 if anything is wrong.
 
     Sizes and SHA-256 of all files, counts, ids (each once), vectors (finite, unit length), documents in each index.
     """
@@ -27,8 +27,8 @@ def run(settings: Settings) -> None:
         faults += found
     if faults:
         shown = "\n  ".join(faults[:20])
-        raise RuntimeError(f"verify: {len(faults)} faults:\n  {shown}\nRun the job that made it again with --replace.")
+        raise HopelessError(f"verify: {len(faults)} faults:\n  {shown}\nRun the job that made it again with --replace.")
 
 
 if __name__ == "__main__":
-    main("verify", Settings, run)
+    main("verify", Settings, run, writes=None)

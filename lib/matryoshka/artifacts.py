@@ -8,18 +8,20 @@ small journal files beside it, so that a run that was killed is taken up where i
 import dataclasses
 import os
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from matryoshka import storage
+from matryoshka import leases, status, storage
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 
 _JOURNAL = "journal"
+_LEVELS = 2  # the deepest artifact of a pipeline lies two folders below its output
+_OF_THE_RUN = (leases.NAME, status.NAME)  # they are there before and after the artifact
 _SEGMENTS = "[0-9]*.json"
 _FLUSH_SECONDS = 2.0
 
@@ -187,18 +189,36 @@ def check_owner(folder: Path, kind: str) -> bool:
     Raises:
         ValueError: The folder belongs to something else.
     """
-    if not folder.exists():
-        return False
-    if not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file. Pass another --output.")
     if not (folder / MANIFEST).is_file():
-        if all(is_artifact(entry) or _is_unfinished(entry) for entry in folder.iterdir()):
+        if may_use(folder):
             return False
         raise ValueError(f"{folder}: holds files that are not an artifact of this project. Pass another --output.")
     found = _kind_of(folder)
     if found != kind:
         raise ValueError(f"{folder}: holds '{found}', not '{kind}'. Pass another --output.")
     return True
+
+
+def may_use(folder: Path) -> bool:
+    """Returns whether an output is free, or holds an artifact of this project or what is left of one."""
+    if not folder.is_dir():
+        return not folder.exists()
+    return is_artifact(folder) or all(is_artifact(entry) or _is_unfinished(entry) for entry in folder.iterdir())
+
+
+def find_related(folder: Path) -> Iterator[Path]:
+    """Yields the outputs that may lie in an output, or that it may lie in: those of a pipeline and its stages."""
+    yield from list(folder.parents)[:_LEVELS]
+    yield from _find_nested(folder, _LEVELS)
+
+
+def _find_nested(folder: Path, levels: int) -> Iterator[Path]:
+    for entry in folder.iterdir() if levels and folder.is_dir() else ():
+        if entry.is_dir() and any((entry / name).is_file() for name in (MANIFEST, leases.NAME)):
+            yield entry
+            yield from _find_nested(entry, levels - 1)
 
 
 def claim(folder: Path, kind: str, identity: Mapping[str, Any], replace: bool, known: Manifest | None = None) -> Manifest | None:
@@ -234,8 +254,8 @@ def _kind_of(folder: Path) -> str:
 
 
 def _is_unfinished(path: Path) -> bool:
-    """Returns whether a path is something that a killed run may have left before it had a manifest."""
-    return path.name.startswith(storage.TEMPORARY)
+    """Returns whether a path is something that a run may have left before it had a manifest."""
+    return path.name.startswith(storage.TEMPORARY) or path.name in _OF_THE_RUN
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -258,7 +278,7 @@ def begin(folder: Path, manifest: Manifest, previous: Manifest | None, work: Pat
     """
     if previous is None:
         for entry in folder.iterdir() if folder.is_dir() else ():
-            if not is_artifact(entry) and entry.name != MANIFEST and entry != work:
+            if not is_artifact(entry) and entry.name not in (MANIFEST, *_OF_THE_RUN) and entry != work:
                 storage.remove(entry)
         storage.remove(folder / MANIFEST)  # last: until then the folder is known to be ours
     else:

@@ -5,6 +5,7 @@ Paths are local or on a file system that every worker mounts. All that a stage w
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -13,6 +14,8 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+Place = Path
 
 TEMPORARY = ".partial-"
 """Begins the name of everything that is not finished; leftovers of killed writers are known by it."""
@@ -182,3 +185,30 @@ def remove_leftovers(folder: Path) -> None:
     """Removes what writers that were killed left under temporary names, anywhere below a folder that one run owns."""
     for leftover in sorted(folder.rglob(f"{TEMPORARY}*")):
         remove(leftover)
+
+
+def create(path: Place, data: bytes) -> bool:
+    """Writes a file only if there is none, and returns whether there was none: of two that try at once, one does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{path.name}"
+    try:
+        temporary.write_bytes(data)
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        return False
+    finally:
+        remove(temporary)
+    return True
+
+
+def swap(path: Place, data: bytes, seen: bytes) -> bool:
+    """Writes a file only if it still holds what was seen there, and returns whether it did: of two that try at once, one does."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        if not path.is_file() or path.read_bytes() != seen:
+            return False
+        publish_bytes(path, data)
+        return True
+    finally:
+        os.close(folder)

@@ -48,13 +48,13 @@ def test_verify_finds_a_manifest_that_was_edited(copied_pipeline: Path) -> None:
         verify.run(verify.Settings(folder=str(copied_pipeline)))
 
 
-def test_verify_ends_with_code_1_and_names_the_file(copied_pipeline: Path) -> None:
+def test_verify_ends_with_code_5_and_names_the_file(copied_pipeline: Path) -> None:
     path = next((copied_pipeline / "embeddings" / "units").glob("*.parquet"))
     folders.flip_byte(path)
     done = subprocess.run(
         [sys.executable, "-m", "jobs.verify", str(copied_pipeline)], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 1
+    assert done.returncode == 5
     assert str(path) in done.stderr
     assert "Traceback" not in done.stderr
     assert "FAULT" in done.stdout

@@ -28,7 +28,7 @@ from ray import cloudpickle
 from safetensors.numpy import load_file, save_file
 
 from jobs import cluster, embed, verify
-from jobs.entry import main
+from jobs.entry import ExitCode, main
 from matryoshka import artifacts
 from matryoshka.corpus import Corpus
 from matryoshka.storage import remove_leftovers
@@ -244,7 +244,7 @@ def test_a_poisoned_document_is_named_and_costs_its_own_unit_until_it_is_replace
     texts.write_parquet(path, columns)
     settings = _settings(output, poisoned, broken)
 
-    assert _exit_code(settings, monkeypatch) == 1
+    assert _exit_code(settings, monkeypatch) == ExitCode.HOPELESS == 5
     message = capsys.readouterr().err
     assert f"1 of {_UNITS} units failed" in message
     assert "part-2.parquet, rows 28 to 32: the model gave vectors that are not finite" in message

@@ -191,7 +191,7 @@ def test_a_driver_that_is_told_to_end_leaves_a_checkpoint_that_the_same_command_
             lines.append(line)
             if "step=16 " in line:
                 run.send_signal(signal.SIGTERM)
-    assert run.returncode == 130, "".join(lines)
+    assert run.returncode == 143, "".join(lines)
     assert _has_checkpoint(output)
     assert "told to end; a checkpoint of step" in "".join(lines)
     assert not artifacts.read(output).is_complete

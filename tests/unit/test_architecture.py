@@ -50,7 +50,7 @@ LAYERS = [
     {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "scans", "products", "spaces"}
     | {"funnel"}
     | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"}
-    | {"removals", "filters", "queries"},
+    | {"removals", "filters", "queries", "leases", "status"},
     {"preparation", "mining", "training", "card", "embedding", "indexing", "layouts", "evaluation", "report", "verification"}
     | {"calibration", "peers", "plain_trainer", "answers", "tuning", "results", "search_peers", "synthetic"}
     | {"rankings", "runs", "comparison", "showcase", "verdict", "retrieval", "anatomy", "hidden", "provenance"}

@@ -13,6 +13,7 @@ import report_data
 from matryoshka import page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="not installed: playwright")
+SCREENSHOTS = Path(__file__).parents[2] / "runs" / "screenshots"  # left behind for whoever wants to look
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine")
@@ -90,7 +91,7 @@ def _write(folder: Path, report: dict[str, Any]) -> Path:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_every_chart_is_drawn_at_every_width_in_both_schemes_without_sideways_scrolling(
-    browser: Browser, full: Path, tmp_path: Path, width: int, scheme: Scheme
+    browser: Browser, full: Path, width: int, scheme: Scheme
 ) -> None:
     visit = browser.open(full, width, scheme)
     marks = visit.view.evaluate(
@@ -106,15 +107,20 @@ def test_every_chart_is_drawn_at_every_width_in_both_schemes_without_sideways_sc
     paper = visit.view.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, paper[4:-1].split(","))) < 384) == (scheme == "dark")
     assert (visit.asked, visit.complaints) == ([full.as_uri()], [])
-    visit.view.screenshot(path=tmp_path / f"report-{width}-{scheme}.png", full_page=True)  # pytest keeps it for a while
+    visit.view.screenshot(path=SCREENSHOTS / f"sample-{width}-{scheme}.png", full_page=True)
 
 
-def test_the_report_of_a_run_is_drawn_from_its_own_folder_and_asks_nobody(browser: Browser, finished_pipeline: Path) -> None:
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_report_of_a_run_is_drawn_from_its_own_folder_and_asks_nobody(
+    browser: Browser, finished_pipeline: Path, width: int, scheme: Scheme
+) -> None:
     path = finished_pipeline / page.HTML
-    visit = browser.open(path)
+    visit = browser.open(path, width, scheme)
     assert visit.view.locator(".chart svg").count() == visit.view.locator(".chart").count() > 0
     assert visit.view.locator("h1").inner_text()
     assert (visit.asked, visit.complaints) == ([path.as_uri()], [])
+    visit.view.screenshot(path=SCREENSHOTS / f"run-{width}-{scheme}.png", full_page=True)
 
 
 def test_documents_with_scripts_and_odd_characters_do_no_harm(browser: Browser, hostile: Path) -> None:

@@ -1,6 +1,11 @@
 """Fixtures of all tests: a tiny model, one local Ray for the whole session, one finished pipeline."""
 
+import logging
 import os
+import shutil
+import socket
+import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,17 +16,62 @@ import texts
 import yaml
 
 if TYPE_CHECKING:
+    from s3_server import Proxy
+
     from jobs.cluster import Session
 
 PIPELINE_PAIRS = 240
 
 
-def pytest_configure() -> None:
-    """Keeps every process of the session off the network, and on a Ray of its own."""
+_LISTENING = pytest.StashKey[socket.socket]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps every process of the session off the network, on a Ray of its own, and with a bucket store of its own."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    listening = config.stash[_LISTENING] = socket.socket()
+    listening.bind(("127.0.0.1", 0))  # now, so that Ray's workers have the address, whenever the server starts
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        del os.environ[name]
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{listening.getsockname()[1]}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "not-to-be-shown",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "MATRYOSHKA_CACHE": tempfile.mkdtemp(prefix="matryoshka-test-cache-"),
+    }
     os.environ.pop("RAY_ADDRESS", None)
     hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
     hypothesis.settings.load_profile("untimed")
+
+
+def pytest_unconfigure() -> None:
+    """Leaves nothing behind."""
+    shutil.rmtree(os.environ["MATRYOSHKA_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def s3(pytestconfig: pytest.Config) -> "Iterator[Proxy]":
+    """A real S3 server; what comes is the proxy before it, which can be told to fail."""
+    import s3_server
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    with s3_server.serve(pytestconfig.stash[_LISTENING]) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def bucket(s3: "Proxy") -> str:  # noqa: ARG001 - the server must be there
+    """The address of an empty bucket."""
+    from matryoshka import storage
+
+    address = f"s3://bucket-{uuid.uuid4().hex[:12]}"
+    place = storage.place(address)
+    place.fs.call_s3("create_bucket", Bucket=place.path.rstrip("/"))  # type: ignore[union-attr]
+    return address
 
 
 @pytest.fixture(scope="session")

@@ -1,41 +1,165 @@
-"""Files that are either whole or not there: digests, atomic publishing, JSON.
+"""Files that are either whole or not there, on disk or in a bucket: digests, atomic publishing, JSON.
 
-Paths are local or on a file system that every worker mounts. All that a stage writes for good goes through ``publish``.
+A place is a path on a file system that every worker mounts, or one in a bucket; what only a real file can do goes through
+``local``, and all that a stage writes for good through ``publish``.
 """
 
 import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
+import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
-Place = Path
+from matryoshka import buckets, cache
+from matryoshka.buckets import BucketPath, ObjectInfo, UPath
+
+Place: TypeAlias = Path | UPath
+P = TypeVar("P", Path, UPath)
 
 TEMPORARY = ".partial-"
 """Begins the name of everything that is not finished; leftovers of killed writers are known by it."""
 
+ALTERED = "its bytes were altered (another SHA-256 than the receipt's)"
 
-def local_path(text: str) -> Path:
-    """Returns the path that a setting names.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/{1,2}")
+_FILE = "file://"
+_REQUESTS_AT_ONCE = 16
+
+
+def place(text: str) -> Place:
+    """Returns the place that a setting names: a path, ``file://``, or ``s3://bucket/folder``.
 
     Raises:
-        ValueError: It is a URL: only local and mounted folders are supported.
+        ValueError: It is a URL of another kind, or what its kind needs is not installed, or it holds a secret.
+    """
+    if text.startswith(f"{_FILE}/"):
+        return Path(text.removeprefix(_FILE))
+    beginning = _URL.match(text)
+    if not beginning:
+        return Path(text)
+    if not beginning[0].endswith("://") or text.startswith(_FILE):
+        raise ValueError(f"{beginning[0]}: not the beginning of a place. Write {beginning[0].partition(':')[0]}://, or a path.")
+    return buckets.parse(text)
+
+
+def local_path(text: str) -> Path:
+    """Returns the path that a setting names, where only a path will do.
+
+    Raises:
+        ValueError: It is a URL.
     """
     if "://" in text:
         raise ValueError(f"{text}: only local and mounted folders are supported. Mount or copy it, and pass its path.")
     return Path(text)
 
 
-def digest_file(path: Path) -> str:
+def is_local(place: Place) -> bool:
+    """Returns whether a place is a path of the file system."""
+    return isinstance(place, Path)
+
+
+def _bucket(place: Place) -> BucketPath:
+    assert isinstance(place, BucketPath), "places in buckets are made by place()"
+    return place
+
+
+def source(place: Place) -> Path | io.RawIOBase:
+    """Returns what readers of tables take: the path itself, or an open file each read of which is one request."""
+    return place if isinstance(place, Path) else _bucket(place).source()
+
+
+def local(place: Place, digest: str | None = None) -> Path:
+    """Returns a local path to read from: the place itself, or a copy of it on this node's disk, which stays while this
+    process lives.
+
+    Args:
+        place: A file, or a folder with all that is in it.
+        digest: SHA-256 of the file, by which the copy is known, and checked when it is made; None: its ETags are looked up.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        ValueError: A file's bytes are not those of the digest, or change meanwhile.
+        RuntimeError: There is no room for it.
+    """
+    if isinstance(place, Path):
+        return place
+    own = _bucket(place)
+    if digest:
+        key = digest_json(["sha256", digest])  # from a manifest: as it stands it is no name to be trusted
+        return cache.hold(key, lambda: own.info_of().num_bytes, lambda target: _fetch(own, own.info_of(), target, digest))
+    below = buckets.listing(own)
+    if not below:
+        info = own.info_of()
+        return cache.hold(_key(own, {"": info}), lambda: info.num_bytes, lambda target: _fetch(own, info, target))
+    num_bytes = sum(info.num_bytes for info in below.values())
+    return cache.hold(_key(own, below), lambda: num_bytes, lambda target: buckets.download_all(own, below, target))
+
+
+def _key(place: BucketPath, infos: Mapping[str, ObjectInfo]) -> str:
+    return digest_json([str(place), [[name, info.etag, info.num_bytes] for name, info in infos.items()]])
+
+
+def _fetch(place: BucketPath, info: ObjectInfo, target: Path, digest: str | None = None) -> None:
+    buckets.download(place, info, target)
+    if digest and digest_file(target) != digest:
+        raise ValueError(f"{place}: {ALTERED}. Run the job that made it again with --replace.")
+
+
+def sizes(folder: Place) -> dict[str, int]:
+    """Returns the bytes of every file below a folder, by its path there; of a bucket, one listing says so."""
+    if isinstance(folder, Path):
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    return {name: info.num_bytes for name, info in buckets.listing(_bucket(folder)).items()}
+
+
+def stamps(root: Place, names: Sequence[str]) -> list[tuple[int, int | str] | None]:
+    """Returns, for each file below a folder, its size and what changes with its bytes (time, or ETag); None: not there."""
+    if isinstance(root, Path):
+        return [_stamp(root / name) for name in names]
+    own = _bucket(root)
+    if len(names) == 1:
+        try:
+            infos = {names[0]: (own / names[0]).info_of()}
+        except FileNotFoundError:
+            infos = {}
+    else:
+        infos = buckets.listing(own)
+    return [(infos[name].num_bytes, infos[name].etag) if name in infos else None for name in names]
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def digest_file(path: Place) -> str:
     """Returns the SHA-256 of a file's bytes, in hex."""
+    if not isinstance(path, Path):
+        return digest_of(buckets.blocks(_bucket(path)))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(parts: Iterable[bytes]) -> str:
+    """Returns the SHA-256 of bytes that come in parts, in hex."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
 
 
 def digest_json(value: Any) -> str:
@@ -48,16 +172,21 @@ def is_out_of_space(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def keep_apart(output: Path, *inputs: Path | None) -> None:
+def keep_apart(output: Place, *inputs: Place | None) -> None:
     """Checks that an output neither holds an input nor lies in one: making it could destroy, or later read, the other.
 
     Raises:
         ValueError: One lies in the other.
     """
-    for path in filter(None, inputs):
-        inner, outer = sorted((output.resolve(), path.resolve()), key=lambda place: -len(place.parts))
-        if inner.is_relative_to(outer) and (outer == output.resolve() or outer.is_dir()):
+    for path in (own for own in inputs if own is not None):
+        both: list[Place] = [output.resolve(), path.resolve()]
+        inner, outer = sorted(both, key=lambda place: -len(place.parts))
+        if _lies_in(inner, outer) and (outer == output.resolve() or outer.is_dir()):
             raise ValueError(f"{output}: the output and the input {path} lie in each other. Pass another --output.")
+
+
+def _lies_in(inner: Place, outer: Place) -> bool:
+    return isinstance(inner, Path) == isinstance(outer, Path) and (inner == outer or outer in inner.parents)
 
 
 def as_json(value: Any) -> Any:
@@ -66,12 +195,18 @@ def as_json(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def publish(path: Path) -> Iterator[Path]:
+def publish(path: Place) -> Iterator[Path]:
     """Yields a temporary path; what was written there appears at ``path`` at once, complete, or, after an error, not at all.
 
-    The temporary path may become a file or a folder. It lies beside ``path``, so that the move is a rename on one disk. A
-    folder replaces a folder that is already there.
+    The temporary path may become a file or a folder. It lies beside ``path``, so that the move is a rename on one disk; for a
+    place in a bucket, on this node's temporary disk. A folder replaces a folder that is already there; in a bucket its files
+    appear one by one, so it must have a name that nobody reads before a manifest tells of it.
     """
+    if not isinstance(path, Path):
+        with scratch() as folder:
+            yield folder / path.name
+            buckets.upload(folder / path.name, _bucket(path))
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (path.parent / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{path.name}" for _ in range(2))
     try:
@@ -108,19 +243,49 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def move(path: Path, target: Path) -> None:
-    """Moves a file that ``publish`` made to another place on its disk."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    path.replace(target)
-    _sync(target.parent)
+def move(path: Place, target: Place) -> None:
+    """Moves a file that ``publish`` made to another place on its disk, or in its store."""
+    if isinstance(path, Path) and isinstance(target, Path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+        _sync(target.parent)
+        return
+    if isinstance(path, Path):
+        buckets.upload(path, _bucket(target))
+    else:
+        buckets.copy(_bucket(path), _bucket(target))
+    remove(path)
 
 
 @contextlib.contextmanager
-def workspace(folder: Path, name: str) -> Iterator[Path]:
+def scratch(near: Place | None = None) -> Iterator[Path]:
+    """Yields an empty local folder, which is gone at the end: below another folder if that is local, else on the temporary disk.
+
+    Only this process sees it; see ``workspace`` for one that all workers see.
+    """
+    if isinstance(near, Path):
+        with workspace(near, "scratch") as folder:
+            yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as name:
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def workspace(folder: P, name: str) -> Iterator[P]:
     """Yields an empty folder below another, with a path that no other run has; both are gone at the end if nothing else came.
 
-    What runs that were killed left under the same name is removed.
+    What runs that were killed left under the same name is removed. It is where the other folder is, so that workers see it.
     """
+    if not isinstance(folder, Path):
+        for leftover in folder.glob(f"{TEMPORARY}*-{name}"):
+            remove(leftover)
+        place = folder / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{name}"
+        try:
+            yield place
+        finally:
+            remove(place)
+        return
     is_first = not folder.exists()
     for leftover in folder.glob(f"{TEMPORARY}*-{name}"):
         remove(leftover)
@@ -134,13 +299,16 @@ def workspace(folder: Path, name: str) -> Iterator[Path]:
             folder.rmdir()
 
 
-def publish_bytes(path: Path, data: bytes) -> None:
+def publish_bytes(path: Place, data: bytes) -> None:
     """Writes a whole file atomically."""
+    if not isinstance(path, Path):
+        path.write_bytes(data)
+        return
     with publish(path) as temporary:
         temporary.write_bytes(data)
 
 
-def publish_json(path: Path, value: Any) -> None:
+def publish_json(path: Place, value: Any) -> None:
     """Writes a value as indented JSON, atomically.
 
     Raises:
@@ -149,7 +317,7 @@ def publish_json(path: Path, value: Any) -> None:
     publish_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def publish_json_lines(path: Path, head: Mapping[str, Any], key: str, values: Iterable[Any]) -> None:
+def publish_json_lines(path: Place, head: Mapping[str, Any], key: str, values: Iterable[Any]) -> None:
     """Writes a JSON object atomically: ``head``, then one more key that holds a list, with one of its values per line."""
     text = json.dumps(dict(head), indent=1, ensure_ascii=False).removesuffix("\n}")
     with publish(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
@@ -159,7 +327,7 @@ def publish_json_lines(path: Path, head: Mapping[str, Any], key: str, values: It
         file.write("\n ]\n}\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Place) -> Any:
     """Returns the value of a JSON file.
 
     Raises:
@@ -173,27 +341,29 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not JSON ({error}). Restore it, or make it anew.") from None
 
 
-def remove(path: Path) -> None:
-    """Removes a file or a whole folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def read_all_json(paths: Sequence[Place]) -> list[Any]:
+    """Returns the values of many JSON files, in order; in a bucket, many are asked for at once.
 
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes what writers that were killed left under temporary names, anywhere below a folder that one run owns."""
-    for leftover in sorted(folder.rglob(f"{TEMPORARY}*")):
-        remove(leftover)
+    Raises:
+        ValueError: As ``read_json``.
+    """
+    if all(isinstance(path, Path) for path in paths):
+        return [read_json(path) for path in paths]
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE, "json") as pool:
+        return list(pool.map(read_json, paths))
 
 
 def create(path: Place, data: bytes) -> bool:
-    """Writes a file only if there is none, and returns whether there was none: of two that try at once, one does."""
+    """Writes a whole file if there is none, and returns whether it did: of several that try at once, one does."""
+    if not isinstance(path, Path):
+        return buckets.create(_bucket(path), data)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{path.name}"
     try:
         temporary.write_bytes(data)
-        path.hardlink_to(temporary)
+        _sync(temporary)
+        os.link(temporary, path)
+        _sync(path.parent)
     except FileExistsError:
         return False
     finally:
@@ -202,13 +372,60 @@ def create(path: Place, data: bytes) -> bool:
 
 
 def swap(path: Place, data: bytes, seen: bytes) -> bool:
-    """Writes a file only if it still holds what was seen there, and returns whether it did: of two that try at once, one does."""
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        if not path.is_file() or path.read_bytes() != seen:
+    """Writes a whole file if it still holds the bytes that were seen, and returns whether it did."""
+    if not isinstance(path, Path):
+        return buckets.swap(_bucket(path), data, seen)
+    while True:
+        try:
+            file = path.open("r+b")  # a lock on a network's file system needs a file that can be written to
+        except FileNotFoundError:
             return False
-        publish_bytes(path, data)
-        return True
-    finally:
-        os.close(folder)
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_still(path, file.fileno()):  # or another swap came first, and has put another file here
+                if file.read() != seen:
+                    return False
+                publish_bytes(path, data)
+                return True
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def remove(path: Place) -> None:
+    """Removes a file or a whole folder, if it is there."""
+    if not isinstance(path, Path):
+        buckets.remove(_bucket(path))
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Place) -> None:
+    """Removes what writers that were killed left under temporary names, anywhere below a folder that one run owns.
+
+    In a bucket only workspaces have such names, and lie directly in the folder; uploads that were not finished are ended.
+    """
+    if not isinstance(folder, Path):
+        buckets.remove_leftovers(_bucket(folder), TEMPORARY)
+        return
+    for leftover in sorted(folder.rglob(f"{TEMPORARY}*")):
+        remove(leftover)
+
+
+def check_writable(folder: Place) -> None:
+    """Checks, for a place in a bucket, that objects can be put there and deleted, before anything is computed.
+
+    Raises:
+        ValueError: There is no such bucket, or it may not be written to.
+        RuntimeError: The store does not answer.
+    """
+    if not isinstance(folder, Path):
+        probe = folder / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-probe"
+        probe.write_bytes(b"")
+        remove(probe)

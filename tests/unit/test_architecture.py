@@ -20,6 +20,8 @@ DOORS = {
     "altair": tuple(f"lib/matryoshka/{room}.py" for room in ("charts", "figures", "findings", "portraits")),
     "vl_convert": ("lib/matryoshka/charts.py",),
     "jinja2": ("lib/matryoshka/page.py",),
+    "upath": ("lib/matryoshka/buckets.py",),
+    **dict.fromkeys(("s3fs", "botocore", "fsspec", "aiohttp"), ("lib/matryoshka/s3.py",)),
     "pydantic": ("lib/matryoshka/config.py",),
     "yaml": ("lib/matryoshka/config.py",),
     "huggingface_hub": ("lib/matryoshka/model.py",),
@@ -45,7 +47,21 @@ PURE = ("units", "nested", "topk", "conditions", "clock", "batches", "tradeoffs"
 LAYERS = [
     {"config", "units", "nested", "topk", "conditions", "clock", "batches", "frontier", "tradeoffs", "significance"}
     | {"geometry", "reading"},
-    {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves", "charts", "figures"}
+    {
+        "storage",
+        "buckets",
+        "s3",
+        "cache",
+        "corpus",
+        "index",
+        "metrics",
+        "docstrings",
+        "recipe",
+        "stream",
+        "curves",
+        "charts",
+        "figures",
+    }
     | {"splits", "sources", "partitions", "leaks", "chunks", "rates", "kernels", "lexical", "maps", "weights"},
     {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "scans", "products", "spaces"}
     | {"funnel"}
@@ -124,7 +140,7 @@ def test_no_module_prints(path: Path):
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_nothing_runs_at_import(path: Path):
     """A module defines things; the only bare statement is the call of a job under its own name."""
-    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
     for node in tree_of(path).body:
         is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         is_guarded = isinstance(node, ast.If) and ast.unparse(node.test) in ("__name__ == '__main__'", "TYPE_CHECKING")

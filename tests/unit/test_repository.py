@@ -26,7 +26,7 @@ def test_the_readme_has_no_placeholder_left():
 
 def test_every_module_stands_in_the_module_map():
     module_map = (ROOT / "README.md").read_text("utf-8").partition("## Module map")[2].partition("## Glossary")[0]
-    rooms = set(re.findall(r"`([a-z_]+)`", module_map))
+    rooms = set(re.findall(r"`([a-z0-9_]+)`", module_map))
     assert rooms >= {path.stem for path in (ROOT / "lib" / "matryoshka").glob("*.py")} - {"__init__"}
 
 

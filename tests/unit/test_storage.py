@@ -162,7 +162,7 @@ def test_json_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/corpus", "hf://datasets/x", "file:///tmp"])
-def test_urls_are_refused(url: str):
+def test_urls_are_refused_where_only_a_path_will_do(url: str):
     with pytest.raises(ValueError, match=rf"{url}: only local and mounted folders.*pass its path"):
         storage.local_path(url)
 

@@ -1,12 +1,13 @@
 # Every command does its own set-up: the first one makes the virtual environment .venv, later ones use it.
 PYTHON ?= python3
+MINUTES ?= 30
 HARDWARE ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint .constraints/$(HARDWARE).txt
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-unit test-integration check clean
+.PHONY: demo test test-unit test-integration soak check clean
 
 demo: .venv/ready  ## Runs the whole job on the documentation of the installed Python packages.
 	$(BIN)/python -m jobs.pipeline --config jobs/demo.yaml --replace
@@ -19,6 +20,9 @@ test-unit:
 
 test-integration:
 	$(BIN)/python -m pytest tests/integration tests/gpu
+
+soak: .venv/ready  ## Runs nights under fire for half an hour, a fault every 20 s: soak.json says what was done.
+	$(BIN)/python tests/soak.py --output runs/soak --minutes $(MINUTES)
 
 check: .venv/ready  ## Checks style and types.
 	$(BIN)/ruff check

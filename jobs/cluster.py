@@ -173,8 +173,11 @@ def connected() -> Iterator[Session]:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if not os.environ.get("RAY_ADDRESS"):
         options |= {"address": "local", "include_dashboard": False}
-    with interruption.kept_handler(signal.SIGTERM):  # Ray takes it for itself
-        ray.init(**options)
+    with interruption.kept_handler(signal.SIGTERM):  # Ray takes it for itself, and answers with an exit while it starts
+        try:
+            ray.init(**options)
+        except SystemExit:
+            raise interruption.TerminatedError from None
     _session = Session()
     try:
         yield _session

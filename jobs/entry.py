@@ -101,6 +101,8 @@ def _explain(name: str, error: BaseException) -> tuple[ExitCode, str]:
         BaseException: It was the error of no job.
     """
     code = next((code for kinds, code in _CODES if isinstance(error, kinds)), None)
+    if code == ExitCode.INTERRUPTED and interruption.is_told():
+        code = ExitCode.TERMINATED
     if code is None:
         if not isinstance(error, Exception):
             raise error

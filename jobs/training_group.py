@@ -210,9 +210,8 @@ class _Listening:
         self._ended.set()
         self._thread.join()
         self._stack.close()
-        # It was told as the last step ended, or Ray Train made an exit of the interruption.
-        if self._told_to_end.is_set() and (kind is None or issubclass(kind, KeyboardInterrupt)):
-            raise TerminatedError
+        if self._told_to_end.is_set() and kind is None:
+            raise TerminatedError  # it was told as the last step ended
 
     def _listen(self) -> None:
         try:

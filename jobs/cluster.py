@@ -1,4 +1,7 @@
-"""All Ray mechanics: connecting, actors, units bounded in flight, retries. Training has a room of its own."""
+"""All Ray mechanics: connecting, actors, units bounded in flight, retries. Training has a room of its own.
+
+Every worker imports this room: the model libraries, which take seconds, are imported by those that need them.
+"""
 
 import collections
 import contextlib
@@ -9,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,19 +22,20 @@ from ray.util import metrics
 
 from jobs import interruption
 from jobs.terminal import say
-from matryoshka import calibration, embedding, encode, hidden, model, rates, storage
-from matryoshka.anatomy import Sample, Vectors
+from matryoshka import storage
 from matryoshka.artifacts import Receipt
-from matryoshka.calibration import Calibration, Choice
 from matryoshka.clock import Clock
 from matryoshka.corpus import Corpus
-from matryoshka.encode import TOKENS_PER_STEP, Encoder
 from matryoshka.funnel import CallShards, Shard, ShardFiles
 from matryoshka.model import ModelInfo
 from matryoshka.nested import Float32Array
-from matryoshka.rates import Precision
-from matryoshka.tokens import Long, Role
 from matryoshka.units import Unit
+
+if TYPE_CHECKING:
+    from matryoshka.anatomy import Sample, Vectors
+    from matryoshka.calibration import Calibration, Choice
+    from matryoshka.rates import Precision
+    from matryoshka.tokens import Long, Role
 
 T = TypeVar("T")
 
@@ -57,10 +61,10 @@ class Session:
     def encoders(
         self,
         info: ModelInfo,
-        precision: Precision,
+        precision: "Precision",
         tokens_per_step: int,
         num_workers: int | None,
-        long: Long = "truncate",
+        long: "Long" = "truncate",
         *,
         is_compiled: bool = False,
     ) -> "Encoders":
@@ -76,7 +80,7 @@ class Session:
         return self._pool
 
     def encode_queries(
-        self, info: ModelInfo, precision: Precision, texts: Sequence[str], num_workers: int | None
+        self, info: ModelInfo, precision: "Precision", texts: Sequence[str], num_workers: int | None
     ) -> npt.NDArray[np.float16]:
         """Returns the vectors of queries, by the pool for this model.
 
@@ -85,6 +89,8 @@ class Session:
         Raises:
             RuntimeError: A part failed every time.
         """
+        from matryoshka.encode import TOKENS_PER_STEP
+
         return self.encoders(info, precision, TOKENS_PER_STEP[capacity().device], num_workers).encode(texts, "query")
 
     def release(self) -> None:
@@ -93,23 +99,29 @@ class Session:
             self._pool.close()
         self._pool = None
 
-    def choose_precision(self, wanted: str) -> Precision:
+    def choose_precision(self, wanted: str) -> "Precision":
         """Returns the precision that was asked for, or for ``auto`` what a measurement on a worker said once."""
         if wanted != "auto":
             return "bf16" if wanted == "bf16" else "float32"
         if self._precision is None:
+            from matryoshka import rates
+
             measured: Precision = self._on_worker(rates.best_precision, capacity().device)
             self._precision = measured
         return self._precision
 
-    def calibrate(self, info: ModelInfo, choice: Choice, texts: Sequence[str], num_documents: int) -> Calibration:
+    def calibrate(self, info: ModelInfo, choice: "Choice", texts: Sequence[str], num_documents: int) -> "Calibration":
         """Returns how a worker should run the model; see ``calibration.calibrate``."""
+        from matryoshka import calibration
+
         return self._on_worker(calibration.calibrate, info.folder, capacity().device, choice, list(texts), num_documents)
 
     def study(
-        self, folders: Sequence[Path], sample: Sample, num_documents: int, max_tokens: int
-    ) -> list[tuple[Vectors, dict[str, Float32Array]]]:
+        self, folders: Sequence[Path], sample: "Sample", num_documents: int, max_tokens: int
+    ) -> "list[tuple[Vectors, dict[str, Float32Array]]]":
         """Returns what each model makes of a sample, each on a worker of its own; see ``hidden.study``."""
+        from matryoshka import hidden
+
         precision, device = self.choose_precision("auto"), capacity().device
         calls = [(folder, device, precision, sample, num_documents, max_tokens) for folder in folders]
         return self._on_workers(hidden.study, calls)
@@ -273,12 +285,15 @@ class _EncoderActor:
         self,
         folder: str,
         device: str,
-        precision: Precision,
+        precision: "Precision",
         tokens_per_step: int,
-        long: Long,
+        long: "Long",
         num_tokenisers: int,
         is_compiled: bool,
     ) -> None:
+        from matryoshka import model
+        from matryoshka.encode import Encoder
+
         model.quieten()
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this worker has one CPU, or processes that tokenise
         self._encoder = Encoder(Path(folder), device, precision, tokens_per_step, long, num_tokenisers, is_compiled=is_compiled)
@@ -294,6 +309,8 @@ class _EncoderActor:
 
     def embed(self, source: Corpus, unit: Unit, folder: str) -> Receipt:
         """Embeds one unit."""
+        from matryoshka import embedding, encode
+
         try:
             receipt = embedding.embed_unit(self._encoder, source, unit, Path(folder), self._clock)
         except RuntimeError as error:
@@ -306,7 +323,7 @@ class _EncoderActor:
                 counter.inc(counts[name])
         return receipt
 
-    def encode(self, texts: list[str], role: Role) -> npt.NDArray[np.float16]:
+    def encode(self, texts: list[str], role: "Role") -> npt.NDArray[np.float16]:
         """Returns the vectors of a few texts."""
         return self._encoder.encode(texts, role).vectors
 
@@ -369,7 +386,7 @@ class Encoders:
         calls = {unit.key: (shared, unit, str(folder.resolve())) for unit in todo}
         return run_on_actors(self._started(), "embed", calls, attempts)
 
-    def encode(self, texts: Sequence[str], role: Role) -> npt.NDArray[np.float16]:
+    def encode(self, texts: Sequence[str], role: "Role") -> npt.NDArray[np.float16]:
         """Returns the vectors of texts, in their order.
 
         Shapes: [N, D].

@@ -74,6 +74,13 @@ def bucket(s3: "Proxy") -> str:  # noqa: ARG001 - the server must be there
     return address
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests are shared among processes, keeps those of a file together, and all that look at the finished pipeline."""
+    looking = {item.path for item in items if "finished_pipeline" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("finished_pipeline" if item.path in looking else item.path.name))
+
+
 @pytest.fixture(scope="session")
 def local_ray() -> "Iterator[Session]":
     """A Ray on this machine that all jobs of the test session share: starting one takes longer than most tests."""

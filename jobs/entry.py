@@ -75,8 +75,8 @@ def _run(name: str, settings_class: type[S], run: Callable[[S], Any], writes: st
             folder = getattr(settings, writes) if writes else None
             key = run_key(name, settings)
             handler.setFormatter(logging.Formatter(_LINE.replace("%(message)s", f"run={key} %(message)s")))
-            watch = Watch.begin(storage.local_path(folder), name, key) if folder else None
-        except (ValueError, OSError, leases.HeldError, KeyboardInterrupt) as error:
+            watch = Watch.begin(storage.place(folder), name, key) if folder else None
+        except (ValueError, RuntimeError, OSError, KeyboardInterrupt) as error:
             return _explain(name, error)[0]
         if watch:
             logger.info("event=begin job=%s", name)

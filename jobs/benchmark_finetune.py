@@ -108,7 +108,7 @@ def measure(settings: "Settings", device: str, output: Path) -> dict[str, Any]:
     info = model.describe(settings.model)
     storage.keep_apart(output, info.folder, *paths)
     recipe = _make_recipe(settings, info)
-    texts = _read_pairs(paths, settings, recipe)
+    texts = _read_pairs([storage.local(path) for path in paths], settings, recipe)
     output.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(environment({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}))
@@ -303,7 +303,7 @@ class _Rank(_Trained):
         work, target = self._work, self._work.target_of(self._name)
         recipe = work.recipe_of(self._name)
         return Job(
-            work.info.folder,
+            storage.local(work.info.folder),
             (work.parts,),
             (work.pair_file,),
             recipe,
@@ -322,7 +322,9 @@ class _Script(_Trained):
         from matryoshka.plain_trainer import Script
 
         work = self._work
-        script = Script(work.info.folder, work.recipe_of(self._name), work.precision, in_order=self._name == _PLAIN)
+        script = Script(
+            storage.local(work.info.folder), work.recipe_of(self._name), work.precision, in_order=self._name == _PLAIN
+        )
         script.train(work.pairs, work.target_of(self._name), stopwatch.take_step, stopwatch.losses.append)
 
 
@@ -348,7 +350,7 @@ def _held_out_losses(work: _Work, names: Iterable[str]) -> dict[str, float]:
     """Returns the loss of every system's model, and of the one that they started from, on pairs that none has seen."""
     from matryoshka.plain_trainer import held_out_loss
 
-    folders = {_UNTUNED: work.info.folder, **{name: work.target_of(name) for name in names}}
+    folders = {_UNTUNED: storage.local(work.info.folder), **{name: work.target_of(name) for name in names}}
     return {name: held_out_loss(folder, work.device, work.recipe, work.held_out) for name, folder in folders.items()}
 
 

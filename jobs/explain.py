@@ -57,7 +57,7 @@ class _Inputs:
     @property
     def folders(self) -> list[Path]:
         """The base model's and the tuned one's."""
-        return [info.folder for info in self.models.values()]
+        return [storage.local(info.folder) for info in self.models.values()]
 
 
 def run(settings: Settings) -> Manifest:

@@ -120,7 +120,8 @@ def run(settings: Settings) -> Manifest:
         artifacts.begin(output, manifest, previous)
         parts = _tokenise(session, inputs, output.resolve())
         job = Job(
-            inputs.info.folder, parts, inputs.pair_files, inputs.recipe, precision, storage.digest_json(dict(inputs.identity)),
+            storage.local(inputs.info.folder), parts, inputs.pair_files, inputs.recipe, precision,
+            storage.digest_json(dict(inputs.identity)),
             output.resolve(), output.resolve() / f"{storage.TEMPORARY}model", capacity.device, dev_set,
         )  # fmt: skip
         _announce(inputs.recipe, workers, precision)

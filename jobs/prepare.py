@@ -152,7 +152,7 @@ def _plan_chunks(settings: Settings) -> ChunkPlan | None:
     if settings.chunk_tokens is None:
         return None
     info = model.describe(settings.model)
-    return chunks.plan_chunks(info.folder, info.max_tokens, settings.chunk_tokens, settings.chunk_overlap)
+    return chunks.plan_chunks(storage.local(info.folder), info.max_tokens, settings.chunk_tokens, settings.chunk_overlap)
 
 
 def _find_input(settings: Settings) -> tuple[Path, list[Path]]:
@@ -164,7 +164,8 @@ def _find_input(settings: Settings) -> tuple[Path, list[Path]]:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder. Pass a BEIR folder with corpus.jsonl, queries.jsonl and qrels/.")
         return folder, sorted(path for path in folder.rglob("*") if path.suffix in {".jsonl", ".tsv"})
-    return corpus.find_files(settings.location or "", sources.SUFFIXES)
+    root, paths = corpus.find_files(settings.location or "", sources.SUFFIXES)
+    return storage.local(root), [storage.local(path) for path in paths]
 
 
 def _identity(settings: Settings, root: Path, paths: Sequence[Path], chunk_plan: ChunkPlan | None) -> dict[str, Any]:

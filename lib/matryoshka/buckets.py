@@ -128,8 +128,9 @@ class BucketPath(S3Path):
         Raises:
             FileNotFoundError: Nothing is.
         """
-        names = {info["name"].rstrip("/").rpartition("/")[2] for info in self.fs.ls(self.path, detail=True)}
-        yield from (self / name for name in sorted(names))
+        own = self.path.rstrip("/")
+        found = {info["name"].rstrip("/") for info in self.fs.ls(own, detail=True)}  # a console's empty folder lists itself
+        yield from (self / name.rpartition("/")[2] for name in sorted(found - {own}))
 
     def rglob(self, pattern: str, **_options: Any) -> Iterator[Self]:
         """Yields the objects and folders below, at any depth, whose name is like the pattern."""

@@ -64,7 +64,7 @@ class ShardFiles:
         return dataclasses.replace(self, index=self.index.resolve())
 
     @property
-    def place(self) -> Place:
+    def folder(self) -> Place:
         """The shard's own folder."""
         return self.index / PurePosixPath(self.files[0].path).parent.as_posix()
 

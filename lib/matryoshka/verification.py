@@ -74,9 +74,9 @@ def _check_index(folder: Place, manifest: Manifest) -> Iterator[str]:
             ids = vectors.open_ids(shard.path(IDS))
             yield from _check_shard(shard, ids, receipt.num_rows, int(manifest.facts["width"]))
             if receipt.details.get("training") != training:
-                yield f"{shard.place}: was built with another training than the other shards"
+                yield f"{shard.folder}: was built with another training than the other shards"
             if listed and removals.find(ids, removals.open_list(folder, listed)).tolist() != shard.read_removed().tolist():
-                place = folder / shard.removed.path if shard.removed else shard.place
+                place = folder / shard.removed.path if shard.removed else shard.folder
                 yield f"{place}: does not leave out exactly the documents on the list of removed ones"
             every_id.append(ids)
     yield from _check_ids(folder, every_id)
@@ -84,11 +84,11 @@ def _check_index(folder: Place, manifest: Manifest) -> Iterator[str]:
 
 def _check_shard(shard: ShardFiles, ids: pa.Array, num_rows: int, width: int) -> Iterator[str]:
     full = np.load(shard.path(VECTORS), mmap_mode="r", allow_pickle=False)
-    yield from _check_block(shard.place / VECTORS, ids, full, num_rows, width)
+    yield from _check_block(shard.folder / VECTORS, ids, full, num_rows, width)
     for name in filter(shard.has, (COARSE, DENSE)):
         ntotal = _count_coarse(shard, name)
         if ntotal != num_rows:
-            yield f"{shard.place / name}: {ntotal} documents, the receipt says {num_rows}"
+            yield f"{shard.folder / name}: {ntotal} documents, the receipt says {num_rows}"
 
 
 def _count_coarse(shard: ShardFiles, name: str) -> int:

@@ -321,7 +321,9 @@ class _Script(_Trained):
         from matryoshka.plain_trainer import Script
 
         work = self._work
-        script = Script(work.info.folder, work.recipe_of(self._name), work.precision, in_order=self._name == _PLAIN)
+        script = Script(
+            storage.local(work.info.folder), work.recipe_of(self._name), work.precision, in_order=self._name == _PLAIN
+        )
         script.train(work.pairs, work.target_of(self._name), stopwatch.take_step, stopwatch.losses.append)
 
 
@@ -347,7 +349,7 @@ def _held_out_losses(work: _Work, names: Iterable[str]) -> dict[str, float]:
     """Returns the loss of every system's model, and of the one that they started from, on pairs that none has seen."""
     from matryoshka.plain_trainer import held_out_loss
 
-    folders = {_UNTUNED: work.info.folder, **{name: work.target_of(name) for name in names}}
+    folders = {_UNTUNED: storage.local(work.info.folder), **{name: work.target_of(name) for name in names}}
     return {name: held_out_loss(folder, work.device, work.recipe, work.held_out) for name, folder in folders.items()}
 
 

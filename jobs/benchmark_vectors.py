@@ -115,7 +115,7 @@ def documents_of(index: "IndexStore") -> Float32Array:
     documents = np.empty((index.manifest.num_rows, index.width), np.float32)
     done = 0
     for shard in index.shards:
-        stored = np.load(shard.folder / VECTORS, mmap_mode="r", allow_pickle=False)
+        stored = np.load(shard.path(VECTORS), mmap_mode="r", allow_pickle=False)
         for start in range(0, len(stored), _BLOCK_ROWS):
             block = shrink(stored[start : start + _BLOCK_ROWS], index.width)
             documents[done : done + len(block)] = block

@@ -263,10 +263,8 @@ def _finish(output: Place, manifest: Manifest, inputs: _Inputs, seconds: float, 
 def _receipts(output: Place) -> tuple[Receipt, ...]:
     """Returns a receipt for every file of the model; its card, which people write to, and TensorBoard's files are not of it."""
     apart = {artifacts.MANIFEST, card.NAME, curves.FOLDER, CHECKPOINTS}
-    sizes = storage.sizes(output)
-    files = [str(path) for path in sorted(map(PurePosixPath, sizes)) if path.parts[0] not in apart]
-    records = (FileRecord(name, sizes[name], storage.digest_file(output / name)) for name in files)
-    return tuple(Receipt(record.path, 0, (record,)) for record in records)
+    names = [str(path) for path in sorted(map(PurePosixPath, storage.names(output))) if path.parts[0] not in apart]
+    return tuple(Receipt(name, 0, (FileRecord.named(name, output / name),)) for name in names)
 
 
 if __name__ == "__main__":

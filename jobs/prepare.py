@@ -164,7 +164,7 @@ def _find_input(settings: Settings) -> tuple[Place, Sequence[Place]]:
         folder = storage.place(settings.beir).absolute()
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder. Pass a BEIR folder with corpus.jsonl, queries.jsonl and qrels/.")
-        names = sorted(map(PurePosixPath, storage.sizes(folder)))
+        names = sorted(map(PurePosixPath, storage.names(folder)))
         return folder, [folder / str(name) for name in names if name.suffix in {".jsonl", ".tsv"}]
     return corpus.find_files(settings.location or "", sources.SUFFIXES)
 

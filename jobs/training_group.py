@@ -184,7 +184,7 @@ def _adopt(job: Job) -> None:
     """Moves the model to where it belongs, and removes what only an unfinished run needs."""
     if not (job.target / "modules.json").is_file():
         raise RuntimeError(f"finetune: no model came out at {job.target}. Is {job.output} on a disk that all nodes mount?")
-    for name in storage.sizes(job.target):
+    for name in storage.names(job.target):
         storage.move(job.target / name, job.output / name)
     storage.remove_leftovers(job.output)
 

@@ -81,20 +81,14 @@ def write(
         notes: More to remember, as JSON.
     """
     weights = trained_weights(network)
-    if not storage.is_local(folder):
-        storage.remove(folder / name / _STATE)  # of one of that name, whose other files make way one by one
-    with storage.publish(folder / name) as temporary:
+    with storage.publish(folder / name, last=_STATE) as temporary:
         temporary.mkdir()
         save_file(weights, temporary / _WEIGHTS)
         if optimiser:
             save_file(_optimiser_tensors(optimiser, network), temporary / _OPTIMISER)
         digests = {path.name: storage.digest_file(path) for path in temporary.iterdir()}
         state = {**notes, "step": step, "weights_digest": digest_of(weights), "digests": digests}
-        text = json.dumps({**state, "digest": storage.digest_json(state)})
-        if storage.is_local(folder):
-            (temporary / _STATE).write_text(text)
-    if not storage.is_local(folder):
-        storage.publish_bytes(folder / name / _STATE, text.encode())
+        (temporary / _STATE).write_text(json.dumps({**state, "digest": storage.digest_json(state)}))
 
 
 def write_step(folder: Place, network: Any, optimiser: torch.optim.Optimizer, step: int, notes: Mapping[str, Any]) -> None:

@@ -341,7 +341,7 @@ def mine_file(sources: Sources, pair_file: Place, folder: Place) -> Receipt:
 
     with storage.publish(folder / PAIRS / pair_file.name) as temporary:
         corpus.extend_rows(pair_file, temporary, _BATCH_ROWS, ("negatives", "negative_ids"), extend)
-        record = FileRecord(f"{PAIRS}/{pair_file.name}", temporary.stat().st_size, storage.digest_file(temporary))
+        record = FileRecord.named(f"{PAIRS}/{pair_file.name}", temporary)
     details = {**summarise([counts]), "seconds": round(time.perf_counter() - start, 3)}
     return Receipt(key_of(pair_file), int(counts["num_pairs"]), (record,), details)
 

@@ -220,7 +220,7 @@ def _load_references(folder: Place, threshold: float) -> References:
 
 def _shelved(layout: Layout, number: int) -> Iterator[Document]:
     for first in layout.parts[number]:
-        yield from partitions.read_batch(layout.folder(_DOCUMENTS) / f"{first:020d}.arrow", Document)
+        yield from partitions.read_file(layout.folder(_DOCUMENTS) / f"{first:020d}.arrow", Document)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,16 +64,16 @@ def write_trec(folder: Place, label: str, query_ids: Sequence[str], rankings: Ra
     Tools order a run by score, and equal scores as they like; so among equals, each is written a last bit below the one
     before it.
     """
-    path = folder / FOLDER / f"{_UNUSABLE.sub('_', label)}.trec"
+    name = f"{FOLDER}/{_UNUSABLE.sub('_', label)}.trec"
     rows = results.to_rows(
         pa.array(query_ids, pa.large_string()),
         without_ties(rankings.scores),
         rankings.documents,
         lambda documents: pa.array(names[documents], pa.large_string()),
     )
-    with storage.publish(path) as temporary, temporary.open("wb") as file:
-        file.write(results.trec_lines(rows))
-    return FileRecord.of(folder, path)
+    with storage.publish(folder / name) as temporary:
+        temporary.write_bytes(results.trec_lines(rows))
+        return FileRecord.named(name, temporary)
 
 
 def without_ties(scores: Float32Array) -> Float32Array:
@@ -96,7 +96,7 @@ def write_series(folder: Place, query_ids: Sequence[str], series: Iterable[Serie
     tables = [_to_table(query_ids, own) for own in series]
     with storage.publish(folder / PER_QUERY) as temporary:
         pq.write_table(pa.concat_tables(tables, promote_options="default"), temporary, compression="zstd")
-    return FileRecord.of(folder, folder / PER_QUERY)
+        return FileRecord.named(PER_QUERY, temporary)
 
 
 def _to_table(query_ids: Sequence[str], series: Series) -> pa.Table:

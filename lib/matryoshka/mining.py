@@ -427,4 +427,7 @@ class NegativesStore:
         Raises:
             ValueError: A file is missing or not what its receipt says.
         """
-        return [artifacts.check_file(self.folder, receipt.files[0]) for receipt in self.manifest.receipts]
+        faults = artifacts.find_faults(self.folder, self.manifest)
+        if faults:
+            raise ValueError(f"{faults[0]}. Run the job that made it again with --replace.")
+        return [self.folder / receipt.files[0].path for receipt in self.manifest.receipts]

@@ -3,11 +3,11 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import folders
 import psutil
 import pytest
 import texts
@@ -20,7 +20,7 @@ from matryoshka.storage import Place
 
 ROOT = Path(__file__).parents[2]
 
-_CHECKPOINT_STEPS = 20
+_CHECKPOINT_STEPS, _POLL_SECONDS = 20, 0.1
 # Their reports say how long things took.
 _TIMED = ("candidates", "evaluation-base", "evaluation-tuned", "also-alike-base", "also-alike-tuned")
 
@@ -74,16 +74,14 @@ def killed(config: Path, root: Place) -> Place:
     command = [sys.executable, "-m", "jobs.pipeline", "--config", str(config)]
     with log.open("wb") as sink:
         driver = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment, cwd=config.parent, start_new_session=True)
-
-    def has_checkpoint() -> bool:
-        assert driver.poll() is None, log.read_text()
-        return bool(list((output / "model" / checkpoints.FOLDER).glob("step-*/state.json")))
-
-    folders.wait_until(has_checkpoint)
-    family = [*psutil.Process(driver.pid).children(recursive=True), psutil.Process(driver.pid)]
-    for process in family:
-        process.kill()
-    driver.wait()
+    try:
+        while not list((output / "model" / checkpoints.FOLDER).glob("step-*/state.json")):
+            assert driver.poll() is None, log.read_text()
+            time.sleep(_POLL_SECONDS)
+    finally:
+        for process in (*psutil.Process(driver.pid).children(recursive=True), driver):
+            process.kill()
+        driver.wait()
     assert not artifacts.read(output / "model").is_complete
     return output
 

@@ -4,18 +4,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import texts
 import torch
 import yaml
 
-from jobs import mine, pipeline, prepare, verify
-from matryoshka import artifacts, checkpoints, curves, preparation, storage, training
+from jobs import pipeline, verify
+from matryoshka import artifacts, checkpoints, curves, storage, training
 from matryoshka.storage import Place
 
 ROOT = Path(__file__).parents[2]
@@ -151,50 +149,6 @@ def test_a_checkpoint_that_is_half_there_is_passed_over(missing: str, root: Plac
     assert found is not None
     assert found.step == 1
     assert caplog.messages == [f"{folder}/step-00000002: a damaged checkpoint is passed over"]
-
-
-def test_negatives_mined_in_a_bucket_are_those_mined_on_a_disk(
-    finished_pipeline: Path, root: Place, tiny: str, tmp_path: Path
-) -> None:
-    rules: dict[str, Any] = {"model": tiny, "negatives": 2, "window": "1:20"}
-    data = _upload(finished_pipeline / "data", root / "mining" / "data")
-    mine.run(mine.Settings(output=str(root / "mining" / "negatives"), data=data, **rules))
-    mine.run(mine.Settings(output=str(tmp_path / "negatives"), data=str(finished_pipeline / "data"), **rules))
-    there, here = (artifacts.read_complete(run / "negatives", "negatives") for run in (root / "mining", tmp_path))
-    assert there.fingerprint == here.fingerprint
-
-
-def _write_beir(folder: Path) -> dict[str, Any]:
-    return {"beir": str(texts.write_beir(folder / "beir", splits=("train", "dev", "test")))}
-
-
-def _write_csv(folder: Path) -> dict[str, Any]:
-    rows = [f"text {number} of {number % 5},label {number % 5}\n" for number in range(60)]
-    (folder / "labelled").mkdir()
-    for split, own in (("train", rows[:40]), ("test", rows[40:])):
-        (folder / "labelled" / f"{split}.csv").write_text("".join(["text,label\n", *own]))
-    return {"labelled": str(folder / "labelled")}
-
-
-def _write_jsonl(folder: Path) -> dict[str, Any]:
-    made = texts.pairs(60)
-    rows = ({"query": query, "positive": own} for query, own in zip(made["query"], made["positive"], strict=True))
-    return {"pairs": str(texts.write_json_lines(folder / "pairs.jsonl", rows))}
-
-
-@pytest.mark.parametrize("write", [_write_beir, _write_csv, _write_jsonl])
-def test_data_prepared_in_a_bucket_are_those_prepared_on_a_disk(
-    write: Callable[[Path], dict[str, Any]], root: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(preparation, "_SMALL_BYTES", 2**10)  # several partitions
-    ((option, location),) = write(tmp_path).items()
-    there = _upload(Path(location), root / write.__name__ / Path(location).name)
-    made = [
-        prepare.run(prepare.Settings.from_values({"output": str(output), option: given}, "test"))
-        for output, given in ((tmp_path / "data", location), (root / write.__name__ / "data", there))
-    ]
-    assert made[0].fingerprint == made[1].fingerprint
-    assert not [path for path in (root / write.__name__).rglob("*") if path.name.startswith(storage.TEMPORARY)]
 
 
 def test_curves_drawn_while_a_model_in_a_bucket_is_trained_lie_beside_it_at_the_end(root: Place) -> None:

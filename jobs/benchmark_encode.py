@@ -24,6 +24,7 @@ from jobs.measurement import ask_all
 from jobs.processes import Process, environment, family_of, peak_bytes
 from jobs.terminal import say, show_table
 from matryoshka import storage
+from matryoshka.storage import Place
 
 if TYPE_CHECKING:
     from jobs.benchmark import Settings
@@ -47,7 +48,7 @@ _CEILING_SECONDS = 2.0
 _FORWARD, _CEILING = "forward", "ceiling"
 
 
-def measure(settings: "Settings", device: str, output: Path) -> dict[str, Any]:
+def measure(settings: "Settings", device: str, output: Place) -> dict[str, Any]:
     """Returns the report of all systems.
 
     Raises:
@@ -61,11 +62,10 @@ def measure(settings: "Settings", device: str, output: Path) -> dict[str, Any]:
     source = corpus.inspect(settings.corpus or "", corpus.Columns(settings.id_column, settings.text_column))
     info = model.describe(settings.model)
     storage.keep_apart(output, info.folder, *(source.path_of(file.name) for file in source.files))
-    output.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(environment({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}))
         session = stack.enter_context(cluster.connected())
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=storage.TEMPORARY, dir=output.parent)))
+        scratch = stack.enter_context(measurement.scratch(output))
         work = _plan(settings, source, info, device)
         ours = _Ours(session, work, settings, scratch)
         setups, not_run = _prepare_peers(work, scratch)

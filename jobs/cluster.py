@@ -5,13 +5,13 @@ Every worker imports this room: the model libraries, which take seconds, are imp
 
 import collections
 import contextlib
+import functools
 import logging
 import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -29,6 +29,7 @@ from matryoshka.corpus import Corpus
 from matryoshka.funnel import CallShards, Shard, ShardFiles
 from matryoshka.model import ModelInfo
 from matryoshka.nested import Float32Array
+from matryoshka.storage import Place
 from matryoshka.units import Unit
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class Session:
         return self._on_worker(calibration.calibrate, info.folder, capacity().device, choice, list(texts), num_documents)
 
     def study(
-        self, folders: Sequence[Path], sample: "Sample", num_documents: int, max_tokens: int
+        self, folders: Sequence[Place], sample: "Sample", num_documents: int, max_tokens: int
     ) -> "list[tuple[Vectors, dict[str, Float32Array]]]":
         """Returns what each model makes of a sample, each on a worker of its own; see ``hidden.study``."""
         from matryoshka import hidden
@@ -139,7 +140,7 @@ class Session:
     def run_tasks(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
         """Yields the results of a function, called once per tuple of arguments, in the order given; few are in flight."""
         self.release()
-        remote, limit = ray.remote(function), 2 * capacity().num_cpus
+        remote, limit = ray.remote(_lets_go(function)), 2 * capacity().num_cpus
         window: deque[Any] = deque()
         try:
             for own in arguments:
@@ -165,6 +166,17 @@ class Session:
             yield actors
         finally:
             actors.close()
+
+
+def _lets_go(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that lets go of copies of objects in the end: its process lives on, and others may need the room."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        with storage.borrowing():
+            return function(*arguments)
+
+    return call
 
 
 _session: Session | None = None
@@ -296,7 +308,9 @@ class _EncoderActor:
 
         model.quieten()
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this worker has one CPU, or processes that tokenise
-        self._encoder = Encoder(Path(folder), device, precision, tokens_per_step, long, num_tokenisers, is_compiled=is_compiled)
+        self._encoder = Encoder(
+            storage.place(folder), device, precision, tokens_per_step, long, num_tokenisers, is_compiled=is_compiled
+        )
         self._clock = Clock()
         self._counters = {
             name: metrics.Counter(f"matryoshka_embed_{name}", description=f"Embedding: {text}.")
@@ -312,7 +326,7 @@ class _EncoderActor:
         from matryoshka import embedding, encode
 
         try:
-            receipt = embedding.embed_unit(self._encoder, source, unit, Path(folder), self._clock)
+            receipt = embedding.embed_unit(self._encoder, source, unit, storage.place(folder), self._clock)
         except RuntimeError as error:
             if encode.is_device_lost(error):
                 os._exit(1)  # every later call would fail as well; Ray starts another process
@@ -380,7 +394,7 @@ class Encoders:
         """Starts the workers, if they have not started yet; returns how many there are."""
         return len(self._started())
 
-    def embed(self, source: Corpus, todo: Sequence[Unit], folder: Path, attempts: int) -> "Iterator[Outcome[Receipt]]":
+    def embed(self, source: Corpus, todo: Sequence[Unit], folder: Place, attempts: int) -> "Iterator[Outcome[Receipt]]":
         """Yields the outcome of each unit as it is finished, or has failed every time."""
         shared = ray.put(source)  # once: a corpus of many files is large
         calls = {unit.key: (shared, unit, str(folder.resolve())) for unit in todo}
@@ -433,7 +447,7 @@ class _ShardActor:
             try:
                 self._shards[number] = Shard.open(self._files[number], self._device)
             except (OSError, ValueError, EOFError, RuntimeError) as error:  # the last: a GPU that is full, or FAISS without one
-                raise ShardsLostError({self._files[number].folder.name: str(error)}) from None
+                raise ShardsLostError({self._files[number].key: str(error)}) from None
         return getattr(self._shards[number], method)(*arguments)
 
 
@@ -450,7 +464,7 @@ class ShardActors:
         needs = {"num_cpus": 1, "num_gpus": int(device == "cuda")}
         start = ray.remote(_ShardActor).options(**needs, max_restarts=-1, max_task_retries=0).remote
         self._actors: list[Any] = [start(files[number::num_actors], device) for number in range(num_actors)]
-        self._places = {own.folder.name: divmod(number, num_actors) for number, own in enumerate(files)}
+        self._places = {own.key: divmod(number, num_actors) for number, own in enumerate(files)}
 
     def close(self) -> None:
         """Ends the actors."""
@@ -462,7 +476,7 @@ class ShardActors:
 
         It raises ``ShardsLostError`` with every shard that cannot be read, or whose actor is lost again and again.
         """
-        names = [own.folder.name for own in files]
+        names = [own.key for own in files]
 
         def call(method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
             return self._call(method, dict(zip(names, arguments, strict=True)))

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from jobs import cluster
@@ -20,6 +19,7 @@ from matryoshka.encode import TOKENS_PER_STEP
 from matryoshka.indexing import IndexStore
 from matryoshka.model import ModelInfo
 from matryoshka.pairs import DatasetStore
+from matryoshka.storage import Place
 from matryoshka.tokens import Long
 from matryoshka.units import Unit, plan_units
 from matryoshka.vectors import EmbeddingStore
@@ -66,7 +66,7 @@ def refuse_strangers(flag: str, made: EmbeddingStore | IndexStore | None, info: 
         raise ValueError(f"{flag} {made.folder}: was not made from {data.corpus}. Pass one made from this data.")
 
 
-def embed_dataset(output: Path, data: DatasetStore, model: str, workers: int | None, *, replace: bool) -> EmbeddingStore:
+def embed_dataset(output: Place, data: DatasetStore, model: str, workers: int | None, *, replace: bool) -> EmbeddingStore:
     """Returns the vectors of a dataset's documents, made where they are not there yet."""
     own = {"output": str(output), "corpus": data.corpus, "model": model, "workers": workers, "replace": replace}
     run(Settings.from_values({**own, "unit_rows": _SMALL_UNIT_ROWS}, "embed"))
@@ -75,10 +75,10 @@ def embed_dataset(output: Path, data: DatasetStore, model: str, workers: int | N
 
 def run(settings: Settings) -> Manifest:
     """Embeds what the output lacks."""
-    output = storage.local_path(settings.output)
+    output = storage.place(settings.output)
     known = artifacts.peek(output, "embeddings")
     source = _inspect(settings, known)
-    storage.keep_apart(output, *_places(settings.corpus, source), storage.local_path(settings.model))
+    storage.keep_apart(output, *_places(settings.corpus, source), storage.place(settings.model))
     info = model.describe(settings.model)
     choice = _recorded(settings, known)
     identity = embedding.make_identity(info, source.columns, choice, settings.unit_rows, settings.long)
@@ -142,7 +142,7 @@ def _calibrate(
     if choice.is_open:
         for unit in todo[:: -(-len(todo) // _SAMPLE_UNITS)]:
             head = dataclasses.replace(unit, stop=min(unit.start + _SAMPLE_ROWS // _SAMPLE_UNITS, unit.stop))
-            texts += corpus.read_unit(source.path_of(head.name), source.columns, head)[1]
+            texts += source.read(head)[1]
     best = session.calibrate(info, choice, texts, num_rows // num_workers)
     if best.notice:
         say(f"embed: {best.notice}")
@@ -186,9 +186,9 @@ def _inspect(settings: Settings, known: Manifest | None) -> Corpus:
     return source
 
 
-def _places(location: str, source: Corpus) -> list[Path]:
+def _places(location: str, source: Corpus) -> list[Place]:
     """Returns what of a corpus must not be mixed with the output: the folder that is searched for files, and the files."""
-    folder = storage.local_path(location)
+    folder = storage.place(location)
     return [*([folder] if folder.is_dir() else []), *(source.path_of(file.name) for file in source.files)]
 
 
@@ -212,7 +212,7 @@ def _embed(
     """Adds the receipts of units to ``finished`` and to the journal; returns what became of each unit that failed."""
     if not todo:
         return {}
-    output = storage.local_path(settings.output)
+    output = storage.place(settings.output)
     failures: dict[str, Outcome[Receipt]] = {}
     titles = {unit.key: unit.title for unit in todo}
     journal = Journal(output)

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -118,11 +119,10 @@ class Group:
         """
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lost only with the driver
         mailbox: Any = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
-        trainer = self._trainer(job, mailbox)
         start = time.perf_counter()
         try:
-            with _Listening(mailbox, job.recipe, listener):
-                _fit(trainer)
+            with tempfile.TemporaryDirectory(prefix=storage.TEMPORARY) as notes, _Listening(mailbox, job.recipe, listener):
+                _fit(self._trainer(job, mailbox, notes))
         except ray.train.TrainingFailedError as error:
             _raise_own(mailbox)
             raise RuntimeError(
@@ -134,7 +134,8 @@ class Group:
         _adopt(job)
         return seconds
 
-    def _trainer(self, job: Job, mailbox: Any) -> TorchTrainer:
+    def _trainer(self, job: Job, mailbox: Any, notes: str) -> TorchTrainer:
+        """Returns a trainer; what Ray Train writes down goes to a folder of this machine, as nobody reads it."""
         use_gpu = self.capacity.device == "cuda"
         cpus = self._cpus_per_rank
         return TorchTrainer(
@@ -145,7 +146,7 @@ class Group:
             ),
             run_config=RunConfig(
                 name="ray",
-                storage_path=str(job.output / f"{storage.TEMPORARY}train"),
+                storage_path=notes,
                 failure_config=FailureConfig(max_failures=self.attempts - 1),
             ),
         )
@@ -172,11 +173,8 @@ def _adopt(job: Job) -> None:
     """Moves the model to where it belongs, and removes what only an unfinished run needs."""
     if not (job.target / "modules.json").is_file():
         raise RuntimeError(f"finetune: no model came out at {job.target}. Is {job.output} on a disk that all nodes mount?")
-    for path in job.target.rglob("*.safetensors"):
-        path.chmod(0o644)  # written for its owner only, but other users of the cluster load it
-    for path in job.target.iterdir():
-        storage.remove(job.output / path.name)
-        path.rename(job.output / path.name)
+    for name in storage.names(job.target):
+        storage.move(job.target / name, job.output / name)
     storage.remove_leftovers(job.output)
 
 

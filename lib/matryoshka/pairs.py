@@ -14,13 +14,14 @@ chunks; a training pair of chunked data names, and holds, the chunk of its docum
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from matryoshka import artifacts, corpus, metrics
 from matryoshka.artifacts import Manifest, Receipt
 from matryoshka.corpus import Columns
 from matryoshka.splits import TRAIN
+from matryoshka.storage import Place
 
 CORPUS, QUERIES, QRELS, PAIRS = "corpus", "queries", "qrels", "pairs"
 
@@ -47,11 +48,11 @@ def pair_columns(extras: Sequence[str] = ()) -> dict[str, Any]:
 class DatasetStore:
     """A finished dataset artifact."""
 
-    folder: Path
+    folder: Place
     manifest: Manifest
 
     @classmethod
-    def open(cls, folder: Path) -> "DatasetStore":
+    def open(cls, folder: Place) -> "DatasetStore":
         """Returns the dataset in a folder.
 
         Raises:
@@ -68,7 +69,7 @@ class DatasetStore:
     def corpus_fingerprint(self) -> str:
         """The fingerprint of the documents alone, as the embed stage computes it."""
         files = [receipt.files[0] for receipt in self.manifest.receipts if receipt.key.startswith(f"{CORPUS}/")]
-        return corpus.fingerprint([(Path(file.path).name, file.digest) for file in files], Columns())
+        return corpus.fingerprint([(PurePosixPath(file.path).name, file.digest) for file in files], Columns())
 
     @property
     def num_documents(self) -> int:
@@ -128,7 +129,7 @@ class DatasetStore:
     def _pair_receipts(self) -> list[Receipt]:
         return [receipt for receipt in self.manifest.receipts if receipt.key.startswith(f"{PAIRS}/")]
 
-    def pair_files(self) -> list[Path]:
+    def pair_files(self) -> list[Place]:
         """Returns the files of the training pairs, in order.
 
         Raises:

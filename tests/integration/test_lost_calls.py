@@ -17,6 +17,7 @@ from ray import cloudpickle
 
 from jobs import cluster
 from jobs.cluster import Encoders, Outcome, ShardActors, ShardsLostError
+from matryoshka.artifacts import FileRecord
 from matryoshka.funnel import ShardFiles
 from matryoshka.units import Unit
 
@@ -179,7 +180,9 @@ def test_a_shard_actor_that_does_not_come_back_is_waited_for_once(tmp_path: Path
             waits.append(number)
             return super()._is_back(number)
 
-    files = [ShardFiles(tmp_path / f"shard-{number}") for number in range(5)]
+    files = [
+        ShardFiles(tmp_path, f"shard-{number}", (FileRecord(f"shards/shard-{number}/vectors.npy", 0, ""),)) for number in range(5)
+    ]
     actors = Counted(files, 2)
     try:
         ray.kill(actors._actors[0])  # for good
@@ -189,5 +192,5 @@ def test_a_shard_actor_that_does_not_come_back_is_waited_for_once(tmp_path: Path
         actors.close()
     faults = caught.value.faults
     assert [name for name in sorted(faults) if "its worker was lost" in faults[name]] == ["shard-0", "shard-2", "shard-4"]
-    assert faults.keys() == {own.folder.name for own in files}  # the others are not there, which the other actor says
+    assert faults.keys() == {own.key for own in files}  # the others are not there, which the other actor says
     assert waits == [0]

@@ -31,21 +31,32 @@ def choose_device(wanted: str | None) -> str:
     return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def check_output(text: str) -> Path:
-    """Returns where the report goes, if a file can be there and is not something else's.
+def check_output(text: str, job: str = "benchmark") -> Path:
+    """Returns where the report of a job goes, if a file can be there and is not something else's.
 
     Raises:
-        ValueError: It is a folder, no JSON file, or a file that is no report.
+        ValueError: It is a folder, no JSON file, or a file that is no report of this job.
     """
     output = storage.local_path(text)
     if output.is_dir():
-        raise ValueError(f"{output}: is a folder. Pass a file: --output {output / 'benchmark.json'}.")
+        raise ValueError(f"{output}: is a folder. Pass a file: --output {output / f'{job}.json'}.")
     if output.suffix != ".json":
         raise ValueError(f"{output}: the report is JSON. Pass --output {output.with_suffix('.json')}.")
-    known = storage.read_json(output) if output.exists() else {"job": "benchmark"}
-    if not isinstance(known, dict) or known.get("job") != "benchmark":
-        raise ValueError(f"{output}: holds something else than a benchmark's report. Pass another --output.")
+    if output.exists():
+        read_report(output, job)
     return output
+
+
+def read_report(path: Path, job: str) -> dict[str, Any]:
+    """Returns the report that a job wrote.
+
+    Raises:
+        ValueError: The file is missing, or something else.
+    """
+    report = storage.read_json(path)
+    if not isinstance(report, dict) or report.get("job") != job:
+        raise ValueError(f"{path}: holds something else than a {job}'s report. Pass another file.")
+    return report
 
 
 def take_turns(num_rounds: int, turns: Mapping[str, Callable[[], Any]]) -> dict[str, list[Any]]:

@@ -285,6 +285,29 @@ def inspect(location: str, columns: Columns, known: Mapping[str, Any] | None = N
     return corpus
 
 
+def survey(location: str, columns: Columns) -> Corpus:
+    """Returns a corpus by what its files say of themselves: names, columns, types and numbers of rows; no row is read.
+
+    It has no digests, and nobody has counted its rows without text: enough to plan with, not to embed.
+
+    Raises:
+        ValueError: A file is not readable, or lacks a column.
+    """
+    root, paths = find_files(location)
+    with ThreadPoolExecutor() as pool:
+        counts = list(pool.map(lambda path: _survey_file(path, columns), paths))
+    files = tuple(InputFile(path.relative_to(root).as_posix(), "", count) for path, count in zip(paths, counts, strict=True))
+    if not sum(counts):
+        raise ValueError(f"{location}: no row with text (rows: 0). Pass files with documents.")
+    return Corpus(str(root), columns, files, 0, stamp(root, paths))
+
+
+def _survey_file(path: Path, columns: Columns) -> int:
+    file = open_parquet(path)
+    check_columns(path, file.schema_arrow, [columns.id, columns.text], [columns.id])
+    return int(file.metadata.num_rows)
+
+
 def stamp(root: Path, paths: Iterable[Path]) -> Stamps:
     """Returns names, sizes and times of files: where all of them are as before, the content is taken to be as well."""
     status = [(path.relative_to(root).as_posix(), path.stat()) for path in paths]
@@ -390,7 +413,16 @@ def read_unit(path: Path, columns: Columns, unit: Unit) -> tuple[list[str], list
     """
     if not is_as_planned(path, unit):
         raise ValueError(f"{path}: changed since this run began. Run the same command again.")
-    batches = text_batches(path, [columns.id, columns.text], [columns.id], unit.start, unit.stop)
+    return read_documents(path, columns, unit.start, unit.stop)
+
+
+def read_documents(path: Path, columns: Columns, start: int, stop: int) -> tuple[list[str], list[str]]:
+    """Returns (ids, texts) of the rows from ``start`` to ``stop`` that have text, in the order of the file.
+
+    Raises:
+        ValueError: The file is not readable, or lacks a column.
+    """
+    batches = text_batches(path, [columns.id, columns.text], [columns.id], start, stop)
     parts = [batch.filter(has_text(batch.column(1))) for batch in batches]
     table = pa.Table.from_batches(parts) if parts else pa.table({columns.id: [], columns.text: []})
     return table.column(0).to_pylist(), table.column(1).to_pylist()

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from jobs import cluster, index, measurement, plan_pace, plan_tables
 from jobs.cluster import Session
 from jobs.entry import describe_run, main
-from jobs.plan_pace import Sample
+from jobs.plan_pace import Extent, Sample
 from jobs.terminal import say
 from matryoshka import corpus, estimates, layouts, model, nested, storage
 from matryoshka.config import Field, InputPath, JobSettings, Metavar, check_settings
@@ -17,7 +17,6 @@ from matryoshka.estimates import Estimate, Means, Shards
 from matryoshka.layouts import Given, Wanted
 from matryoshka.model import ModelInfo
 from matryoshka.tokens import Long
-from matryoshka.units import plan_units
 
 _ID_BYTES, _END_BYTES = 4, 8  # what an id takes beside its text: in Parquet, in an index
 _HOUR, _GB = 3_600.0, 1e9
@@ -118,12 +117,10 @@ def _estimate(
     settings: Settings, session: Session, source: Corpus, info: ModelInfo, sample: Sample, connect_seconds: float
 ) -> tuple[Estimate, dict[str, Any]]:
     """Returns the plan, and on what it rests."""
-    num_rows, num_units = source.num_rows, len(plan_units(source.files, settings.unit_rows))
-    if settings.documents:  # many files like these, or few large ones: nobody knows, so units are taken to be full
-        num_rows, num_units = settings.documents, -(-settings.documents // settings.unit_rows)
+    extent = Extent.of(source, settings.documents, settings.unit_rows)
     there, notes = cluster.capacity(), list[str]()
     means = Means(
-        settings.workers or min(there.default_workers, num_units),
+        settings.workers or min(there.default_workers, extent.num_units),
         settings.workers_per_node or max(there.cpus_per_node // there.cpus_per_gpu, 1),
         settings.memory * _GB if settings.memory else float(measurement.free_bytes()),
         settings.within_hours * _HOUR,
@@ -131,7 +128,7 @@ def _estimate(
     )
     hardware = session.describe_worker()
     known = plan_pace.find_known(settings, info, hardware, notes)
-    size, pace = plan_pace.find_size_and_pace(settings, session, info, sample, known, num_rows, num_units, means.num_workers)
+    size, pace = plan_pace.find_size_and_pace(settings, session, info, sample, known, extent, means.num_workers)
     pace = dataclasses.replace(pace, connect_seconds=connect_seconds)
     has_bf16 = there.device == "cuda" or session.choose_precision("auto") == "bf16"
     num_documents = round(size.documents.value)

@@ -18,7 +18,7 @@ from matryoshka.corpus import Corpus
 from matryoshka.encode import TOKENS_PER_STEP
 from matryoshka.estimates import Pace, Part, Size, size_up
 from matryoshka.model import ModelInfo
-from matryoshka.units import sample_units
+from matryoshka.units import plan_units, sample_units
 
 if TYPE_CHECKING:
     from jobs.plan import Settings
@@ -62,6 +62,26 @@ class Sample:
         """Returns what the model is given of each place."""
         counts = pool.count_tokens(self.texts)
         return [Part(rows, len(texts), *own) for rows, texts, own in zip(self.num_rows, self.texts, counts, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """What is known of a corpus before any text is looked at: rows, bytes of its files, and units."""
+
+    num_rows: int
+    num_bytes: float
+    num_units: int
+
+    @classmethod
+    def of(cls, source: Corpus, num_rows: int | None, unit_rows: int) -> "Extent":
+        """Returns the extent of a corpus, or of one with so many rows like its own.
+
+        Whether that would be many files like these or a few large ones, nobody knows: its units are taken to be full.
+        """
+        num_bytes = sum(size for _, size, _ in source.stamps)
+        if num_rows is None:
+            return cls(source.num_rows, num_bytes, len(plan_units(source.files, unit_rows)))
+        return cls(num_rows, num_bytes * num_rows / source.num_rows, -(-num_rows // unit_rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +135,7 @@ def find_size_and_pace(
     info: ModelInfo,
     sample: Sample,
     known: Known | None,
-    num_rows: int,
-    num_units: int,
+    extent: Extent,
     num_workers: int,
 ) -> tuple[Size, Pace]:
     """Returns how large a corpus is for a model, and how fast a worker is: as is known, or measured on as many as there are."""
@@ -125,13 +144,13 @@ def find_size_and_pace(
     if known:
         best, calibrate_seconds = Calibration("float32", TOKENS_PER_STEP[there.device]), _CALIBRATE_SECONDS
     else:
-        best = embed.calibrate(session, info, _choice(settings), num_rows, num_workers, lambda: texts[: embed.SAMPLE_ROWS])
+        best = embed.calibrate(session, info, _choice(settings), extent.num_rows, num_workers, lambda: texts[: embed.SAMPLE_ROWS])
         calibrate_seconds = time.perf_counter() - start
     pool = session.encoders(info, best.precision, best.tokens_per_step, num_started, settings.long, is_compiled=best.is_compiled)
     start = time.perf_counter()
     pool.start()
     load_seconds = time.perf_counter() - start
-    size = size_up(sample.count(pool), num_rows, num_units)
+    size = size_up(sample.count(pool), extent.num_rows, extent.num_bytes, extent.num_units)
     if known:
         per_document = 1.0 if known.is_tokens else size.tokens.value / size.documents.value
         return size, Pace(known.per_second * per_document, known.source, known.is_compiled, 0.0, calibrate_seconds, load_seconds)

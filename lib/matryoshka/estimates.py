@@ -4,15 +4,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# A driver's own work, by tests/scale.py with 20,000 and 100,000 units (2 cores of an Intel Xeon, 2026-11-26).
-_DRIVER_BYTES = 450e6
-_UNIT_BYTES, _UNIT_MANIFEST_BYTES = 3_900.0, 850.0
-_PLAN_SECONDS, _RECORD_SECONDS, _READ_SECONDS = 20e-6, 110e-6, 75e-6  # a unit: planned, recorded and committed, read again
+# A driver's own work, by tests/scale.py with 20,000 and 100,000 units (seconds of a core of an Intel Xeon, 2026-11-26): its
+# libraries take 650 MiB; a unit takes 2.7 KB in a first run, and 4.5 KB where a finished run is taken up again.
+_DRIVER_BYTES = 700e6
+_UNIT_BYTES, _UNIT_MANIFEST_BYTES = 4_500.0, 600.0
+_PLAN_SECONDS, _RECORD_SECONDS, _READ_SECONDS = 4e-6, 64e-6, 72e-6  # a unit: planned, recorded and committed, read again
 _FLUSH_SECONDS = 2.0  # between two files of the journal
 _EXERCISED_UNITS, _EXERCISED_SHARDS = 100_000, 16
 
-# The check of a corpus before the first unit, by corpus.inspect on 1,000,000 posts of 165 characters (same machine and day).
-_CHECK_SECONDS, _HASH_SECONDS, _HASHED_AT_ONCE = 2.0e-6, 0.3e-6, 2**25
+# corpus.inspect, in seconds of a core (same machine and day): 9 ns a byte of posts in zstd, 15 of long answers; and for 1,000,000
+# posts 0.3 s to sort hashes of ids, and 0.16 s to read ids, once for every so many rows.
+_CHECK_SECONDS_PER_BYTE, _SORT_SECONDS, _HASH_SECONDS, _HASHED_AT_ONCE = 12e-9, 0.3e-6, 0.16e-6, 2**25
 
 # Building shards of 250,000 x 384 and 61,000 x 1,024 vectors, from what is read and written (same machine, one core).
 _BUILD_SECONDS_PER_BYTE, _TRAIN_SECONDS = 6e-9, 2.0
@@ -58,9 +60,20 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How large a corpus is for a model."""
+    """How large a corpus is for a model.
+
+    Attributes:
+        num_rows: Rows, those without text included.
+        num_bytes: Of its files.
+        num_units: Of work.
+        num_sampled: Rows that were looked at.
+        documents: Rows with text.
+        tokens: That the model is given.
+        long_share: Of the documents, those beyond the model's window.
+    """
 
     num_rows: int
+    num_bytes: float
     num_units: int
     num_sampled: int
     documents: Interval
@@ -73,7 +86,7 @@ class Size:
         return self.num_rows - self.documents.value
 
 
-def size_up(parts: Sequence[Part], num_rows: int, num_units: int) -> Size:
+def size_up(parts: Sequence[Part], num_rows: int, num_bytes: float, num_units: int) -> Size:
     """Returns the size of a corpus, given a sample of it.
 
     Raises:
@@ -89,7 +102,7 @@ def size_up(parts: Sequence[Part], num_rows: int, num_units: int) -> Size:
         for name in ("num_documents", "num_tokens")
     )
     long_share = sum(part.num_long for part in parts) / num_documents
-    return Size(num_rows, num_units, num_sampled, documents, tokens, long_share)
+    return Size(num_rows, num_bytes, num_units, num_sampled, documents, tokens, long_share)
 
 
 def estimate_total(parts: Sequence[tuple[int, float]], num_rows: int) -> Interval:
@@ -179,16 +192,17 @@ def estimate_embedding(size: Size, pace: Pace, num_workers: int) -> Embedding:
     """
     work = size.tokens.times(1 / pace.tokens_per_second)
     embed = work.times(-(-size.num_units // num_workers) / size.num_units)
-    check = check_seconds(size.num_rows)
+    check = check_seconds(size)
     start = pace.connect_seconds + pace.calibrate_seconds + pace.load_seconds
     commit = size.num_units * (_PLAN_SECONDS + _RECORD_SECONDS)
     held = embed.plus(pace.load_seconds).times(num_workers / _HOUR)
     return Embedding(num_workers, work, check, start, embed, commit, embed.plus(check + start + commit), held)
 
 
-def check_seconds(num_rows: int) -> float:
-    """Returns the seconds for which a driver checks a corpus: it reads texts once, and ids once for every 33,554,432 rows."""
-    return num_rows * (_CHECK_SECONDS + _HASH_SECONDS * -(-num_rows // _HASHED_AT_ONCE))
+def check_seconds(size: Size) -> float:
+    """Returns the seconds of a core in which a driver checks a corpus: texts are read once, ids once for every 2**25 rows."""
+    num_passes = -(-size.num_rows // _HASHED_AT_ONCE)
+    return size.num_bytes * _CHECK_SECONDS_PER_BYTE + size.num_rows * (_SORT_SECONDS + _HASH_SECONDS * num_passes)
 
 
 def workers_within(size: Size, pace: Pace, seconds: float) -> int | None:
@@ -386,7 +400,7 @@ def find_limits(size: Size, pace: Pace, index: Index, driver: Driver, means: Mea
     unit_hours = size.tokens.value / size.num_units / pace.tokens_per_second / _HOUR
     per_second = size.num_units / means.within_seconds
     limits = (
-        Limit("check of the corpus, by the driver alone", check_seconds(size.num_rows) / _HOUR, hours, "h"),
+        Limit("check of the corpus, by the driver alone", check_seconds(size) / _HOUR, hours, "h"),
         Limit("one unit, which one worker does", unit_hours, hours, "h"),
         Limit("memory of the driver", driver.memory_bytes / _GB, room, "GB"),
         Limit("memory of a process that holds a shard", index.shard_memory_bytes / _GB, room, "GB"),

@@ -18,10 +18,6 @@ def _plan(root: Path, model: str, **more: Any) -> plan.Settings:
     return plan.Settings(**{**own, **more})
 
 
-def _judge(root: Path, folders: tuple[str, ...], **more: Any) -> plan.Settings:
-    return plan.Settings(estimate=str(root / "plan.json"), compare=tuple(str(root / name) for name in folders), **more)
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus of 120 rows, three without text."""
@@ -73,7 +69,8 @@ def test_the_plan_is_on_disk_as_it_was_returned(root: Path, report: dict[str, An
 
 
 def test_the_plan_is_held_against_what_was_done(root: Path, finished: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    found = plan.run(_judge(root, ("vectors", "index")))
+    folders = (str(root / "vectors"), str(root / "index"))
+    found = plan.run(plan.Settings(estimate=str(root / "plan.json"), compare=folders))
     assert set(found) == {"embeddings", "index"}
     for kind, name in (("embeddings", "documents"), ("embeddings", "tokens"), ("embeddings", "units"), ("index", "documents")):
         assert found[kind][name]["error"] == 0, name
@@ -87,20 +84,22 @@ def test_an_estimate_beyond_the_tolerance_ends_the_job_by_name(root: Path, tmp_p
     wrong = json.loads((root / "plan.json").read_text("utf-8"))
     wrong["compared"]["embeddings"]["tokens"] *= 2
     (tmp_path / "plan.json").write_text(json.dumps(wrong), "utf-8")
-    settings = _judge(root, ("vectors",), tolerance=1e-9).model_copy(update={"estimate": str(tmp_path / "plan.json")})
+    settings = plan.Settings(estimate=str(tmp_path / "plan.json"), compare=(str(root / "vectors"),), tolerance=1e-9)
     with pytest.raises(RuntimeError, match=r"plan: off by more than 0% \(.*embeddings: tokens \+100\.0%"):
         plan.run(settings)
 
 
 @pytest.mark.usefixtures("finished")
-def test_what_the_plan_is_not_of_is_refused(root: Path, other: str, tmp_path: Path) -> None:
-    embed.run(embed.Settings(output=str(tmp_path / "vectors"), corpus=str(root / "corpus"), model=other, precision="float32"))
-    with pytest.raises(ValueError, match="was made with another model than the plan"):
-        plan.run(_judge(root, ("vectors",)).model_copy(update={"compare": (str(tmp_path / "vectors"),)}))
-    with pytest.raises(ValueError, match=r"corpus: no artifact here"):
-        plan.run(_judge(root, ("corpus",)))
-    with pytest.raises(ValueError, match=r"config\.json: holds something else than a plan's report"):
-        plan.run(_judge(root, ("vectors",)).model_copy(update={"estimate": str(Path(other) / "config.json")}))
+def test_what_the_plan_is_not_of_is_refused(root: Path, tiny: str, tmp_path: Path) -> None:
+    strange = {**json.loads((root / "plan.json").read_text("utf-8")), "model": {"fingerprint": "of another"}}
+    (tmp_path / "plan.json").write_text(json.dumps(strange), "utf-8")
+    for folder, estimate, message in (
+        ("vectors", tmp_path / "plan.json", "was made with another model than the plan"),
+        ("vectors", Path(tiny) / "config.json", r"config\.json: holds something else than a plan's report"),
+        ("corpus", root / "plan.json", "corpus: no artifact here"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan.run(plan.Settings(estimate=str(estimate), compare=(str(root / folder),)))
 
 
 @pytest.mark.usefixtures("local_ray")

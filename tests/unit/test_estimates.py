@@ -25,13 +25,13 @@ def exactly(value: float) -> Interval:
 
 def size_of(tokens: float, num_units: int, num_rows: int | None = None) -> Size:
     rows = num_rows or num_units * 100
-    return Size(rows, num_units, rows, exactly(rows), exactly(tokens), long_share=0.0)
+    return Size(rows, rows * 60.0, num_units, rows, exactly(rows), exactly(tokens), long_share=0.0)
 
 
 def test_of_all_rows_a_sample_is_exact():
     parts = [Part(4, 3, 30, num_long=1), Part(6, 6, 90)]
-    size = estimates.size_up(parts, num_rows=10, num_units=2)
-    assert size == Size(10, 2, 10, exactly(9.0), exactly(120.0), long_share=1 / 9)
+    size = estimates.size_up(parts, num_rows=10, num_bytes=600, num_units=2)
+    assert size == Size(10, 600, 2, 10, exactly(9.0), exactly(120.0), long_share=1 / 9)
     assert size.num_empty == 1.0
 
 
@@ -65,13 +65,19 @@ def test_the_interval_holds_the_truth_nineteen_times_of_twenty():
 
 def test_a_sample_without_text_is_refused():
     with pytest.raises(ValueError, match=r"corpus: no text in the sample \(4 of 100 rows\)\. Check --text-column"):
-        estimates.size_up([Part(2, 0, 0), Part(2, 0, 0)], 100, 1)
+        estimates.size_up([Part(2, 0, 0), Part(2, 0, 0)], 100, 600, 1)
 
 
 def test_one_row_does_not_speak_for_others_but_for_itself():
-    assert estimates.size_up([Part(1, 1, 7)], 1, 1).tokens == exactly(7.0)
+    assert estimates.size_up([Part(1, 1, 7)], 1, 60, 1).tokens == exactly(7.0)
     with pytest.raises(ValueError, match="a sample of 1 row cannot speak for 100"):
-        estimates.size_up([Part(1, 1, 7)], 100, 1)
+        estimates.size_up([Part(1, 1, 7)], 100, 6_000, 1)
+
+
+def test_the_check_of_a_corpus_reads_ids_again_and_again_where_there_are_many():
+    few, many = (estimates.check_seconds(size_of(1.0, 1, num_rows=count)) for count in (2**25, 2**28))
+    assert few == pytest.approx(2**25 * (60 * 12e-9 + 0.46e-6))
+    assert many == pytest.approx(2**28 * (60 * 12e-9 + 0.3e-6 + 8 * 0.16e-6))
 
 
 def test_embedding_takes_what_hand_and_pencil_say():

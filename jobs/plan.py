@@ -157,7 +157,7 @@ def _judge(settings: Settings) -> dict[str, Any]:
         plan_tables.show_lines(kind, folder, lines)
         found[kind] = {line.name: {**dataclasses.asdict(line), "error": line.error} for line in lines}
         limit = settings.tolerance
-        beyond += [f"{kind}: {own.name} {own.error:+.1%}" for own in lines if limit is not None and abs(own.error) > limit]
+        beyond += [f"{kind}: {own.name} {own.error:+.1%}" for own in lines if limit is not None and not own.is_within(limit)]
     if beyond:
         raise RuntimeError(
             f"plan: off by more than {settings.tolerance:.0%} ({'; '.join(beyond)}). Plan anew where the run runs."

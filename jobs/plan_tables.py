@@ -8,7 +8,7 @@ from typing import Any
 from jobs.terminal import say, show_table
 from matryoshka import artifacts, estimates, indexing
 from matryoshka.artifacts import Manifest
-from matryoshka.estimates import Estimate, Interval, Line
+from matryoshka.estimates import SECONDS, Estimate, Interval, Line
 
 _HOUR, _DAY, _GB = 3_600.0, 86_400.0, 1e9
 _ENOUGH = 0.5  # of a limit
@@ -124,8 +124,8 @@ def _taken_by_embedding(manifest: Manifest, plan: Mapping[str, Any]) -> dict[str
         "tokens": sum(own["num_tokens"] for own in details),
         "units": len(manifest.receipts),
         "bytes": sum(file.num_bytes for receipt in manifest.receipts for file in receipt.files),
-        "seconds of work": sum(own[f"{phase}_seconds"] for own in details for phase in ("compute", "read", "write")),
-        **({"seconds in all": last["start_seconds"] + last["seconds"]} if is_whole else {}),
+        f"{SECONDS} of work": sum(own[f"{phase}_seconds"] for own in details for phase in ("compute", "read", "write")),
+        **({f"{SECONDS} in all": last["start_seconds"] + last["seconds"]} if is_whole else {}),
     }
 
 
@@ -135,7 +135,7 @@ def _taken_by_index(manifest: Manifest, _plan: Mapping[str, Any]) -> dict[str, f
         "documents": manifest.num_rows,
         "shards": len(shards),
         "bytes": sum(file.num_bytes for receipt in shards for file in receipt.files),
-        "seconds of work": sum(receipt.details.get("seconds", 0.0) for receipt in manifest.receipts),
+        f"{SECONDS} of work": sum(receipt.details.get("seconds", 0.0) for receipt in manifest.receipts),
     }
 
 

@@ -193,3 +193,20 @@ def test_a_driver_s_cost_grows_with_units_and_its_journal_with_time(num_units: i
 def test_estimates_stand_beside_what_was_taken():
     lines = estimates.compare({"a": 90.0, "b": 0.0, "c": 5.0, "only here": 1.0}, {"a": 100.0, "b": 0.0, "c": 0.0, "d": 1.0})
     assert [(line.name, line.error) for line in lines] == [("a", -0.1), ("b", 0.0), ("c", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "estimated", "taken", "is_within"),
+    [
+        ("tokens", 120.0, 100.0, True),
+        ("tokens", 130.0, 100.0, False),
+        ("tokens", 70.0, 100.0, False),
+        ("seconds of work", 4.0, 13.0, True),
+        ("seconds of work", 75.0, 100.0, True),
+        ("seconds of work", 74.0, 100.0, False),
+    ],
+)
+def test_estimates_are_tolerated_within_a_share_and_seconds_within_chance(
+    name: str, estimated: float, taken: float, is_within: bool
+):
+    assert estimates.Line(name, estimated, taken).is_within(0.25) == is_within

@@ -96,9 +96,6 @@ def run(settings: Settings) -> dict[str, Any]:
         connect_seconds = time.perf_counter() - start
         estimate, facts = _estimate(settings, session, source, info, sample, connect_seconds)
     by_dim = estimates.bytes_by_dim(dims, sample.id_bytes + _END_BYTES)
-    for note in facts["notes"]:
-        say(f"plan: {note}")
-    plan_tables.show(estimate, by_dim, facts["layout"], "GPU-hours" if facts["hardware"]["gpu"] else "worker-hours")
     report = {
         **describe_run("plan", settings),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -108,8 +105,11 @@ def run(settings: Settings) -> dict[str, Any]:
         "bytes_per_document": by_dim,
         "compared": estimate.comparable(),
     }
-    if output:
+    if output:  # before anything is printed: who reads may stop reading
         storage.publish_json(output, report)
+    for note in facts["notes"]:
+        say(f"plan: {note}")
+    plan_tables.show(estimate, by_dim, facts["layout"], "GPU-hours" if facts["hardware"]["gpu"] else "worker-hours")
     return report
 
 

@@ -20,7 +20,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util import metrics
 
-from jobs import interruption
+from jobs import interruption, measurement
 from jobs.terminal import say
 from matryoshka import storage
 from matryoshka.artifacts import Receipt
@@ -116,6 +116,13 @@ class Session:
         from matryoshka import calibration
 
         return self._on_worker(calibration.calibrate, info.folder, capacity().device, choice, list(texts), num_documents)
+
+    def describe_worker(self) -> dict[str, Any]:
+        """Returns the hardware that a worker runs on; see ``measurement.describe_hardware``."""
+        device = capacity().device
+        if not os.environ.get("RAY_ADDRESS"):  # workers are on this machine
+            return measurement.describe_hardware(device)
+        return self._on_worker(measurement.describe_hardware, device)
 
     def study(
         self, folders: Sequence[Place], sample: "Sample", num_documents: int, max_tokens: int
@@ -341,6 +348,11 @@ class _EncoderActor:
         """Returns the vectors of a few texts."""
         return self._encoder.encode(texts, role).vectors
 
+    def count_tokens(self, texts: list[str]) -> tuple[int, int]:
+        """Returns how many tokens the model is given of some documents, and how many of these are longer than its window."""
+        tokens = self._encoder.tokenise(texts, "document")
+        return int(tokens.lengths.sum()), tokens.num_truncated + tokens.num_split
+
 
 _METRICS = {
     "num_units": "units finished",
@@ -400,7 +412,7 @@ class Encoders:
         calls = {unit.key: (shared, unit, str(folder.resolve())) for unit in todo}
         return run_on_actors(self._started(), "embed", calls, attempts)
 
-    def encode(self, texts: Sequence[str], role: "Role") -> npt.NDArray[np.float16]:
+    def encode(self, texts: Sequence[str], role: "Role", texts_per_call: int = _TEXTS_PER_CALL) -> npt.NDArray[np.float16]:
         """Returns the vectors of texts, in their order.
 
         Shapes: [N, D].
@@ -408,14 +420,25 @@ class Encoders:
         Raises:
             RuntimeError: A part failed every time.
         """
-        parts = [list(texts[start : start + _TEXTS_PER_CALL]) for start in range(0, len(texts), _TEXTS_PER_CALL)]
-        calls = {str(number): (part, role) for number, part in enumerate(parts)}
-        results: dict[str, npt.NDArray[np.float16]] = {}
-        for outcome in run_on_actors(self._started(), "encode", calls, attempts=2):
+        parts = [list(texts[start : start + texts_per_call]) for start in range(0, len(texts), texts_per_call)]
+        return np.concatenate(self._ask("encode", [(part, role) for part in parts]))
+
+    def count_tokens(self, parts: Sequence[Sequence[str]]) -> list[tuple[int, int]]:
+        """Returns, for each list of documents, its tokens as the model is given them, and its documents beyond the window.
+
+        Raises:
+            RuntimeError: A part failed every time.
+        """
+        return self._ask("count_tokens", [(list(part),) for part in parts])
+
+    def _ask(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Returns the results of calls that any worker may answer, in the order of the calls."""
+        calls, results = {str(number): own for number, own in enumerate(arguments)}, {}
+        for outcome in run_on_actors(self._started(), method, calls, attempts=2):
             if outcome.result is None:
                 raise RuntimeError(f"encoder: texts could not be encoded ({outcome.error}).")
             results[outcome.key] = outcome.result
-        return np.concatenate([results[key] for key in calls])
+        return [results[key] for key in calls]
 
 
 class ShardsLostError(RuntimeError):

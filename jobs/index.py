@@ -23,7 +23,7 @@ from matryoshka.removals import REMOVED, Removed
 from matryoshka.storage import Place
 from matryoshka.vectors import EmbeddingStore, Float16Array
 
-_ROWS_PER_SHARD = 1_000_000
+ROWS_PER_SHARD = 1_000_000
 _SHOWN = 3
 _AUTO = "auto"
 _GB = 1e9
@@ -192,7 +192,7 @@ def run(settings: Settings) -> Manifest:
 
 
 def _default_shards(store: EmbeddingStore) -> int:
-    return max(-(-store.manifest.num_rows // _ROWS_PER_SHARD), 1)
+    return max(-(-store.manifest.num_rows // ROWS_PER_SHARD), 1)
 
 
 def _choose(

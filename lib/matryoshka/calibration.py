@@ -17,7 +17,7 @@ W = TypeVar("W")
 
 _BUDGETS = {"cpu": (1_024, 2_048, 4_096), "cuda": (16_384, 32_768, 65_536)}
 _ROUNDS = 2
-_COMPILING_MAY_PAY_AFTER = 300.0  # seconds of a worker's work: for less it is not even tried
+COMPILING_MAY_PAY_AFTER = 300.0  # seconds of a worker's work: for less it is not even tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ def pays_to_compile(
         return False, ""
     sample = _sample(encoder.tokenise(list(texts), "document"), 4 * _BUDGETS[device][-1])
     seconds = encoder.compute(sample, "document").compute_seconds
-    if seconds / sample.num_texts * num_documents < _COMPILING_MAY_PAY_AFTER:
+    if seconds / sample.num_texts * num_documents < COMPILING_MAY_PAY_AFTER:
         return False, ""
     start = time.perf_counter()
     compiled = Encoder(folder, device, precision, encoder.tokens_per_step, is_compiled=True)

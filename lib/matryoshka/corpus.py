@@ -300,6 +300,29 @@ def inspect(location: str, columns: Columns, known: Mapping[str, Any] | None = N
     return corpus
 
 
+def survey(location: str, columns: Columns) -> Corpus:
+    """Returns a corpus by what its files say of themselves: names, columns, types and numbers of rows; no row is read.
+
+    It has no digests, and nobody has counted its rows without text: enough to plan with, not to embed.
+
+    Raises:
+        ValueError: A file is not readable, or lacks a column.
+    """
+    root, paths = find_files(location)
+    with ThreadPoolExecutor() as pool:
+        counts = list(pool.map(lambda path: _survey_file(path, columns), paths))
+    files = tuple(InputFile(_name_in(root, path), "", count) for path, count in zip(paths, counts, strict=True))
+    if not sum(counts):
+        raise ValueError(f"{location}: no row with text (rows: 0). Pass files with documents.")
+    return Corpus(str(root), columns, files, 0, stamp(root, paths))
+
+
+def _survey_file(path: Place, columns: Columns) -> int:
+    file = open_parquet(path)
+    check_columns(path, file.schema_arrow, [columns.id, columns.text], [columns.id])
+    return int(file.metadata.num_rows)
+
+
 def stamp(root: Place, paths: Iterable[Place]) -> Stamps:
     """Returns names, sizes and times (or ETags) of files: where all are as before, the content is taken to be as well.
 
@@ -416,7 +439,16 @@ def read_unit(path: Place, columns: Columns, unit: Unit, stamp: str | None = Non
     """
     if not is_as_planned(path, unit, stamp):
         raise ValueError(f"{path}: changed since this run began. Run the same command again.")
-    batches = text_batches(path, [columns.id, columns.text], [columns.id], unit.start, unit.stop)
+    return read_documents(path, columns, unit.start, unit.stop)
+
+
+def read_documents(path: Place, columns: Columns, start: int, stop: int) -> tuple[list[str], list[str]]:
+    """Returns (ids, texts) of the rows from ``start`` to ``stop`` that have text, in the order of the file.
+
+    Raises:
+        ValueError: The file is not readable, or lacks a column.
+    """
+    batches = text_batches(path, [columns.id, columns.text], [columns.id], start, stop)
     parts = [batch.filter(has_text(batch.column(1))) for batch in batches]
     table = pa.Table.from_batches(parts) if parts else pa.table({columns.id: [], columns.text: []})
     return table.column(0).to_pylist(), table.column(1).to_pylist()

@@ -51,17 +51,6 @@ def place(text: str) -> Place:
     return buckets.parse(text)
 
 
-def local_path(text: str) -> Path:
-    """Returns the path that a setting names, where only a path will do.
-
-    Raises:
-        ValueError: It is a URL.
-    """
-    if "://" in text:
-        raise ValueError(f"{text}: only local and mounted folders are supported. Mount or copy it, and pass its path.")
-    return Path(text)
-
-
 def is_local(place: Place) -> bool:
     """Returns whether a place is a path of the file system."""
     return isinstance(place, Path)

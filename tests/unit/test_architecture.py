@@ -43,26 +43,13 @@ DOORS = {
     "rich": ("jobs/terminal.py",),
     "jobs": ("jobs/",),
 }
-PURE = ("units", "nested", "topk", "conditions", "clock", "batches", "tradeoffs", "significance", "geometry")
+PURE = ("units", "nested", "topk", "conditions", "clock", "batches", "tradeoffs", "significance", "geometry", "estimates")
 LAYERS = [
     {"config", "units", "nested", "topk", "conditions", "clock", "batches", "frontier", "tradeoffs", "significance"}
-    | {"geometry", "reading"},
-    {
-        "storage",
-        "buckets",
-        "s3",
-        "cache",
-        "corpus",
-        "index",
-        "metrics",
-        "docstrings",
-        "recipe",
-        "stream",
-        "curves",
-        "charts",
-        "figures",
-    }
-    | {"splits", "sources", "partitions", "leaks", "chunks", "rates", "kernels", "lexical", "maps", "weights"},
+    | {"geometry", "reading", "estimates"},
+    {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves", "charts", "figures"}
+    | {"splits", "sources", "partitions", "leaks", "chunks", "rates", "kernels", "lexical", "maps", "weights"}
+    | {"buckets", "s3", "cache"},
     {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "scans", "products", "spaces"}
     | {"funnel"}
     | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"}

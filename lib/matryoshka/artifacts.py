@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from matryoshka import leases, status, storage
+from matryoshka import leases, shapes, status, storage
+from matryoshka.shapes import ListOf, MapOf
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -24,6 +25,10 @@ _LEVELS = 2  # the deepest artifact of a pipeline lies two folders below its out
 _OF_THE_RUN = (leases.NAME, status.NAME)  # they are there before and after the artifact
 _SEGMENTS = "[0-9]*.json"
 _FLUSH_SECONDS = 2.0
+
+_FILE = {"path": str, "num_bytes": int, "digest": str}
+_RECEIPT = {"key": str, "num_rows": int, "files": ListOf(_FILE), "details": MapOf()}
+_MANIFEST = {"kind": str, "fingerprint": str | None, "is_complete": bool, **dict.fromkeys(("identity", "inputs", "facts"), MapOf())}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +55,18 @@ class Receipt:
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Returns the receipt that ``as_json`` described."""
-        return cls(**{**value, "files": tuple(FileRecord(**file) for file in value["files"])})
+    def from_json(cls, value: Any, place: str) -> Self:
+        """Returns the receipt that ``as_json`` described; ``place`` names where it stands.
+
+        Raises:
+            ValueError: It is none, or a path in it leads out of the folder.
+        """
+        shapes.check(value, _RECEIPT, place)
+        files = tuple(FileRecord(file["path"], file["num_bytes"], file["digest"]) for file in value["files"])
+        outside = next((file.path for file in files if shapes.leads_out(file.path)), None)
+        if outside is not None:
+            raise ValueError(f"{place}: {outside!r:.80} leads out of the artifact's folder. Restore the file, or make it anew.")
+        return cls(value["key"], value["num_rows"], files, value["details"])
 
     def as_json(self) -> dict[str, Any]:
         """Returns the receipt as a JSON value."""
@@ -124,19 +138,23 @@ def read(folder: Path, kind: str | None = None) -> Manifest:
         made_by = f" Make it first with python -m jobs.{_MAKERS[kind]}." if kind in _MAKERS else " Check the path."
         raise ValueError(f"{folder}: no {kind or 'artifact'} here (no {MANIFEST}).{made_by}")
     value = _read_raw(path)
-    version, fingerprint = value.pop("format"), value.pop("fingerprint")
-    if version != FORMAT:
-        raise ValueError(f"{path}: format {version}, this version reads {FORMAT}. Make the artifact anew with --replace.")
-    try:
-        manifest = Manifest(**{**value, "receipts": tuple(Receipt.from_json(receipt) for receipt in value["receipts"])})
-        is_whole = not manifest.is_complete or manifest.fingerprint == fingerprint
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a manifest of this project ({error}). Pass another folder.") from None
-    if not is_whole:
+    if value["format"] != FORMAT:
+        raise ValueError(f"{path}: format {value['format']!r:.40}, this version reads {FORMAT}. Make it anew with --replace.")
+    shapes.check(value, _MANIFEST, str(path))
+    receipts = _receipts(value.get("receipts"), path)
+    own = {name: value[name] for name in ("kind", "identity", "inputs", "facts", "is_complete")}
+    manifest = Manifest(**own, receipts=receipts)
+    if manifest.is_complete and manifest.fingerprint != value["fingerprint"]:
         raise ValueError(f"{path}: was altered (its fingerprint does not fit its content). Make it anew with --replace.")
     if kind and manifest.kind != kind:
         raise ValueError(f"{folder}: holds '{manifest.kind}', not '{kind}'. Pass the folder of the {kind}.")
     return manifest
+
+
+def _receipts(values: Any, path: Path) -> tuple[Receipt, ...]:
+    if not isinstance(values, list):
+        raise ValueError(f"{path}: no list of receipts. Restore the file, or make it anew.")
+    return tuple(Receipt.from_json(value, f"{path}: receipt {number}") for number, value in enumerate(values))
 
 
 def _read_raw(path: Path) -> dict[str, Any]:
@@ -313,9 +331,13 @@ class Journal:
 
 
 def read_journal(folder: Path) -> list[Receipt]:
-    """Returns the receipts that unfinished runs left, oldest first."""
+    """Returns the receipts that unfinished runs left, oldest first.
+
+    Raises:
+        ValueError: A file of the journal is not what a run leaves.
+    """
     paths = sorted((folder / _JOURNAL).glob(_SEGMENTS))
-    return [Receipt.from_json(value) for path in paths for value in storage.read_json(path)]
+    return [receipt for path in paths for receipt in _receipts(storage.read_json(path), path)]
 
 
 def finished_receipts(

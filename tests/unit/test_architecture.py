@@ -43,10 +43,10 @@ DOORS = {
     "rich": ("jobs/terminal.py",),
     "jobs": ("jobs/",),
 }
-PURE = ("units", "nested", "topk", "conditions", "clock", "batches", "tradeoffs", "significance", "geometry")
+PURE = ("units", "nested", "topk", "conditions", "clock", "batches", "tradeoffs", "significance", "geometry", "shapes")
 LAYERS = [
     {"config", "units", "nested", "topk", "conditions", "clock", "batches", "frontier", "tradeoffs", "significance"}
-    | {"geometry", "reading"},
+    | {"geometry", "reading", "shapes"},
     {
         "storage",
         "buckets",

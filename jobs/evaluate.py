@@ -440,7 +440,7 @@ def _profile(job: _Job, documents_per_second: float | None, queries_per_second: 
 
 
 def _fingerprint(compare: str | None) -> str | None:
-    return artifacts.read_complete(storage.local_path(compare), "evaluation").fingerprint if compare else None
+    return artifacts.read_whole(storage.local_path(compare), "evaluation").fingerprint if compare else None
 
 
 def _rows(folder: str | None) -> list[Row]:

@@ -25,10 +25,16 @@ _LEVELS = 2  # the deepest artifact of a pipeline lies two folders below its out
 _OF_THE_RUN = (leases.NAME, status.NAME)  # they are there before and after the artifact
 _SEGMENTS = "[0-9]*.json"
 _FLUSH_SECONDS = 2.0
+_RESTORE = "Restore it, or make the artifact anew with --replace."
 
 _FILE = {"path": str, "num_bytes": int, "digest": str}
 _RECEIPT = {"key": str, "num_rows": int, "files": ListOf(_FILE), "details": MapOf()}
-_MANIFEST = {"kind": str, "fingerprint": str | None, "is_complete": bool, **dict.fromkeys(("identity", "inputs", "facts"), MapOf())}
+_MANIFEST = {
+    "kind": str,
+    "fingerprint": str | None,
+    "is_complete": bool,
+    **dict.fromkeys(("identity", "inputs", "facts"), MapOf()),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +67,11 @@ class Receipt:
         Raises:
             ValueError: It is none, or a path in it leads out of the folder.
         """
-        shapes.check(value, _RECEIPT, place)
+        shapes.check(value, _RECEIPT, place, _RESTORE)
         files = tuple(FileRecord(file["path"], file["num_bytes"], file["digest"]) for file in value["files"])
         outside = next((file.path for file in files if shapes.leads_out(file.path)), None)
         if outside is not None:
-            raise ValueError(f"{place}: {outside!r:.80} leads out of the artifact's folder. Restore the file, or make it anew.")
+            raise ValueError(f"{place}: {outside!r:.80} leads out of the artifact's folder. {_RESTORE}")
         return cls(value["key"], value["num_rows"], files, value["details"])
 
     def as_json(self) -> dict[str, Any]:
@@ -140,7 +146,7 @@ def read(folder: Path, kind: str | None = None) -> Manifest:
     value = _read_raw(path)
     if value["format"] != FORMAT:
         raise ValueError(f"{path}: format {value['format']!r:.40}, this version reads {FORMAT}. Make it anew with --replace.")
-    shapes.check(value, _MANIFEST, str(path))
+    shapes.check(value, _MANIFEST, str(path), _RESTORE)
     receipts = _receipts(value.get("receipts"), path)
     own = {name: value[name] for name in ("kind", "identity", "inputs", "facts", "is_complete")}
     manifest = Manifest(**own, receipts=receipts)
@@ -153,13 +159,13 @@ def read(folder: Path, kind: str | None = None) -> Manifest:
 
 def _receipts(values: Any, path: Path) -> tuple[Receipt, ...]:
     if not isinstance(values, list):
-        raise ValueError(f"{path}: no list of receipts. Restore the file, or make it anew.")
+        raise ValueError(f"{path}: no list of receipts. {_RESTORE}")
     return tuple(Receipt.from_json(value, f"{path}: receipt {number}") for number, value in enumerate(values))
 
 
 def _read_raw(path: Path) -> dict[str, Any]:
     value = storage.read_json(path)
-    if not isinstance(value, dict) or not {"kind", "format", "fingerprint"} <= value.keys():
+    if shapes.find_fault(value, {"kind": str, "format": object, "fingerprint": object}):
         raise ValueError(f"{path}: not a manifest of this project. Pass another folder.")
     return value
 
@@ -396,6 +402,19 @@ def _fault(folder: Path, record: FileRecord, compare_digests: bool, root: str = 
     if compare_digests and storage.digest_file(Path(path)) != record.digest:
         return f"{path}: its bytes were altered (another SHA-256 than the receipt's)"
     return ""
+
+
+def read_whole(folder: Path, kind: str) -> Manifest:
+    """Returns the manifest of a finished artifact, every file of which is exactly what its receipt says: for small ones.
+
+    Raises:
+        ValueError: As ``read_complete``, or a file is missing, truncated or altered.
+    """
+    manifest = read_complete(folder, kind)
+    faults = find_faults(folder, manifest)
+    if faults:
+        raise ValueError(f"{faults[0]}. Run the job that made it again with --replace.")
+    return manifest
 
 
 def check_file(folder: Path, record: FileRecord) -> Path:

@@ -13,7 +13,21 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from matryoshka import artifacts, conditions, corpus, filters, funnel, nested, products, removals, shapes, spaces, storage, units, vectors
+from matryoshka import (
+    artifacts,
+    conditions,
+    corpus,
+    filters,
+    funnel,
+    nested,
+    products,
+    removals,
+    shapes,
+    spaces,
+    storage,
+    units,
+    vectors,
+)
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.filters import COLUMNS, Kinds, Origin
 from matryoshka.funnel import COARSE, DENSE, IDS, VECTORS, CallShards, Searcher, Shard, ShardFiles

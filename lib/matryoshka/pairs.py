@@ -76,10 +76,11 @@ class DatasetStore:
         return sum(receipt.num_rows for receipt in self.manifest.receipts if receipt.key.startswith(f"{CORPUS}/"))
 
     def _read(self, kind: str, split: str) -> dict[str, list[Any]]:
-        path = self.folder / kind / f"{split}.parquet"
-        if not path.is_file():
-            found = sorted(file.stem for file in path.parent.glob("*.parquet"))
+        own = {receipt.key.removeprefix(f"{kind}/"): receipt for receipt in self.manifest.receipts}
+        if split not in own:
+            found = sorted(key for key in own if "/" not in key)
             raise ValueError(f"{self.folder}: no split '{split}' (found: {', '.join(found) or 'none'}). Pass --split.")
+        path = artifacts.check_file(self.folder, own[split].files[0])
         columns: dict[str, list[Any]] = corpus.open_parquet(path).read().to_pydict()
         if not next(iter(columns.values())):
             raise ValueError(f"{self.folder}: split '{split}' is empty. Pass another --split, or more data to prepare.")
@@ -129,11 +130,11 @@ class DatasetStore:
         return [receipt for receipt in self.manifest.receipts if receipt.key.startswith(f"{PAIRS}/")]
 
     def pair_files(self) -> list[Path]:
-        """Returns the files of the training pairs, in order.
+        """Returns the files of the training pairs, in order, each exactly what its receipt says.
 
         Raises:
-            ValueError: The dataset has no training pairs.
+            ValueError: The dataset has no training pairs, or a file is missing, truncated or altered.
         """
         if not self.num_pairs:
             raise ValueError(f"{self.folder}: no training pairs (no split '{TRAIN}'). Prepare data that has some.")
-        return [self.folder / receipt.files[0].path for receipt in self._pair_receipts()]
+        return [artifacts.check_file(self.folder, receipt.files[0]) for receipt in self._pair_receipts()]

@@ -94,7 +94,9 @@ def _is_a(value: Any, kind: type) -> bool:
         return kind is bool
     if kind is float:
         return isinstance(value, int | float) and abs(value) <= _LARGEST
-    return isinstance(value, kind) and (kind is not int or -_LARGEST_WHOLE <= value <= _LARGEST_WHOLE)
+    if kind is int:
+        return isinstance(value, int) and -_LARGEST_WHOLE <= value <= _LARGEST_WHOLE
+    return isinstance(value, kind)
 
 
 def _is_text(value: str) -> bool:

@@ -53,18 +53,22 @@ def obeys(act: Callable[[], Any]) -> Any:
     try:
         return act()
     except Exception as error:
-        is_own = type(error).__module__.startswith(("matryoshka", "jobs"))
-        assert type(error) in (ValueError, RuntimeError) or isinstance(error, OSError) or is_own, repr(error)
-        if isinstance(error, ValueError):
-            assert _SENTENCE.fullmatch(str(error)), f"not a sentence of the house's form: {error}"
-        return None
+        refusal = error
+    is_own = type(refusal).__module__.startswith(("matryoshka", "jobs"))
+    assert type(refusal) in (ValueError, RuntimeError) or isinstance(refusal, OSError) or is_own, repr(refusal)
+    str(refusal).encode()  # or it could not be shown
+    if isinstance(refusal, ValueError):
+        assert _SENTENCE.fullmatch(str(refusal)), f"not a sentence of the house's form: {refusal}"
+    return None
 
 
 def json_mutants(value: Any) -> st.SearchStrategy[bytes]:
     """Returns a strategy of JSON files: a valid one in which one to three things are replaced, dropped, doubled or exchanged."""
     steps = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), min_size=1, max_size=3)
     whole = json.dumps(value).encode()
-    return st.one_of(steps.map(lambda own: _dump(_mutate(value, own))), steps.map(lambda own: _dump(_mutate(value, own))), byte_mutants(whole))
+    return st.one_of(
+        steps.map(lambda own: _dump(_mutate(value, own))), steps.map(lambda own: _dump(_mutate(value, own))), byte_mutants(whole)
+    )
 
 
 def changes(value: Any) -> st.SearchStrategy[Any]:
@@ -105,7 +109,9 @@ def _nodes(parent: Any) -> Iterator[tuple[Any, Any]]:
 
 def byte_mutants(data: bytes) -> st.SearchStrategy[bytes]:
     """Returns a strategy of damaged bytes: flipped, cut off, left out, doubled, or followed by something else."""
-    return st.tuples(st.integers(0, 2**32), st.sampled_from(_DAMAGES)).map(lambda own: own[1](bytearray(data), random.Random(own[0])))
+    return st.tuples(st.integers(0, 2**32), st.sampled_from(_DAMAGES)).map(
+        lambda own: own[1](bytearray(data), random.Random(own[0]))
+    )
 
 
 def _flip(data: bytearray, chance: random.Random) -> bytes:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import strategies as st
-from mutations import JUNK, byte_mutants, bytes_of, changes, obeys, run
+from mutations import byte_mutants, bytes_of, changes, obeys, run
 
 from matryoshka import beir, corpus, filters, queries, sources, sts, vectors
 from matryoshka.corpus import Columns
@@ -69,19 +69,21 @@ TEXTS = pa.table({"id": [f"d{i}" for i in range(12)], "text": [f"text {i}" * (i 
 ROWS = pa.table({"id": ["a", "b", "c"], "query": ["x", "y", "z"], "negatives": [["p"], None, ["q", "r"]]})
 
 
-@pytest.mark.parametrize("options", [{}, {"row_group_size": 5, "compression": "zstd", "use_dictionary": False}], ids=["plain", "groups"])
+@pytest.mark.parametrize(
+    "options", [{}, {"row_group_size": 5, "compression": "zstd", "use_dictionary": False}], ids=["plain", "groups"]
+)
 def test_a_damaged_corpus_is_read_or_refused(tmp_path: Path, options: dict[str, Any]):
-    run(500, byte_mutants(parquet(TEXTS, **options)), in_place(tmp_path / "in" / "part.parquet", use_corpus))
+    run(350, byte_mutants(parquet(TEXTS, **options)), in_place(tmp_path / "in" / "part.parquet", use_corpus))
 
 
 def test_damaged_rows_are_read_or_refused(tmp_path: Path):
-    run(500, byte_mutants(parquet(ROWS)), in_place(tmp_path / "in" / "part.parquet", use_rows))
+    run(350, byte_mutants(parquet(ROWS)), in_place(tmp_path / "in" / "part.parquet", use_rows))
 
 
 def test_damaged_vectors_are_read_or_refused(tmp_path: Path):
     path = tmp_path / "unit.parquet"
     vectors.write_unit(path, ["a", "b", "c"], np.eye(3, WIDTH, dtype=np.float16))
-    run(500, byte_mutants(path.read_bytes()), in_place(tmp_path / "in" / "part.parquet", use_vectors))
+    run(350, byte_mutants(path.read_bytes()), in_place(tmp_path / "in" / "part.parquet", use_vectors))
 
 
 KINDS = [
@@ -92,7 +94,24 @@ KINDS = [
     pa.dictionary(pa.int8(), pa.string()), pa.dictionary(pa.int32(), pa.int64()), pa.dictionary(pa.int8(), pa.large_string()),
     pa.list_(pa.dictionary(pa.int8(), pa.string())), pa.struct([]),
 ]  # fmt: skip
-VALUES: list[Any] = [None, "", "x", "d1", 1, 0, -5, 0.5, True, [], ["x"], [1.0] * WIDTH, [float("nan")] * WIDTH, [0.0, 1.0], {"a": "x"}, b"\xff"]
+VALUES: list[Any] = [
+    None,
+    "",
+    "x",
+    "d1",
+    1,
+    0,
+    -5,
+    0.5,
+    True,
+    [],
+    ["x"],
+    [1.0] * WIDTH,
+    [float("nan")] * WIDTH,
+    [0.0, 1.0],
+    {"a": "x"},
+    b"\xff",
+]
 
 
 def fitting(kind: pa.DataType) -> list[Any]:
@@ -124,14 +143,19 @@ def odd_tables(*names: str) -> st.SearchStrategy[bytes]:
 
 
 @pytest.mark.parametrize(
-    ("names", "use"), [(("id", "text", "year"), use_corpus), (("query", "id", "negatives"), use_rows), (("id", "embedding"), use_vectors)]
+    ("names", "use"),
+    [(("id", "text", "year"), use_corpus), (("query", "id", "negatives"), use_rows), (("id", "embedding"), use_vectors)],
 )
 def test_a_file_of_any_types_is_read_or_refused(tmp_path: Path, names: tuple[str, ...], use: Callable[[Path], None]):
-    run(400, odd_tables(*names), in_place(tmp_path / "in" / "part.parquet", use))
+    run(300, odd_tables(*names), in_place(tmp_path / "in" / "part.parquet", use))
 
 
 CSV = b'id,query,negatives\n1,"two ""or""\nmore",a\n2,x,\n3,\xc3\xa4,"b,c"\n'
-LINES = [{"id": 1, "query": "x", "negatives": ["a", "b"]}, {"id": "2", "query": None}, {"id": "3", "query": "z", "negatives": "c"}]
+LINES = [
+    {"id": 1, "query": "x", "negatives": ["a", "b"]},
+    {"id": "2", "query": None},
+    {"id": "3", "query": "z", "negatives": "c"},
+]
 
 
 def lines(values: list[Any]) -> bytes:
@@ -139,12 +163,14 @@ def lines(values: list[Any]) -> bytes:
 
 
 def test_a_damaged_csv_file_is_read_or_refused(tmp_path: Path):
-    run(400, byte_mutants(CSV), in_place(tmp_path / "in" / "rows.csv", use_rows))
+    run(300, byte_mutants(CSV), in_place(tmp_path / "in" / "rows.csv", use_rows))
 
 
 def test_a_damaged_jsonl_file_is_read_or_refused(tmp_path: Path):
-    mutants = st.one_of(changes(LINES).map(lambda own: lines(own) if isinstance(own, list) else lines([own])), byte_mutants(lines(LINES)))
-    run(500, mutants, in_place(tmp_path / "in" / "rows.jsonl", use_rows))
+    mutants = st.one_of(
+        changes(LINES).map(lambda own: lines(own) if isinstance(own, list) else lines([own])), byte_mutants(lines(LINES))
+    )
+    run(350, mutants, in_place(tmp_path / "in" / "rows.jsonl", use_rows))
 
 
 SCORED = b"main\tf\t2012\t1\t2.5\tA man\tA woman\nmain\tf\t2012\t2\t0.0\tOne\tTwo\n"
@@ -152,7 +178,7 @@ SCORED = b"main\tf\t2012\t1\t2.5\tA man\tA woman\nmain\tf\t2012\t2\t0.0\tOne\tTw
 
 @pytest.mark.parametrize("data", [SCORED, b"score,sentence1,sentence2\n1,a,b\n2,c,d\n"], ids=["tabs", "commas"])
 def test_a_damaged_file_of_scored_pairs_is_read_or_refused(tmp_path: Path, data: bytes):
-    run(250, byte_mutants(data), in_place(tmp_path / "in" / "pairs.csv", lambda path: obeys(lambda: sts.read(path))))
+    run(150, byte_mutants(data), in_place(tmp_path / "in" / "pairs.csv", lambda path: obeys(lambda: sts.read(path))))
 
 
 DOCUMENTS = [{"_id": "d1", "title": "One", "text": "first"}, {"_id": 2, "text": "second"}]
@@ -179,4 +205,4 @@ def test_a_damaged_beir_folder_is_read_or_refused(tmp_path: Path):
         obeys(lambda: list(corpus.read_qrels(folder / beir.QRELS / "test.tsv")))
         assert bytes_of(folder) == before
 
-    run(600, parts, check)
+    run(400, parts, check)

@@ -62,7 +62,7 @@ def refuse_strangers(flag: str, made: EmbeddingStore | IndexStore | None, info: 
     """
     if made and made.manifest.identity["model"] != info.fingerprint:
         raise ValueError(f"{flag} {made.folder}: was made with another model than {info.folder}. Make it anew.")
-    if made and corpus.recall(made.manifest.facts["corpus"]).fingerprint != data.corpus_fingerprint:
+    if made and corpus.recall(made.manifest.facts.get("corpus")).fingerprint != data.corpus_fingerprint:
         raise ValueError(f"{flag} {made.folder}: was not made from {data.corpus}. Pass one made from this data.")
 
 

@@ -13,7 +13,7 @@ from jobs import interruption
 from jobs.terminal import complain, say
 from jobs.watch import Watch
 from matryoshka import leases, storage
-from matryoshka.config import Field, FolderPath, JobSettings
+from matryoshka.config import Field, FolderPath, JobSettings, without_secrets
 
 S = TypeVar("S", bound=JobSettings)
 
@@ -109,7 +109,7 @@ def _explain(name: str, error: BaseException) -> tuple[ExitCode, str]:
         logger.error("a defect of this program, or of a library", exc_info=error)
         code = ExitCode.HOPELESS
     logger.debug("failure", exc_info=error)
-    text = _WORDS.get(code) or f"{error}" or type(error).__name__
+    text = _WORDS.get(code) or without_secrets(f"{error}") or type(error).__name__
     if code == ExitCode.NO_GAIN:
         say(f"{name}: the gain that is required was not shown: {text}")
     elif code in _WORDS:

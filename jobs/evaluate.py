@@ -447,7 +447,7 @@ def _profile(job: _Job, documents_per_second: float | None, queries_per_second: 
 
 
 def _fingerprint(compare: str | None) -> str | None:
-    return artifacts.read_complete(storage.place(compare), "evaluation").fingerprint if compare else None
+    return artifacts.read_whole(storage.place(compare), "evaluation").fingerprint if compare else None
 
 
 def _rows(folder: str | None) -> list[Row]:

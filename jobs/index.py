@@ -170,7 +170,7 @@ def run(settings: Settings) -> Manifest:
         previous = artifacts.claim(output, "index", identity, settings.replace)
         num_shards = settings.shards or _default_shards(store)
         slots, plans = indexing.plan_shards(store, num_shards, previous.facts["slots"] if previous else {})
-        kinds = filters.find_kinds(corpus.recall(store.manifest.facts["corpus"]), settings.filter_columns)
+        kinds = filters.find_kinds(corpus.recall(store.manifest.facts.get("corpus")), settings.filter_columns)
         if kinds:
             plans = indexing.find_origins(plans, store, kinds)
         finished = indexing.finished(output, previous, plans, store.manifest.num_rows, replace=settings.replace)

@@ -132,7 +132,7 @@ def _gather(work: Place, data: DatasetStore, store: EmbeddingStore, built: Index
     for name, hashes in ((mining.DOCUMENTS, documents), (mining.KNOWN, known)):
         with storage.publish(work / name) as temporary:
             hashes.save(temporary)
-    source = dataclasses.replace(corpus.recall(store.manifest.facts["corpus"]), root=data.corpus)
+    source = dataclasses.replace(corpus.recall(store.manifest.facts.get("corpus")), root=data.corpus)
     return Sources(built, source, work, rules)
 
 

@@ -106,7 +106,7 @@ def _answer(query: str, index: IndexStore, info: ModelInfo, plan: FunnelPlan, se
 
 def _texts(index: IndexStore, ranking: Ranking) -> dict[str, str]:
     """Returns the texts of the results, if the corpus is still what the index was made from."""
-    source = corpus.recall(index.manifest.facts["corpus"])
+    source = corpus.recall(index.manifest.facts.get("corpus"))
     names = [str(name) for name in ranking.ids.ravel()]
     return corpus.find_texts(source, names) if corpus.is_unchanged(source) else {}
 
@@ -146,7 +146,7 @@ def _answer_all(settings: Settings, index: IndexStore, info: ModelInfo | None, p
                 asking = _Asking(settings, index, plan, actors, faults)
                 rows = asking.rows(parts, source.num_rows - source.num_empty)
                 if settings.with_text:
-                    rows = results.with_texts(rows, corpus.recall(index.manifest.facts["corpus"]), work)
+                    rows = results.with_texts(rows, corpus.recall(index.manifest.facts.get("corpus")), work)
                 receipt = results.write_results(output, rows)
     facts = {**manifest.facts, "missing": asking.faults, "coverage": asking.index.coverage}
     dataclasses.replace(manifest, facts=facts, receipts=(receipt,), is_complete=True).write(output)
@@ -160,7 +160,7 @@ def _inspect(settings: Settings, index: IndexStore) -> Corpus:
     Raises:
         ValueError: Anything is wrong with them, or the texts of documents are asked for and are not there.
     """
-    if settings.with_text and not corpus.is_unchanged(corpus.recall(index.manifest.facts["corpus"])):
+    if settings.with_text and not corpus.is_unchanged(corpus.recall(index.manifest.facts.get("corpus"))):
         raise ValueError("--with-text: the corpus is not what the index was made from. Leave it out, or embed and index again.")
     place = settings.queries or ""
     if settings.vector_column:

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
-from matryoshka import leases, status, storage
+from matryoshka import leases, shapes, status, storage
 from matryoshka.buckets import UPath
+from matryoshka.shapes import ListOf, MapOf
 from matryoshka.storage import Place
 
 MANIFEST = "manifest.json"
@@ -28,6 +29,16 @@ _SEGMENTS = "[0-9]*.json"
 _FLUSH_SECONDS = 2.0
 _OUTSIDE = "leads out of the artifact's folder"
 _AGAIN = "Run the job that made it again with --replace."
+_RESTORE = "Restore it, or make the artifact anew with --replace."
+
+_FILE = {"path": str, "num_bytes": int, "digest": str}
+_RECEIPT = {"key": str, "num_rows": int, "files": ListOf(_FILE), "details": MapOf()}
+_MANIFEST = {
+    "kind": str,
+    "fingerprint": str | None,
+    "is_complete": bool,
+    **dict.fromkeys(("identity", "inputs", "facts"), MapOf()),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +70,18 @@ class Receipt:
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Returns the receipt that ``as_json`` described."""
-        return cls(**{**value, "files": tuple(FileRecord(**file) for file in value["files"])})
+    def from_json(cls, value: Any, place: str) -> Self:
+        """Returns the receipt that ``as_json`` described; ``place`` names where it stands.
+
+        Raises:
+            ValueError: It is none, or a path in it leads out of the folder.
+        """
+        shapes.check(value, _RECEIPT, place, _RESTORE)
+        files = tuple(FileRecord(file["path"], file["num_bytes"], file["digest"]) for file in value["files"])
+        outside = next((file.path for file in files if shapes.leads_out(file.path)), None)
+        if outside is not None:
+            raise ValueError(f"{place}: {outside!r:.80} leads out of the artifact's folder. {_RESTORE}")
+        return cls(value["key"], value["num_rows"], files, value["details"])
 
     def as_json(self) -> dict[str, Any]:
         """Returns the receipt as a JSON value."""
@@ -133,24 +153,28 @@ def read(folder: Place, kind: str | None = None) -> Manifest:
         made_by = f" Make it first with python -m jobs.{_MAKERS[kind]}." if kind in _MAKERS else " Check the path."
         raise ValueError(f"{folder}: no {kind or 'artifact'} here (no {MANIFEST}).{made_by}")
     value = _read_raw(path)
-    version, fingerprint = value.pop("format"), value.pop("fingerprint")
-    if version != FORMAT:
-        raise ValueError(f"{path}: format {version}, this version reads {FORMAT}. Make the artifact anew with --replace.")
-    try:
-        manifest = Manifest(**{**value, "receipts": tuple(Receipt.from_json(receipt) for receipt in value["receipts"])})
-        is_whole = not manifest.is_complete or manifest.fingerprint == fingerprint
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a manifest of this project ({error}). Pass another folder.") from None
-    if not is_whole:
+    if value["format"] != FORMAT:
+        raise ValueError(f"{path}: format {value['format']!r:.40}, this version reads {FORMAT}. Make it anew with --replace.")
+    shapes.check(value, _MANIFEST, str(path), _RESTORE)
+    receipts = _receipts(value.get("receipts"), path)
+    own = {name: value[name] for name in ("kind", "identity", "inputs", "facts", "is_complete")}
+    manifest = Manifest(**own, receipts=receipts)
+    if manifest.is_complete and manifest.fingerprint != value["fingerprint"]:
         raise ValueError(f"{path}: was altered (its fingerprint does not fit its content). Make it anew with --replace.")
     if kind and manifest.kind != kind:
         raise ValueError(f"{folder}: holds '{manifest.kind}', not '{kind}'. Pass the folder of the {kind}.")
     return manifest
 
 
+def _receipts(values: Any, path: Place) -> tuple[Receipt, ...]:
+    if not isinstance(values, list):
+        raise ValueError(f"{path}: no list of receipts. {_RESTORE}")
+    return tuple(Receipt.from_json(value, f"{path}: receipt {number}") for number, value in enumerate(values))
+
+
 def _read_raw(path: Place) -> dict[str, Any]:
-    value = storage.read_json(path)
-    if not isinstance(value, dict) or not {"kind", "format", "fingerprint"} <= value.keys():
+    value: dict[str, Any] = storage.read_json(path)
+    if shapes.find_fault(value, {"kind": str, "format": object, "fingerprint": object}):
         raise ValueError(f"{path}: not a manifest of this project. Pass another folder.")
     return value
 
@@ -333,9 +357,14 @@ class Journal:
 
 
 def read_journal(folder: Place) -> list[Receipt]:
-    """Returns the receipts that unfinished runs left, oldest first."""
+    """Returns the receipts that unfinished runs left, oldest first.
+
+    Raises:
+        ValueError: A file of the journal is not what a run leaves.
+    """
     paths: list[Place] = sorted((folder / _JOURNAL).glob(_SEGMENTS))
-    return [Receipt.from_json(value) for part in storage.read_all_json(paths) for value in part]
+    parts = zip(storage.read_all_json(paths), paths, strict=True)
+    return [receipt for part, path in parts for receipt in _receipts(part, path)]
 
 
 def finished_receipts(
@@ -428,6 +457,19 @@ def _fault_in_bucket(folder: UPath, record: FileRecord, compare_digests: bool, n
 def _leads_out(path: str) -> bool:
     parts = PurePosixPath(path)
     return parts.is_absolute() or ".." in parts.parts
+
+
+def read_whole(folder: Place, kind: str) -> Manifest:
+    """Returns the manifest of a finished artifact, every file of which is exactly what its receipt says: for small ones.
+
+    Raises:
+        ValueError: As ``read_complete``, or a file is missing, truncated or altered.
+    """
+    manifest = read_complete(folder, kind)
+    faults = find_faults(folder, manifest)
+    if faults:
+        raise ValueError(f"{faults[0]}. Run the job that made it again with --replace.")
+    return manifest
 
 
 def check_file(folder: Place, record: FileRecord) -> Path:

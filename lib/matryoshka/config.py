@@ -7,6 +7,8 @@ import argparse
 import difflib
 import inspect
 import json
+import re
+import reprlib
 import shlex
 import types
 from collections.abc import Iterable, Sequence
@@ -29,7 +31,16 @@ __all__ = [
     "command_line",
     "options",
     "read_yaml",
+    "without_secrets",
 ]
+
+_MOST_VALUES = 100_000
+_QUESTIONS = frozenset({"query", "where"})  # may be about anything
+_USER = re.compile(r"://[^/\s@'\"]+@")
+_SIGNED = re.compile(r"(\w://[^\s?'\"]*)\?[^\s'\"]*=[^\s'\"]*")
+_TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|(?:AKIA|ASIA)[A-Z0-9]{16})\b")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
 
 check_settings = model_validator(mode="after")
 """Decorates a method of a settings class that looks at several settings together and raises ``ValueError``."""
@@ -62,9 +73,11 @@ class JobSettings(BaseModel):
         Raises:
             ValueError: A key is unknown (the nearest right one is named), missing, or has an unusable value.
         """
-        for key in values:
+        for key, value in values.items():
             if key not in cls.model_fields:
-                raise ValueError(f"{place}: no key '{key}'.{_nearest(str(key), cls.model_fields)}")
+                raise ValueError(f"{place}: no key '{without_secrets(str(key))}'.{_nearest(str(key), cls.model_fields)}")
+            if key not in _QUESTIONS and _holds_secret(value):
+                raise ValueError(f"{place}: '{key}' holds a key, a password or a signed address. Use the environment.")
         try:
             return cls(**values)
         except ValidationError as error:
@@ -81,7 +94,7 @@ class JobSettings(BaseModel):
         parsed, rest = _parser(cls, program).parse_known_args(arguments)
         if rest:
             flags = [option.flag for option in options(cls)]
-            raise ValueError(f"{program}: no option '{rest[0]}'.{_nearest(rest[0], flags)} --help lists all of them.")
+            raise ValueError(f"{program}: no option '{without_secrets(rest[0])}'.{_nearest(rest[0], flags)} --help lists all.")
         values = vars(parsed)
         config = values.pop("config", None)
         if config:
@@ -188,7 +201,8 @@ def _split(text: str) -> tuple[str, ...]:
 def _read_mapping(text: str) -> dict[str, Any]:
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+        _count(value, {})
+    except (yaml.YAMLError, ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"'{text}' is not a mapping; write '{{max_steps: 10, batch_size: 32}}'")
@@ -222,8 +236,45 @@ def _explain(error: ValidationError, settings: type[JobSettings]) -> str:
         elif fault["type"] == "value_error":
             lines.append(fault["msg"].removeprefix("Value error, "))
         else:
-            lines.append(f"'{name}': {fault['msg'][:1].lower()}{fault['msg'][1:]} (found {fault['input']!r}). Change {flag}.")
+            lines.append(
+                f"'{name}': {fault['msg'][:1].lower()}{fault['msg'][1:]} (found {_SHORT.repr(fault['input'])}). Change {flag}."
+            )
     return " ".join(lines)
+
+
+def without_secrets(text: str) -> str:
+    """Returns a text without what may be a key, a password or the signature of an address.
+
+    >>> without_secrets("https://me:hunter2@host/model?X-Amz-Signature=abc was not found")
+    'https://...@host/model?... was not found'
+    """
+    return _TOKEN.sub("...", _SIGNED.sub(r"\1?...", _USER.sub("://...@", text)))
+
+
+def _holds_secret(value: Any) -> bool:
+    """Returns whether any text in a value is one that must not be repeated."""
+    if isinstance(value, dict):
+        return any(key not in _QUESTIONS and _holds_secret(own) for key, own in value.items())
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_secret, value))
+    return isinstance(value, str) and without_secrets(value) != value
+
+
+def _count(value: Any, known: dict[int, int]) -> int:
+    """Returns how many values a YAML value holds, each as often as it stands there.
+
+    Raises:
+        ValueError: They are very many, or it holds itself: a few aliases of aliases are enough for that.
+    """
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = _MOST_VALUES  # what is met again while it is counted holds itself
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(part, known) for part in parts)
+    if known[id(value)] > _MOST_VALUES:
+        raise ValueError(f"aliases that make more than {_MOST_VALUES} values of it")
+    return known[id(value)]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -236,7 +287,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text("utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML file.") from None
-    except (yaml.YAMLError, ValueError) as error:  # an impossible date is a plain ValueError
+        _count(values, {})
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a plain ValueError
         raise ValueError(f"{path}: not YAML in UTF-8 ({' '.join(str(error).split())}). Mend it and run again.") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds no settings (found {type(values).__name__}). Write one 'key: value' per line.")

@@ -23,7 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from matryoshka import storage
+from matryoshka import shapes, storage
+from matryoshka.shapes import ListOf
 from matryoshka.storage import Place
 from matryoshka.units import InputFile, Unit
 
@@ -139,10 +140,12 @@ def open_parquet(path: Place) -> pq.ParquetFile:
         ValueError: It is missing, truncated or not Parquet.
     """
     try:
-        return pq.ParquetFile(storage.source(path), memory_map=True)
-    except (pa.ArrowException, OSError) as error:
+        file = pq.ParquetFile(storage.source(path), memory_map=True)
+        file.schema_arrow.names  # noqa: B018 - they may not be UTF-8
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not a readable Parquet file ({reason}). Write it again, or take it out.") from None
+    return file
 
 
 def has_column(path: Place, column: str) -> bool:
@@ -358,8 +361,26 @@ def remember(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def recall(known: Mapping[str, Any]) -> Corpus:
-    """Returns the corpus that ``remember`` described."""
+_REMEMBERED = {
+    "root": str,
+    "id_column": str,
+    "text_column": str,
+    "stamps": ListOf((str, int, int)),
+    "files": ListOf({"name": str, "digest": str, "num_rows": int}),
+    "num_empty": int,
+}
+
+
+def recall(known: Any) -> Corpus:
+    """Returns the corpus that ``remember`` described.
+
+    Raises:
+        ValueError: It described none, or a file of it leads out of the corpus.
+    """
+    shapes.check(known, _REMEMBERED, "manifest: the corpus")
+    outside = next((file["name"] for file in known["files"] if shapes.leads_out(file["name"])), None)
+    if outside is not None:
+        raise ValueError(f"manifest: the corpus: {outside!r:.80} leads out of it. Restore the file, or make it anew.")
     files = tuple(InputFile(**file) for file in known["files"])
     stamps = tuple((name, size, mtime) for name, size, mtime in known["stamps"])
     return Corpus(known["root"], Columns(known["id_column"], known["text_column"]), files, known["num_empty"], stamps)

@@ -7,13 +7,27 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from matryoshka import artifacts, conditions, corpus, filters, funnel, nested, products, removals, spaces, storage, units, vectors
+from matryoshka import (
+    artifacts,
+    conditions,
+    corpus,
+    filters,
+    funnel,
+    nested,
+    products,
+    removals,
+    shapes,
+    spaces,
+    storage,
+    units,
+    vectors,
+)
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.filters import COLUMNS, Kinds, Origin
 from matryoshka.funnel import COARSE, DENSE, IDS, VECTORS, CallShards, Searcher, Shard, ShardFiles
@@ -21,6 +35,7 @@ from matryoshka.index import CoarseIndex, check_factory, check_gpu_shortlist, ch
 from matryoshka.nested import FunnelPlan, shrink
 from matryoshka.products import CoarseVectors
 from matryoshka.removals import REMOVED
+from matryoshka.shapes import ListOf, MapOf
 from matryoshka.spaces import Kind, Space
 from matryoshka.storage import Place
 from matryoshka.topk import IntArray
@@ -41,6 +56,20 @@ Quality = Literal["fast", "balanced", "high", "exact"]
 _READ_AHEAD = 2  # units
 _SPACE_DOCUMENTS = 50_000  # whose second moment a space is learned from; of four times as many, recall is the same
 _DTYPES = {"float16": np.float16, "int8": np.int8}
+
+_ANEW = "Build the index anew: python -m jobs.index with --replace."
+_PLAN = {"plan": ListOf(str)}
+_POINT = {**_PLAN, **dict.fromkeys(("confirmed", "low", "high", "queries_per_second"), float)}
+_TUNED = {
+    "measure": str, "embeddings": str, "frontier": ListOf(_POINT), "plans": dict.fromkeys(("fast", "balanced", "high"), _PLAN)
+}  # fmt: skip
+_LAYOUT = {
+    "space": frozenset(get_args(Kind)), "dim": int, "coarse_index": str, "storage": frozenset(get_args(Storage))
+}  # fmt: skip
+_FACTS = {
+    **_PLAN, "width": int, "dims": ListOf(int), "slots?": MapOf(int), "tuned?": _TUNED, "model?": str, "precision?": str,
+    "filter_columns?": MapOf(frozenset(get_args(filters.Kind))),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +110,7 @@ def plan_shards(store: EmbeddingStore, num_shards: int, previous: Mapping[str, i
 
 def find_origins(plans: Sequence[ShardPlan], store: EmbeddingStore, kinds: Kinds) -> list[ShardPlan]:
     """Returns the plans with the places where the columns that shards are to keep come from."""
-    source = corpus.recall(store.manifest.facts["corpus"])
+    source = corpus.recall(store.manifest.facts.get("corpus"))
     digests = {file.name: file.digest for file in source.files}
     receipts = {receipt.files[0].path: receipt for receipt in store.manifest.receipts}
     found = []
@@ -434,11 +463,16 @@ def count_missing(manifest: Manifest) -> int:
 
 
 def layout_of(manifest: Manifest) -> Layout | None:
-    """Returns what an index is made of, finished or not; None where it was made before there was a choice."""
+    """Returns what an index is made of, finished or not; None where it was made before there was a choice.
+
+    Raises:
+        ValueError: The manifest does not say.
+    """
     identity = manifest.identity
     if "space" not in identity:
         return None
-    return Layout(identity["space"], int(identity["dim"]), identity["coarse_index"], identity["storage"])
+    shapes.check(identity, _LAYOUT, "manifest of the index", _ANEW)
+    return Layout(identity["space"], identity["dim"], identity["coarse_index"], identity["storage"])
 
 
 def shard_receipts(manifest: Manifest) -> list[Receipt]:
@@ -451,6 +485,49 @@ def _checked_later(folder: Place, manifest: Manifest) -> set[str]:
     if isinstance(folder, Path):
         return {VECTORS}
     return {PurePosixPath(file.path).name for receipt in manifest.receipts for file in receipt.files}
+
+
+def _read(folder: Place) -> Manifest:
+    """Returns the manifest of a finished index that says all that a search relies on.
+
+    Raises:
+        ValueError: It does not, or there is none.
+    """
+    manifest, place = artifacts.read_complete(folder, "index"), f"{folder / artifacts.MANIFEST}"
+    layout = layout_of(manifest)
+    if layout is None:
+        raise ValueError(f"{folder}: was made by an earlier version, and is laid out otherwise. {_ANEW}")
+    shapes.check(manifest.facts, _FACTS, place, _ANEW)
+    width = manifest.facts["width"]
+    if not all(1 <= dim <= width for dim in (layout.dim, *manifest.facts["dims"])):
+        raise ValueError(f"{place}: has dims that vectors of {width} dims do not have. {_ANEW}")
+    tuned = manifest.facts.get(TUNED, {"plans": {}})["plans"].values()
+    for parts in (manifest.facts["plan"], *(own["plan"] for own in tuned)):
+        try:
+            FunnelPlan.parse(parts)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+    for receipt in manifest.receipts:
+        _check_receipt(receipt, layout, place)
+    return manifest
+
+
+def _check_receipt(receipt: Receipt, layout: Layout, place: str) -> None:
+    """Checks that a receipt of an index names the files that its readers will look for, and no others.
+
+    Raises:
+        ValueError: It does not.
+    """
+    kind, found = receipt.key.partition("/")[0], {file.path for file in receipt.files}
+    if kind == TRAINED:
+        needed, folder = {SPACE, *([COARSE] if layout.has_faiss else [])}, TRAINED
+    elif kind == REMOVED:
+        needed, folder = {Path(path).name for path in found} or {IDS}, REMOVED
+    else:
+        own = [layout.coarse_name] if layout.has_index else []
+        needed, folder = {*own, VECTORS, IDS}, f"{SHARDS}/{receipt.key}"
+    if not {f"{folder}/{name}" for name in needed} <= found or any(Path(path).parent != Path(folder) for path in found):
+        raise ValueError(f"{place}: the receipt '{receipt.key}' does not name the files of its part. {_ANEW}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -469,7 +546,7 @@ class IndexStore:
     >>> plan = ShardPlan("0-abc", folder, (FileRecord.of(folder, folder / "unit.parquet"),), 3)
     >>> receipt = build_shard(plan, Layout("prefix", 4, "Flat"), folder / "index")
     >>> identity = {"model": "m", "space": "prefix", "dim": 4, "coarse_index": "Flat", "storage": "float16"}
-    >>> facts = {"width": 8, "plan": ["4:2", "8:2"]}
+    >>> facts = {"width": 8, "dims": [8], "plan": ["4:2", "8:2"]}
     >>> Manifest("index", identity, facts=facts, receipts=(receipt,), is_complete=True).write(folder / "index")
     >>> searcher = IndexStore.open(folder / "index").searcher()
     >>> searcher.search(np.array([[0, 1, 0.5, 0, 0, 0, 0, 0]]), num_results=2).ids.tolist()
@@ -493,12 +570,10 @@ class IndexStore:
         Raises:
             ValueError: There is none, it is not finished, or a file of it is missing, truncated or, but for vectors, altered.
         """
-        manifest = artifacts.read_complete(folder, "index")
+        manifest = _read(folder)
         faults = artifacts.find_faults(folder, manifest, only_sizes=_checked_later(folder, manifest))
-        if layout_of(manifest) is None:
-            faults = [f"{folder}: was made by an earlier version, and is laid out otherwise"]
         if faults:
-            raise ValueError(f"{faults[0]}. Build the index anew: python -m jobs.index with --replace.")
+            raise ValueError(f"{faults[0]}. {_ANEW}")
         return cls(folder, manifest)
 
     @classmethod
@@ -510,13 +585,13 @@ class IndexStore:
         Raises:
             ValueError: There is no index, it is not finished, what all shards share cannot be read, or no shard can.
         """
-        manifest = artifacts.read_complete(folder, "index")
+        manifest = _read(folder)
         names = {removals.key_of(receipt): receipt.key for receipt in shard_receipts(manifest)}
         faults: dict[str, str] = {}
         for receipt, fault in artifacts.find_faulty(folder, manifest, only_sizes=_checked_later(folder, manifest)):
             faults.setdefault(names.get(receipt.key, receipt.key), fault)
         for shared in faults.keys() - set(names.values()):
-            raise ValueError(f"{faults[shared]}. Build the index anew: python -m jobs.index with --replace.")
+            raise ValueError(f"{faults[shared]}. {_ANEW}")
         return cls(folder, manifest).without(faults), faults
 
     def without(self, keys: Collection[str]) -> "IndexStore":

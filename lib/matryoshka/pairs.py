@@ -12,12 +12,13 @@ A chunk's id is ``<document id>#<start>-<end>``, in characters of the document. 
 chunks; a training pair of chunked data names, and holds, the chunk of its document that has most words of the query.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from matryoshka import artifacts, corpus, metrics
+from matryoshka import artifacts, corpus, metrics, storage
 from matryoshka.artifacts import Manifest, Receipt
 from matryoshka.corpus import Columns
 from matryoshka.splits import TRAIN
@@ -77,10 +78,11 @@ class DatasetStore:
         return sum(receipt.num_rows for receipt in self.manifest.receipts if receipt.key.startswith(f"{CORPUS}/"))
 
     def _read(self, kind: str, split: str) -> dict[str, list[Any]]:
-        path = self.folder / kind / f"{split}.parquet"
-        if not path.is_file():
-            found = sorted(file.stem for file in path.parent.glob("*.parquet"))
+        own = {receipt.key.removeprefix(f"{kind}/"): receipt for receipt in self.manifest.receipts}
+        if split not in own:
+            found = sorted(key for key in own if "/" not in key)
             raise ValueError(f"{self.folder}: no split '{split}' (found: {', '.join(found) or 'none'}). Pass --split.")
+        path = artifacts.check_file(self.folder, own[split].files[0])
         columns: dict[str, list[Any]] = corpus.open_parquet(path).read().to_pydict()
         if not next(iter(columns.values())):
             raise ValueError(f"{self.folder}: split '{split}' is empty. Pass another --split, or more data to prepare.")
@@ -130,11 +132,18 @@ class DatasetStore:
         return [receipt for receipt in self.manifest.receipts if receipt.key.startswith(f"{PAIRS}/")]
 
     def pair_files(self) -> list[Place]:
-        """Returns the files of the training pairs, in order.
+        """Returns the files of the training pairs, in order, each exactly what its receipt says.
 
         Raises:
-            ValueError: The dataset has no training pairs.
+            ValueError: The dataset has no training pairs, or a file is missing, truncated or altered.
         """
         if not self.num_pairs:
             raise ValueError(f"{self.folder}: no training pairs (no split '{TRAIN}'). Prepare data that has some.")
-        return [self.folder / receipt.files[0].path for receipt in self._pair_receipts()]
+        receipts = self._pair_receipts()
+        own = dataclasses.replace(self.manifest, receipts=tuple(receipts))
+        # From a bucket, the workers that need a file fetch it: here its size must do.
+        unread = () if storage.is_local(self.folder) else [PurePosixPath(receipt.files[0].path).name for receipt in receipts]
+        faults = artifacts.find_faults(self.folder, own, only_sizes=unread)
+        if faults:
+            raise ValueError(f"{faults[0]}. Run the job that made it again with --replace.")
+        return [self.folder / receipt.files[0].path for receipt in receipts]

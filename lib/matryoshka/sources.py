@@ -153,7 +153,10 @@ def _csv_fault(path: Place, error: Exception) -> ValueError:
 
 
 def _csv_names(path: Place) -> list[str]:
-    names: list[str] = _open_csv(path, ()).schema.names
+    try:
+        names: list[str] = _open_csv(path, ()).schema.names
+    except UnicodeDecodeError as error:
+        raise _csv_fault(path, error) from None
     return names
 
 

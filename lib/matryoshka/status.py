@@ -3,11 +3,11 @@
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Self
 
-from matryoshka import storage
+from matryoshka import shapes, storage
 from matryoshka.storage import Place
 
 NAME = "status.json"
@@ -60,7 +60,9 @@ class Status:
     def read(cls, folder: Place) -> Self | None:
         """Returns what the last run in an output said, or None where there is nothing that can be read."""
         try:
-            return cls(**storage.read_json(folder / NAME))
+            value = storage.read_json(folder / NAME)
+            shapes.check(value, {own.name: own.type for own in fields(cls)}, NAME)
+            return cls(**value)
         except (TypeError, ValueError):
             return None
 

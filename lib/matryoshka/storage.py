@@ -354,7 +354,7 @@ def read_json(path: Place) -> Any:
         return json.loads(path.read_bytes())
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}). Check the path.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}). Restore it, or make it anew.") from None
 
 

@@ -13,13 +13,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from matryoshka import artifacts, storage
+from matryoshka import artifacts, shapes, storage
+from matryoshka.shapes import ListOf
 from matryoshka.storage import Place
 
 Float16Array = npt.NDArray[np.float16]
 
 _END_BYTES = 8
 EMBEDDING = "embedding"
+
+_FACTS = {"width": int, "dims": ListOf(int), "is_tuned?": bool, "model?": str}
+_DETAILS = {"slot": str}
 
 
 def write_unit(path: Path, ids: Sequence[str], vectors: Float16Array) -> None:
@@ -51,7 +55,7 @@ def read_unit(file: Path | bytes, path: Place | None = None) -> tuple[pa.Array, 
         width = embedding.type.list_size
         vectors = embedding.flatten().to_numpy().reshape(-1, width)
         return table.column("id").combine_chunks(), vectors
-    except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
+    except (pa.ArrowException, OSError, KeyError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path or file!s}: not a file of embeddings ({error}). Run python -m jobs.embed again.") from None
 
 
@@ -68,7 +72,7 @@ def read_ids(path: Place) -> pa.Array:
             .combine_chunks()
             .cast(pa.large_string())
         )
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a file of embeddings ({error}). Run python -m jobs.embed again.") from None
 
 
@@ -96,7 +100,7 @@ def _read_embeddings(path: Place, width: int) -> Float16Array:
         column = pq.read_table(storage.source(path), columns=["embedding"]).column("embedding").combine_chunks()
         lengths = set(pc.unique(pc.list_value_length(column)).to_pylist())
         numbers = column.flatten().cast(pa.float32()).to_numpy(zero_copy_only=False)
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: no vectors in column 'embedding' ({str(error).splitlines()[0]}). Pass another file.") from None
     if lengths - {width}:
         raise ValueError(f"{path}: rows of column 'embedding' do not have {width} numbers each. Use the index's own model.")
@@ -121,7 +125,13 @@ class EmbeddingStore:
         Raises:
             ValueError: There is none, or it is not finished.
         """
-        return cls(folder, artifacts.read_complete(folder, "embeddings"))
+        manifest, place = artifacts.read_complete(folder, "embeddings"), f"{folder / artifacts.MANIFEST}"
+        shapes.check(manifest.facts, _FACTS, place)
+        for receipt in manifest.receipts:
+            shapes.check(receipt.details, _DETAILS, f"{place}: unit {receipt.key}")
+            if len(receipt.files) != 1:
+                raise ValueError(f"{place}: unit {receipt.key} has {len(receipt.files)} files, not one. Embed again.")
+        return cls(folder, manifest)
 
     @property
     def width(self) -> int:

@@ -43,10 +43,13 @@ DOORS = {
     "rich": ("jobs/terminal.py",),
     "jobs": ("jobs/",),
 }
-PURE = ("units", "nested", "topk", "conditions", "clock", "batches", "tradeoffs", "significance", "geometry", "estimates")
+PURE = (
+    *("units", "nested", "topk", "conditions", "clock", "batches", "tradeoffs", "significance"),
+    *("geometry", "estimates", "shapes"),
+)
 LAYERS = [
     {"config", "units", "nested", "topk", "conditions", "clock", "batches", "frontier", "tradeoffs", "significance"}
-    | {"geometry", "reading", "estimates"},
+    | {"geometry", "reading", "estimates", "shapes"},
     {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves", "charts", "figures"}
     | {"splits", "sources", "partitions", "leaks", "chunks", "rates", "kernels", "lexical", "maps", "weights"}
     | {"buckets", "s3", "cache"},

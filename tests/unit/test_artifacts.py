@@ -13,8 +13,10 @@ from matryoshka.artifacts import FileRecord, Manifest, Receipt
 name = st.text("abcdef/.-", min_size=1, max_size=6)
 scalar = st.none() | st.booleans() | st.integers() | name
 mapping = st.dictionaries(name, scalar | st.lists(scalar, max_size=2), max_size=3)
-records = st.builds(FileRecord, name, st.integers(0), name)
-receipts = st.builds(Receipt, name, st.integers(0), st.lists(records, max_size=2).map(tuple), mapping)
+path = st.text("abcdef-", min_size=1, max_size=6)
+count = st.integers(0, 2**63 - 1)
+records = st.builds(FileRecord, path, count, name)
+receipts = st.builds(Receipt, name, count, st.lists(records, max_size=2).map(tuple), mapping)
 manifests = st.builds(
     Manifest, st.just("embeddings"), mapping, mapping, mapping, st.lists(receipts, max_size=3).map(tuple), st.booleans()
 )

@@ -39,6 +39,7 @@ class _Mailbox:
         self._entries: list[dict[str, Any]] = []
         self._is_ending = False
         self._checkpoint = -1
+        self._num_begun = 0
         self._error = ""
 
     def put(self, entry: dict[str, Any]) -> None:
@@ -49,6 +50,15 @@ class _Mailbox:
         """Returns what came since the last call."""
         entries, self._entries = self._entries, []
         return entries
+
+    def begin(self) -> int:
+        """Returns the number of a first rank that begins."""
+        self._num_begun += 1
+        return self._num_begun
+
+    def is_last(self, number: int) -> bool:
+        """Returns whether no first rank has begun since."""
+        return number == self._num_begun
 
     def end(self) -> None:
         """Asks for a checkpoint: the run is about to end."""
@@ -137,7 +147,10 @@ class Group:
             _train_loop,
             train_loop_config={"job": ray.put(job), "num_threads": cpus, "mailbox": mailbox},
             scaling_config=ScalingConfig(
-                num_workers=self.num_ranks, use_gpu=use_gpu, resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})}
+                num_workers=self.num_ranks,
+                use_gpu=use_gpu,
+                resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})},
+                placement_strategy="PACK",  # they wait for each other at every step
             ),
             run_config=RunConfig(
                 name="ray",
@@ -287,6 +300,7 @@ class _Observer:
 
     def __init__(self, mailbox: Any, *, is_first: bool) -> None:
         self._mailbox, self._is_first = mailbox, is_first
+        self._number = ray.get(mailbox.begin.remote()) if is_first else 0
         self._question = mailbox.is_ending.remote()
         self._is_answered = self._is_preempted = False
 
@@ -302,6 +316,15 @@ class _Observer:
     def wants_checkpoint(self, step: int) -> bool:
         """Returns, once each, whether the run is told to end, and whether a node of it is about to be taken away."""
         return self._hears_of_end() | self._hears_of_preemption(step)
+
+    def before_writing(self) -> None:
+        """Waits for the driver's word, for ever on a machine that is cut off from it: Ray begins the run again elsewhere.
+
+        Raises:
+            RuntimeError: Ray has.
+        """
+        if not ray.get(self._mailbox.is_last.remote(self._number)):
+            raise RuntimeError("this machine was given up for lost, and another has taken its place")
 
     def checkpointed(self, step: int) -> None:
         """Tells the driver."""

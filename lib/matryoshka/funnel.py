@@ -47,6 +47,11 @@ class ShardFiles:
     folder: Path
     removed: Path | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """What there is to hold; 0 where it is not there."""
+        return sum(path.stat().st_size for path in self.folder.glob("*"))
+
     def resolve(self) -> "ShardFiles":
         """Returns the same with absolute paths, for other processes."""
         return ShardFiles(self.folder.resolve(), self.removed.resolve() if self.removed else None)

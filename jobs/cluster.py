@@ -198,8 +198,8 @@ def _connect() -> None:
         ray.init(**options, address="local", include_dashboard=False)
         return
     try:
-        # Workers run this very code, whatever their machines have; these two know the way to the rest of it.
-        ray.init(**options, runtime_env={"py_modules": [jobs, matryoshka]})
+        # Workers run this very code, whatever their machines have.
+        ray.init(**options, runtime_env={"py_modules": [str(Path(own.__path__[0]).resolve()) for own in (jobs, matryoshka)]})
     except (RayError, ConnectionError) as error:
         raise RuntimeError(
             f"RAY_ADDRESS={address}: no connection ({_last_line(error)})."

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from enum import IntEnum
 from importlib import metadata
+from pathlib import Path
 from typing import Any, TypeVar
 
 from jobs.terminal import complain, say
@@ -16,6 +17,8 @@ from matryoshka.config import Field, FolderPath, JobSettings
 S = TypeVar("S", bound=JobSettings)
 
 logger = logging.getLogger("jobs")
+
+_RAY_COPIES = "working_dir_files"
 
 
 class ExitCode(IntEnum):
@@ -48,7 +51,9 @@ def _run(name: str, settings_class: type[S], run: Callable[[S], Any]) -> int:
     _set_up_logging()
     start = time.perf_counter()
     try:
-        run(settings_class.from_command_line(sys.argv[1:], f"python -m jobs.{name}"))
+        settings = settings_class.from_command_line(sys.argv[1:], f"python -m jobs.{name}")
+        _refuse_lost_output(settings)
+        run(settings)
     except ValueError as error:
         logger.debug("bad input", exc_info=True)
         complain(f"error: {error}")
@@ -66,6 +71,20 @@ def _run(name: str, settings_class: type[S], run: Callable[[S], Any]) -> int:
         return ExitCode.INTERRUPTED
     say(f"{name} took {time.perf_counter() - start:.1f} s")
     return ExitCode.DONE
+
+
+def _refuse_lost_output(settings: JobSettings) -> None:
+    """Refuses an output in the copy of a working directory that Ray makes for a submitted job, on the head alone.
+
+    Raises:
+        ValueError: It would be there.
+    """
+    output = getattr(settings, "output", None)
+    if output and "://" not in output and _RAY_COPIES in Path(output).resolve().parts:
+        raise ValueError(
+            f"output: {output} would lie in the copy that Ray made for this submission."
+            " Pass an absolute path on storage that every node mounts."
+        )
 
 
 def _set_up_logging() -> None:

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
 import ray.train
 from ray.exceptions import OutOfMemoryError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.cluster import Capacity
@@ -146,6 +147,7 @@ class Group:
         return TorchTrainer(
             _train_loop,
             train_loop_config={"job": ray.put(job), "num_threads": cpus, "mailbox": mailbox},
+            torch_config=_ByAddress(),
             scaling_config=ScalingConfig(
                 num_workers=self.num_ranks,
                 use_gpu=use_gpu,
@@ -343,6 +345,30 @@ class _Observer:
             return False
         self._is_preempted = ray.train.get_preemption_info() is not None
         return self._is_preempted
+
+
+class _ByAddress(TorchConfig):
+    """Has ranks find each other by the addresses that their machines have in the cluster."""
+
+    @property
+    def backend_cls(self) -> Any:
+        """The one of torch, after the right interface was chosen."""
+        return _Backend
+
+
+class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        """Sets the process group up."""
+        worker_group.execute(_choose_interface)
+        super().on_start(worker_group, backend_config)
+
+
+def _choose_interface() -> None:
+    """Tells gloo where to listen: it would ask what the machine's own name stands for, which on many is loopback."""
+    own = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    for name, addresses in psutil.net_if_addrs().items():
+        if own in {address.address for address in addresses}:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _train_loop(config: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import venv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,9 +27,15 @@ ROOT = Path(__file__).parents[2]
 _HOLDER = str(Path(__file__).with_name("holder.py"))
 _MARK = "MATRYOSHKA_TEST_NODES"
 _IS_UP = "Ray runtime started"
+_PATIENCE_SECONDS = 300
 # A node that does not answer is given up after five pings of two seconds, and nothing waits longer for a head that is gone.
 _CHECKS = {"health_check_initial_delay": 1_000, "health_check_period": 1_000, "health_check_timeout": 2_000}
 _SETTINGS = {**{f"RAY_{name}_ms": str(value) for name, value in _CHECKS.items()}, "RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Returns once a condition holds, or fails after five minutes: a cluster on a busy machine takes its time."""
+    folders.wait_until(holds, _PATIENCE_SECONDS)
 
 
 class _Wires(Protocol):
@@ -165,7 +171,7 @@ class Node:
 
     def wait(self) -> None:
         """Returns once the node belongs to the cluster."""
-        folders.wait_until(lambda: _IS_UP in self.log.read_text() or self.process.poll() is not None)
+        wait_until(lambda: _IS_UP in self.log.read_text() or self.process.poll() is not None)
         assert self.process.poll() is None, self.log.read_text()
 
     def find(self, title: str) -> list[psutil.Process]:
@@ -184,11 +190,11 @@ class Node:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
-        folders.wait_until(lambda: not any(map(_title, family)))
+        wait_until(lambda: not any(map(_title, family)))
 
     def wait_for_end(self) -> None:
         """Returns once the node has ended by itself."""
-        folders.wait_until(lambda: self.process.poll() is not None)
+        wait_until(lambda: self.process.poll() is not None)
 
     def _family(self) -> list[psutil.Process]:
         try:

@@ -39,6 +39,7 @@ DOORS = {
     ),
     **dict.fromkeys(("nncf", "onnxruntime", "openvino"), ("lib/matryoshka/peers.py",)),
     "rich": ("jobs/terminal.py",),
+    "psutil": ("jobs/training_group.py",),
     "jobs": ("jobs/",),
 }
 PURE = ("units", "nested", "topk", "conditions", "clock", "batches", "tradeoffs", "significance", "geometry")

@@ -243,6 +243,9 @@ class _Stopwatch:
         self.take_step(step)
         return False
 
+    def before_writing(self) -> None:
+        """Lets it write: there is no other process."""
+
     def checkpointed(self, step: int) -> None:
         """Is not called, as there are none."""
 

@@ -12,6 +12,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -19,8 +20,12 @@ import numpy.typing as npt
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util import metrics
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs import interruption, measurement
+import jobs
+import matryoshka
+from jobs import interruption, measurement, placement
+from jobs.placement import Machine
 from jobs.terminal import say
 from matryoshka import storage
 from matryoshka.artifacts import Receipt
@@ -43,6 +48,7 @@ T = TypeVar("T")
 _IN_FLIGHT_PER_WORKER = 3  # one is read and tokenised, one computed, one written
 _LOSSES_IN_A_ROW = 10  # per worker: then it is not a unit's fault
 _RETURN_SECONDS = 600.0  # how long to wait for a lost worker where there is no other
+_GATHER_SECONDS = 60.0  # how long the first worker waits for the others: machines may still be on their way
 _TEXTS_PER_CALL = 1024
 _SHARD_ATTEMPTS = 3
 _MOST_CPUS_PER_GPU = 16
@@ -147,7 +153,7 @@ class Session:
     def run_tasks(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
         """Yields the results of a function, called once per tuple of arguments, in the order given; few are in flight."""
         self.release()
-        remote, limit = ray.remote(_lets_go(function)), 2 * capacity().num_cpus
+        remote, limit = ray.remote(scheduling_strategy="SPREAD")(_lets_go(function)), 2 * capacity().num_cpus
         window: deque[Any] = deque()
         try:
             for own in arguments:
@@ -199,14 +205,9 @@ def connected() -> Iterator[Session]:
     if _session:
         yield _session
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if not os.environ.get("RAY_ADDRESS"):
-        options |= {"address": "local", "include_dashboard": False}
     with interruption.kept_handler(signal.SIGTERM):  # Ray takes it for itself, and answers with an exit while it starts
         try:
-            ray.init(**options)
+            _connect()
         except SystemExit:
             raise interruption.TerminatedError from None
     _session = Session()
@@ -218,6 +219,29 @@ def connected() -> Iterator[Session]:
         _session.release()
         _session = None
         ray.shutdown()
+
+
+def _connect() -> None:
+    """Connects to Ray.
+
+    Raises:
+        RuntimeError: There is no cluster where RAY_ADDRESS says, or it does not let this process in.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        ray.init(**options, address="local", include_dashboard=False)
+        return
+    try:
+        # Workers run this very code, whatever their machines have.
+        ray.init(**options, runtime_env={"py_modules": [str(Path(own.__path__[0]).resolve()) for own in (jobs, matryoshka)]})
+    except (RayError, ConnectionError) as error:
+        raise RuntimeError(
+            f"RAY_ADDRESS={address}: no connection ({_last_line(error)})."
+            " Check that the cluster is up, and pass its token: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token."
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,7 +403,8 @@ class Encoders:
     def __init__(self, arguments: tuple[Any, ...], resources: Mapping[str, float], num_workers: int) -> None:
         self._arguments = arguments
         # A worker that is lost comes back for as long as anything is to be done: see ``run_on_actors``.
-        self._options = {**resources, "max_restarts": -1, "max_task_retries": 0, "max_concurrency": _IN_FLIGHT_PER_WORKER}
+        options = {"max_restarts": -1, "max_task_retries": 0, "max_concurrency": _IN_FLIGHT_PER_WORKER}
+        self._options = {**resources, **options, "scheduling_strategy": "SPREAD"}  # a machine that is lost costs few of them
         self._num_workers = num_workers
         self._actors: list[Any] = []
 
@@ -393,14 +418,26 @@ class Encoders:
         if not self._actors:
             start = ray.remote(_EncoderActor).options(**self._options).remote
             actors: list[Any] = [start(*self._arguments) for _ in range(self._num_workers)]
-            try:
-                notices = set(ray.get([actor.ready.remote() for actor in actors]))
-            except RayActorError as error:
-                raise RuntimeError(f"encoder: no worker could load the model ({_last_line(error)}). Mend that first.") from None
-            self._actors = actors
-            for notice in notices - {""}:
+            for notice in self._gather(actors) - {""}:
                 say(notice)
+            self._actors = actors
         return self._actors
+
+    def _gather(self, actors: Sequence[Any]) -> set[str]:
+        """Waits until the workers are there, and returns their notices; those that have no place yet join the others later.
+
+        Raises:
+            RuntimeError: One cannot load the model.
+        """
+        calls = [actor.ready.remote() for actor in actors]
+        ray.wait(calls)  # however long the first machine takes to come
+        ready, late = ray.wait(calls, num_returns=len(calls), timeout=_GATHER_SECONDS)
+        if late:
+            say(f"encoder: {len(late)} of {len(calls)} workers are not there yet; the others begin")
+        try:
+            return set(ray.get(ready))
+        except RayActorError as error:
+            raise RuntimeError(f"encoder: no worker could load the model ({_last_line(error)}). Mend that first.") from None
 
     def start(self) -> int:
         """Starts the workers, if they have not started yet; returns how many there are."""
@@ -457,6 +494,16 @@ class ShardsLostError(RuntimeError):
         return "; ".join(f"shard {name}: {fault.rstrip('.')}" for name, fault in self.faults.items())
 
 
+def _machines() -> list[Machine]:
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return [Machine(node["NodeID"], node["Resources"].get("memory", 0), int(node["Resources"].get("CPU", 0))) for node in nodes]
+
+
+def _preferably(name: str) -> "NodeAffinitySchedulingStrategy | str":
+    """Returns how to place an actor: on a machine for as long as it is there, or, without one, anywhere."""
+    return NodeAffinitySchedulingStrategy(name, soft=True) if name else "SPREAD"
+
+
 class _ShardActor:
     """Holds some shards, each opened when it is first called."""
 
@@ -484,9 +531,14 @@ class ShardActors:
     """
 
     def __init__(self, files: Sequence[ShardFiles], num_actors: int, device: str = "cpu") -> None:
-        needs = {"num_cpus": 1, "num_gpus": int(device == "cuda")}
-        start = ray.remote(_ShardActor).options(**needs, max_restarts=-1, max_task_retries=0).remote
-        self._actors: list[Any] = [start(files[number::num_actors], device) for number in range(num_actors)]
+        options = {"num_cpus": 1, "num_gpus": int(device == "cuda"), "max_restarts": -1, "max_task_retries": 0}
+        parts = [files[number::num_actors] for number in range(num_actors)]
+        sizes = [sum(own.num_bytes for own in part) for part in parts]
+        names = placement.place(sizes, _machines() if device == "cpu" else [])
+        self._actors: list[Any] = [
+            ray.remote(_ShardActor).options(**options, scheduling_strategy=_preferably(name)).remote(part, device)
+            for name, part in zip(names, parts, strict=True)
+        ]
         self._places = {own.key: divmod(number, num_actors) for number, own in enumerate(files)}
 
     def close(self) -> None:
@@ -628,9 +680,9 @@ class _Crew:
 
     def __init__(self, actors: Sequence[Any], method: str, calls: Mapping[str, tuple[Any, ...]]) -> None:
         self._actors, self._method, self._calls = actors, method, calls
-        self._present = set(range(len(actors)))
+        self._present = set[int]()
         self._running: dict[Any, tuple[str, int, int]] = {}
-        self._returning: dict[Any, int] = {}
+        self._returning = {self._knock(number): number for number in range(len(actors))}  # one may have been lost meanwhile
         self.waiting, self.suspects = deque(calls), deque[str]()
         self.tries: collections.Counter[str] = collections.Counter()
 
@@ -660,8 +712,12 @@ class _Crew:
         if number not in self._present:
             return False
         self._present.remove(number)
-        self._returning[self._actors[number].__ray_ready__.options(max_task_retries=-1).remote()] = number
+        self._returning[self._knock(number)] = number
         return True
+
+    def _knock(self, number: int) -> Any:
+        """Returns a reference that is ready once an actor is there."""
+        return self._actors[number].__ray_ready__.options(max_task_retries=-1).remote()
 
     def _fill(self) -> None:
         load = dict.fromkeys(sorted(self._present), 0)

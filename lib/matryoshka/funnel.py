@@ -59,6 +59,11 @@ class ShardFiles:
     files: tuple[FileRecord, ...]
     removed: FileRecord | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """What there is to hold; 0 where it is not there."""
+        return sum(path.stat().st_size for path in self.folder.glob("*"))
+
     def resolve(self) -> "ShardFiles":
         """Returns the same with absolute paths, for other processes."""
         return dataclasses.replace(self, index=self.index.resolve())

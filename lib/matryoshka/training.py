@@ -52,6 +52,9 @@ class Observer(Protocol):
     def wants_checkpoint(self, step: int) -> bool:
         """Returns whether the run, or a machine of it, is about to be lost; asked after every step."""
 
+    def before_writing(self) -> None:
+        """Returns if this process is still the one to write; raises if another has taken its place, as it was given up."""
+
     def checkpointed(self, step: int) -> None:
         """Learns that this rank has written the checkpoint of a step."""
 
@@ -137,6 +140,7 @@ def train_rank(job: Job, observer: Observer) -> None:
     if not all(torch.isfinite(parameter).all() for parameter in network.parameters()):
         raise TrainingError("finetune: the weights are not finite after training. Pass a lower --learning-rate.")
     if run.is_first:
+        observer.before_writing()
         _save(network, job, run.summary())
     if num_ranks > 1:
         torch.distributed.barrier()
@@ -314,6 +318,7 @@ class _Run:
         """Writes a checkpoint, on the rank that writes."""
         self.check_loss()
         if self.is_first:
+            self.observer.before_writing()
             checkpoints.write_step(self.job.checkpoints, self.network, optimiser, step, self._notes())
             self.observer.checkpointed(step)
 
@@ -364,6 +369,7 @@ class _Run:
         if figures[DEV] > self.best_score:
             self.best_step, self.best_score, self.num_worse = step, figures[DEV], 0
             if self.is_first:
+                self.observer.before_writing()
                 checkpoints.write_best(self.job.checkpoints, self.network, step, self._notes())
         else:
             self.num_worse += 1

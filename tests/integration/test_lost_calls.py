@@ -143,6 +143,21 @@ def test_a_worker_that_is_killed_while_it_starts_starts_again(tmp_path: Path, po
     assert len(list(tmp_path.glob("start-*"))) == 2
 
 
+@pytest.mark.usefixtures("pool")
+def test_a_pool_begins_with_the_workers_that_have_a_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster, "_GATHER_SECONDS", 0.1)
+    encoders = Encoders((str(tmp_path),), {"num_cpus": cluster.capacity().num_cpus}, 2)
+    assert set(_embed(encoders, _units(*["fine"] * 10)).values()) == {"done"}
+    assert "1 of 2 workers are not there yet" in capsys.readouterr().out
+    calls = [actor.ready.remote() for actor in encoders._actors]
+    ((first,), _) = ray.wait(calls)
+    ray.kill(encoders._actors[calls.index(first)])
+    assert set(_embed(encoders, _units(*["fine"] * 10)).values()) == {"done"}, "the other does not join when there is room"
+    encoders.close()
+
+
 def test_a_worker_that_cannot_start_again_leaves_its_calls_to_the_others(tmp_path: Path, pool: Pool) -> None:
     encoders = pool(2)
     _embed(encoders, _units("fine"))

@@ -61,8 +61,8 @@ class ShardFiles:
 
     @property
     def num_bytes(self) -> int:
-        """What there is to hold; 0 where it is not there."""
-        return sum(path.stat().st_size for path in self.folder.glob("*"))
+        """What there is to hold."""
+        return sum(file.num_bytes for file in self.files)
 
     def resolve(self) -> "ShardFiles":
         """Returns the same with absolute paths, for other processes."""

@@ -656,7 +656,7 @@ class IndexStore:
     @property
     def is_tuning_current(self) -> bool:
         """Whether the tuning is of the documents that are in the index now."""
-        return self.tuned is not None and self.tuned["embeddings"] == self.manifest.inputs["embeddings"]
+        return self.tuned is not None and self.tuned["embeddings"] == self.manifest.inputs.get("embeddings")
 
     @property
     def plan(self) -> FunnelPlan:

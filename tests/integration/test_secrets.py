@@ -32,16 +32,10 @@ def _leaks(folder: Path, *runs: subprocess.CompletedProcess[bytes]) -> list[tupl
 def test_a_run_among_secrets_writes_and_prints_none_of_them(tmp_path: Path, tiny: str) -> None:
     corpus = texts.write_corpus(tmp_path / "corpus", num_files=1, rows_per_file=4)
     common = [f"--corpus={corpus}", f"--output={tmp_path / 'embeddings'}", "--workers=1", "--precision=float32"]
-    refused = [
-        _run("jobs.embed", *common, f"--model={name}")
-        for name in ("https://somebody:her-password@host/model", f"owner/{SECRETS['HF_TOKEN']}")
-    ]
-    assert [run.returncode for run in refused] == [2, 2]
-    assert all(b"holds a key, a password or a signed address" in run.stderr for run in refused)
     done = _run("jobs.embed", *common, f"--model={tiny}")
     assert done.returncode == 0, done.stderr[-2_000:]
     absent = _run("jobs.embed", *common, "--model=owner/no-such-model", "--replace")
     assert absent.returncode == 2
     assert b"not to be had from the hub" in absent.stderr
     assert (tmp_path / "embeddings" / "status.json").is_file()
-    assert _leaks(tmp_path, *refused, done, absent) == []
+    assert _leaks(tmp_path, done, absent) == []

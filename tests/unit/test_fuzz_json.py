@@ -212,19 +212,12 @@ def test_a_model_whose_parts_lie_is_described_or_refused(tmp_path: Path, tiny: s
         path.write_bytes(data)
 
 
+JOURNAL = "journal/00000001.json"
 FOUND = {
-    "a journal that is no list": ("journal/00000001.json", "null", "no list of receipts"),
-    "a receipt without files": (
-        "journal/00000001.json",
-        '[{"key": "a", "num_rows": 1, "details": {}}]',
-        "receipt 0: files is missing",
-    ),
-    "very deep brackets": ("journal/00000001.json", "[" * 100_000, "not JSON"),
-    "a kind that cannot be written down": (
-        "manifest.json",
-        r'{"kind": "\ud800", "format": 1, "fingerprint": null}',
-        "not a manifest",
-    ),
+    "a journal that is no list": (JOURNAL, "null", "no list of receipts"),
+    "a receipt without files": (JOURNAL, '[{"key": "a", "num_rows": 1, "details": {}}]', "receipt 0: files is missing"),
+    "very deep brackets": (JOURNAL, "[" * 100_000, "not JSON"),
+    "a kind that cannot be shown": ("manifest.json", r'{"kind": "\ud800", "format": 1, "fingerprint": 1}', "not a manifest"),
 }
 
 
@@ -235,9 +228,14 @@ def test_what_was_found_once_is_refused_in_a_sentence(artifact: Path, name: str)
     (artifact / path).parent.mkdir(exist_ok=True)
     (artifact / path).write_text(text)
     with pytest.raises(ValueError, match=message):
-        artifacts.finished_receipts(artifact, found, ["a"]) if path.startswith("journal") else artifacts.check_owner(
-            artifact, "index"
-        )
+        artifacts.finished_receipts(artifact, found, ["a"]) and artifacts.check_owner(artifact, "index")
+
+
+def test_what_differs_can_be_shown_whatever_it_is(artifact: Path):
+    found = artifacts.read(artifact)
+    dataclasses.replace(found, identity={"model": "\ud800", "dims": [4, 2]}).write(artifact)
+    with pytest.raises(ValueError, match=r"model: \? there, m now"):
+        artifacts.claim(artifact, "embeddings", found.identity, replace=False)
 
 
 @pytest.mark.parametrize("wrong", [{"since": "yesterday"}, {"since": 1e300}, {"renewed": "x"}, {"pid": "../../x"}, {"more": 1}])
@@ -256,11 +254,9 @@ def test_a_status_that_makes_no_sense_is_none(tmp_path: Path):
     assert Status.begin(tmp_path, "embed", "key").attempts == 1
 
 
+HALF_TUNED = {"measure": "m", "embeddings": "e", "frontier": [], "plans": dict.fromkeys(("fast", "high"), {"plan": []})}
 LIES = {
-    "tuned.plans.balanced is missing": (
-        "facts",
-        {"tuned": {"measure": "m", "embeddings": "e", "frontier": [], "plans": {"fast": {"plan": []}}}},
-    ),
+    "tuned.plans.balanced is missing": ("facts", {"tuned": HALF_TUNED}),
     "plan is not a list": ("facts", {"plan": "4:5"}),
     "funnel: .* is not dim:keep": ("facts", {"plan": ["4"]}),
     "has dims that vectors of 8 dims do not have": ("facts", {"dims": [16]}),

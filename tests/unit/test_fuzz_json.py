@@ -233,7 +233,9 @@ def test_what_was_found_once_is_refused_in_a_sentence(artifact: Path, name: str)
 
 def test_what_differs_can_be_shown_whatever_it_is(artifact: Path):
     found = artifacts.read(artifact)
-    dataclasses.replace(found, identity={"model": "\ud800", "dims": [4, 2]}).write(artifact)
+    value = json.loads((artifact / artifacts.MANIFEST).read_bytes())
+    value |= {"identity": {"model": "\ud800", "dims": [4, 2]}, "is_complete": False}
+    (artifact / artifacts.MANIFEST).write_text(json.dumps(value))
     with pytest.raises(ValueError, match=r"model: \? there, m now"):
         artifacts.claim(artifact, "embeddings", found.identity, replace=False)
 
@@ -254,7 +256,7 @@ def test_a_status_that_makes_no_sense_is_none(tmp_path: Path):
     assert Status.begin(tmp_path, "embed", "key").attempts == 1
 
 
-HALF_TUNED = {"measure": "m", "embeddings": "e", "frontier": [], "plans": dict.fromkeys(("fast", "high"), {"plan": []})}
+HALF_TUNED = {"measure": "m", "embeddings": "e", "frontier": [], "plans": {"fast": {"plan": []}, "high": {"plan": []}}}
 LIES = {
     "tuned.plans.balanced is missing": ("facts", {"tuned": HALF_TUNED}),
     "plan is not a list": ("facts", {"plan": "4:5"}),

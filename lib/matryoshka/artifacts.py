@@ -164,7 +164,7 @@ def _receipts(values: Any, path: Path) -> tuple[Receipt, ...]:
 
 
 def _read_raw(path: Path) -> dict[str, Any]:
-    value = storage.read_json(path)
+    value: dict[str, Any] = storage.read_json(path)
     if shapes.find_fault(value, {"kind": str, "format": object, "fingerprint": object}):
         raise ValueError(f"{path}: not a manifest of this project. Pass another folder.")
     return value

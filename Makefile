@@ -1,6 +1,7 @@
 # Every command does its own set-up: the first one makes the virtual environment .venv, later ones use it.
 PYTHON ?= python3
 MINUTES ?= 30
+SHARES ?= 2
 HARDWARE ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint .constraints/$(HARDWARE).txt
@@ -12,14 +13,14 @@ export HF_HUB_OFFLINE ?= 1
 demo: .venv/ready  ## Runs the whole job on the documentation of the installed Python packages.
 	$(BIN)/python -m jobs.pipeline --config jobs/demo.yaml --replace
 
-test: .venv/ready  ## Runs the tests: those that wait for Ray beside those that compute.
+test: .venv/ready  ## Runs the tests: those that wait for Ray, in two shares, beside those that compute.
 	$(MAKE) --jobs=2 --keep-going --output-sync=target test-integration test-unit
 
 test-unit:
 	$(BIN)/python -m pytest lib tests/unit
 
 test-integration:
-	$(BIN)/python -m pytest tests/integration tests/gpu
+	$(BIN)/python -m pytest -n $(SHARES) --dist loadgroup tests/integration tests/gpu
 
 soak: .venv/ready  ## Runs nights under fire for half an hour, a fault every 20 s: soak.json says what was done.
 	$(BIN)/python tests/soak.py --output runs/soak --minutes $(MINUTES)

@@ -24,6 +24,7 @@ from jobs.measurement import ask_all
 from jobs.processes import Process, environment, family_of, peak_bytes
 from jobs.terminal import say, show_table
 from matryoshka import storage
+from matryoshka.storage import Place
 
 if TYPE_CHECKING:
     from jobs.benchmark import Settings
@@ -47,7 +48,7 @@ _CEILING_SECONDS = 2.0
 _FORWARD, _CEILING = "forward", "ceiling"
 
 
-def measure(settings: "Settings", device: str, output: Path) -> dict[str, Any]:
+def measure(settings: "Settings", device: str, output: Place) -> dict[str, Any]:
     """Returns the report of all systems.
 
     Raises:
@@ -61,11 +62,10 @@ def measure(settings: "Settings", device: str, output: Path) -> dict[str, Any]:
     source = corpus.inspect(settings.corpus or "", corpus.Columns(settings.id_column, settings.text_column))
     info = model.describe(settings.model)
     storage.keep_apart(output, info.folder, *(source.path_of(file.name) for file in source.files))
-    output.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(environment({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}))
         session = stack.enter_context(cluster.connected())
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=storage.TEMPORARY, dir=output.parent)))
+        scratch = stack.enter_context(measurement.scratch(output))
         work = _plan(settings, source, info, device)
         ours = _Ours(session, work, settings, scratch)
         setups, not_run = _prepare_peers(work, scratch)
@@ -99,7 +99,6 @@ class _Work:
 def _plan(settings: "Settings", source: "Corpus", info: "ModelInfo", device: str) -> _Work:
     """Returns the first rows of a corpus, in at least four units per worker."""
     from jobs import cluster
-    from matryoshka import corpus
     from matryoshka.units import plan_units
 
     if cluster.capacity().device != device:
@@ -113,7 +112,7 @@ def _plan(settings: "Settings", source: "Corpus", info: "ModelInfo", device: str
     num_rows = settings.documents - missing
     unit_rows = min(num_rows // (_UNITS_PER_WORKER * num_workers), _MOST_UNIT_ROWS)
     units = plan_units(files, max(unit_rows, 1))
-    texts = [corpus.read_unit(source.path_of(unit.name), source.columns, unit)[1] for unit in units]
+    texts = [source.read(unit)[1] for unit in units]
     if not any(texts):
         raise ValueError(f"{settings.corpus}: no text in the first {num_rows} rows. Pass a larger --documents.")
     return _Work(source, info, device, num_workers, units, texts)
@@ -192,14 +191,14 @@ def _prepare_peers(work: _Work, scratch: Path) -> "tuple[dict[str, Setup], dict[
     """Returns how each peer runs, and why the others do not."""
     from matryoshka.peers import PEERS, prepare, why_not
 
-    setups = {"default": prepare("default", work.info.folder, work.device, [], scratch)}  # nothing to measure
+    setups = {"default": prepare("default", storage.local(work.info.folder), work.device, [], scratch)}  # nothing to measure
     not_run = {name: reason for name in PEERS if (reason := why_not(name, work.device))}
     for name in [name for name in PEERS if name not in (*setups, *not_run)]:
         say(f"benchmark: preparing {name}")
         folder = scratch / name
         folder.mkdir()
         try:
-            with Process(name, prepare, name, work.info.folder, work.device, work.all_texts, folder) as process:
+            with Process(name, prepare, name, storage.local(work.info.folder), work.device, work.all_texts, folder) as process:
                 setups[name] = process.answer()
         except RuntimeError as error:
             if not PEERS[name].packages:

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from jobs.processes import Process, environment, peak_bytes
 from jobs.terminal import say, show_table
 from matryoshka import storage
 from matryoshka.recipe import Recipe
+from matryoshka.storage import Place
 
 if TYPE_CHECKING:
     from jobs.benchmark import Settings
@@ -94,7 +94,7 @@ class _Work:
         return self.folder / "pairs.parquet"
 
 
-def measure(settings: "Settings", device: str, output: Path) -> dict[str, Any]:
+def measure(settings: "Settings", device: str, output: Place) -> dict[str, Any]:
     """Returns the report of all systems.
 
     Raises:
@@ -109,10 +109,9 @@ def measure(settings: "Settings", device: str, output: Path) -> dict[str, Any]:
     storage.keep_apart(output, info.folder, *paths)
     recipe = _make_recipe(settings, info)
     texts = _read_pairs(paths, settings, recipe)
-    output.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(environment({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}))
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=storage.TEMPORARY, dir=output.parent.resolve())))
+        folder = stack.enter_context(measurement.scratch(output))
         work = _plan(settings, info, device, recipe, texts, folder)
         crews = {name: _start(stack, name, work, num_ranks) for name in _SYSTEMS}
         for process in (process for crew in crews.values() for process in crew):
@@ -151,7 +150,7 @@ def _make_recipe(settings: "Settings", info: "ModelInfo") -> Recipe:
     )
 
 
-def _read_pairs(paths: Sequence[Path], settings: "Settings", recipe: Recipe) -> dict[str, list[str]]:
+def _read_pairs(paths: Sequence[Place], settings: "Settings", recipe: Recipe) -> dict[str, list[str]]:
     """Returns the first pairs of some files, as many as are needed, none with a text that stood before it.
 
     So no system has to keep copies apart or to leave them out, and all sum the same loss over the same batches.
@@ -244,6 +243,9 @@ class _Stopwatch:
         self.take_step(step)
         return False
 
+    def before_writing(self) -> None:
+        """Lets it write: there is no other process."""
+
     def checkpointed(self, step: int) -> None:
         """Is not called, as there are none."""
 
@@ -322,7 +324,9 @@ class _Script(_Trained):
         from matryoshka.plain_trainer import Script
 
         work = self._work
-        script = Script(work.info.folder, work.recipe_of(self._name), work.precision, in_order=self._name == _PLAIN)
+        script = Script(
+            storage.local(work.info.folder), work.recipe_of(self._name), work.precision, in_order=self._name == _PLAIN
+        )
         script.train(work.pairs, work.target_of(self._name), stopwatch.take_step, stopwatch.losses.append)
 
 
@@ -348,7 +352,7 @@ def _held_out_losses(work: _Work, names: Iterable[str]) -> dict[str, float]:
     """Returns the loss of every system's model, and of the one that they started from, on pairs that none has seen."""
     from matryoshka.plain_trainer import held_out_loss
 
-    folders = {_UNTUNED: work.info.folder, **{name: work.target_of(name) for name in names}}
+    folders = {_UNTUNED: storage.local(work.info.folder), **{name: work.target_of(name) for name in names}}
     return {name: held_out_loss(folder, work.device, work.recipe, work.held_out) for name, folder in folders.items()}
 
 

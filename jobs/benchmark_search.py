@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from jobs.benchmark_vectors import Vectors
 from jobs.terminal import say, show_table
 from matryoshka import charts, storage, tradeoffs
 from matryoshka.nested import Float32Array, FunnelPlan, Step
+from matryoshka.storage import Place
 from matryoshka.topk import IntArray
 from matryoshka.tradeoffs import EXACT, OUR_EXACT, OURS, Point
 
@@ -80,7 +80,7 @@ class Timing:
     rows: IntArray
 
 
-def measure(settings: "Settings", _device: str, output: Path) -> dict[str, Any]:
+def measure(settings: "Settings", _device: str, output: Place) -> dict[str, Any]:
     """Returns the report of all systems, and draws it beside the output.
 
     Raises:
@@ -90,10 +90,9 @@ def measure(settings: "Settings", _device: str, output: Path) -> dict[str, Any]:
     from jobs import benchmark_scale
 
     device = check_place(settings)
-    storage.keep_apart(output, storage.local_path(settings.index) if settings.index else None)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    storage.keep_apart(output, storage.place(settings.index) if settings.index else None)
     with contextlib.ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=storage.TEMPORARY, dir=output.parent)))
+        scratch = stack.enter_context(measurement.scratch(output))
         index, vectors = benchmark_vectors.prepare(settings, scratch)
         benchmark_scale.check(settings, len(vectors.documents))
         stack.enter_context(all_cores())
@@ -382,7 +381,7 @@ def _make_report(
     }
 
 
-def _draw(report: Mapping[str, Any], output: Path) -> list[str]:
+def _draw(report: Mapping[str, Any], output: Place) -> list[str]:
     """Draws the report as SVG and as PNG; returns the names of the files."""
     index = report["index"]
     title = f"{index['num_documents']:,} documents, {index['width']} dims, {measurement.place_of(report)}"

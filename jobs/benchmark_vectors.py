@@ -10,6 +10,7 @@ import numpy.typing as npt
 from jobs.terminal import say
 from matryoshka import storage
 from matryoshka.nested import Float32Array, shrink
+from matryoshka.storage import Place
 
 if TYPE_CHECKING:
     from jobs.benchmark import Settings
@@ -62,7 +63,7 @@ def prepare(settings: "Settings", scratch: Path) -> "tuple[IndexStore, Vectors]"
 
     if settings.synthetic:
         return _make(settings, Spectrum.parse(settings.synthetic), scratch)
-    return _open(settings, storage.local_path(settings.index or ""))
+    return _open(settings, storage.place(settings.index or ""))
 
 
 def _make(settings: "Settings", spectrum: "Spectrum", scratch: Path) -> "tuple[IndexStore, Vectors]":
@@ -87,7 +88,7 @@ def build_index(settings: "Settings", store: "EmbeddingStore", folder: Path, num
     return IndexStore.open(folder)
 
 
-def _open(settings: "Settings", folder: Path) -> "tuple[IndexStore, Vectors]":
+def _open(settings: "Settings", folder: Place) -> "tuple[IndexStore, Vectors]":
     """Returns the index of a folder, and what is searched."""
     from matryoshka.indexing import IndexStore
 
@@ -114,7 +115,7 @@ def documents_of(index: "IndexStore") -> Float32Array:
     documents = np.empty((index.manifest.num_rows, index.width), np.float32)
     done = 0
     for shard in index.shards:
-        stored = np.load(shard.folder / VECTORS, mmap_mode="r", allow_pickle=False)
+        stored = np.load(shard.path(VECTORS), mmap_mode="r", allow_pickle=False)
         for start in range(0, len(stored), _BLOCK_ROWS):
             block = shrink(stored[start : start + _BLOCK_ROWS], index.width)
             documents[done : done + len(block)] = block
@@ -131,7 +132,7 @@ def _read_queries(settings: "Settings", index: "IndexStore") -> tuple[list[str],
     from matryoshka import corpus, vectors
 
     if settings.beir:
-        query_ids, texts = _read_beir_queries(storage.local_path(settings.beir), settings.split)
+        query_ids, texts = _read_beir_queries(storage.place(settings.beir), settings.split)
         return query_ids, _encode(settings, index, texts)
     _, paths = corpus.find_files(settings.queries or "")
     if not corpus.has_column(paths[0], "embedding"):
@@ -145,7 +146,7 @@ def _read_queries(settings: "Settings", index: "IndexStore") -> tuple[list[str],
     return [name for batch in batches for name in batch.column(0).to_pylist()], shrink(found, index.width)
 
 
-def _read_beir_queries(folder: Path, split: str) -> tuple[list[str], list[str]]:
+def _read_beir_queries(folder: Place, split: str) -> tuple[list[str], list[str]]:
     """Returns ids and texts of the queries that a split judges."""
     from matryoshka import beir, corpus
 
@@ -156,7 +157,7 @@ def _read_beir_queries(folder: Path, split: str) -> tuple[list[str], list[str]]:
     return [row["_id"] for row in rows], [row["text"] for row in rows]
 
 
-def _qrels_of(folder: Path, split: str) -> Path:
+def _qrels_of(folder: Place, split: str) -> Place:
     from matryoshka import beir
 
     return folder / beir.QRELS / f"{split}.tsv"
@@ -182,8 +183,8 @@ def _read_judgements(settings: "Settings", query_ids: set[str]) -> "Qrels":
     """
     from matryoshka import corpus, metrics
 
-    path = _qrels_of(storage.local_path(settings.beir), settings.split) if settings.beir else None
-    path = storage.local_path(settings.qrels) if settings.qrels else path
+    path = _qrels_of(storage.place(settings.beir), settings.split) if settings.beir else None
+    path = storage.place(settings.qrels) if settings.qrels else path
     if path is None:
         return {}
     own = [(query, document, grade) for _, query, document, grade in corpus.read_qrels(path) if query in query_ids]

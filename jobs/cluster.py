@@ -1,7 +1,11 @@
-"""All Ray mechanics: connecting, actors, units bounded in flight, retries. Training has a room of its own."""
+"""All Ray mechanics: connecting, actors, units bounded in flight, retries. Training has a room of its own.
+
+Every worker imports this room: the model libraries, which take seconds, are imported by those that need them.
+"""
 
 import collections
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -9,35 +13,42 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util import metrics
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs import interruption
+import jobs
+import matryoshka
+from jobs import interruption, measurement, placement
+from jobs.placement import Machine
 from jobs.terminal import say
-from matryoshka import calibration, embedding, encode, hidden, model, rates, storage
-from matryoshka.anatomy import Sample, Vectors
+from matryoshka import storage
 from matryoshka.artifacts import Receipt
-from matryoshka.calibration import Calibration, Choice
 from matryoshka.clock import Clock
 from matryoshka.corpus import Corpus
-from matryoshka.encode import TOKENS_PER_STEP, Encoder
 from matryoshka.funnel import CallShards, Shard, ShardFiles
 from matryoshka.model import ModelInfo
 from matryoshka.nested import Float32Array
-from matryoshka.rates import Precision
-from matryoshka.tokens import Long, Role
+from matryoshka.storage import Place
 from matryoshka.units import Unit
+
+if TYPE_CHECKING:
+    from matryoshka.anatomy import Sample, Vectors
+    from matryoshka.calibration import Calibration, Choice
+    from matryoshka.rates import Precision
+    from matryoshka.tokens import Long, Role
 
 T = TypeVar("T")
 
 _IN_FLIGHT_PER_WORKER = 3  # one is read and tokenised, one computed, one written
 _LOSSES_IN_A_ROW = 10  # per worker: then it is not a unit's fault
 _RETURN_SECONDS = 600.0  # how long to wait for a lost worker where there is no other
+_GATHER_SECONDS = 60.0  # how long the first worker waits for the others: machines may still be on their way
 _TEXTS_PER_CALL = 1024
 _SHARD_ATTEMPTS = 3
 _MOST_CPUS_PER_GPU = 16
@@ -57,10 +68,10 @@ class Session:
     def encoders(
         self,
         info: ModelInfo,
-        precision: Precision,
+        precision: "Precision",
         tokens_per_step: int,
         num_workers: int | None,
-        long: Long = "truncate",
+        long: "Long" = "truncate",
         *,
         is_compiled: bool = False,
     ) -> "Encoders":
@@ -76,7 +87,7 @@ class Session:
         return self._pool
 
     def encode_queries(
-        self, info: ModelInfo, precision: Precision, texts: Sequence[str], num_workers: int | None
+        self, info: ModelInfo, precision: "Precision", texts: Sequence[str], num_workers: int | None
     ) -> npt.NDArray[np.float16]:
         """Returns the vectors of queries, by the pool for this model.
 
@@ -85,6 +96,8 @@ class Session:
         Raises:
             RuntimeError: A part failed every time.
         """
+        from matryoshka.encode import TOKENS_PER_STEP
+
         return self.encoders(info, precision, TOKENS_PER_STEP[capacity().device], num_workers).encode(texts, "query")
 
     def release(self) -> None:
@@ -93,23 +106,36 @@ class Session:
             self._pool.close()
         self._pool = None
 
-    def choose_precision(self, wanted: str) -> Precision:
+    def choose_precision(self, wanted: str) -> "Precision":
         """Returns the precision that was asked for, or for ``auto`` what a measurement on a worker said once."""
         if wanted != "auto":
             return "bf16" if wanted == "bf16" else "float32"
         if self._precision is None:
+            from matryoshka import rates
+
             measured: Precision = self._on_worker(rates.best_precision, capacity().device)
             self._precision = measured
         return self._precision
 
-    def calibrate(self, info: ModelInfo, choice: Choice, texts: Sequence[str], num_documents: int) -> Calibration:
+    def calibrate(self, info: ModelInfo, choice: "Choice", texts: Sequence[str], num_documents: int) -> "Calibration":
         """Returns how a worker should run the model; see ``calibration.calibrate``."""
+        from matryoshka import calibration
+
         return self._on_worker(calibration.calibrate, info.folder, capacity().device, choice, list(texts), num_documents)
 
+    def describe_worker(self) -> dict[str, Any]:
+        """Returns the hardware that a worker runs on; see ``measurement.describe_hardware``."""
+        device = capacity().device
+        if not os.environ.get("RAY_ADDRESS"):  # workers are on this machine
+            return measurement.describe_hardware(device)
+        return self._on_worker(measurement.describe_hardware, device)
+
     def study(
-        self, folders: Sequence[Path], sample: Sample, num_documents: int, max_tokens: int
-    ) -> list[tuple[Vectors, dict[str, Float32Array]]]:
+        self, folders: Sequence[Place], sample: "Sample", num_documents: int, max_tokens: int
+    ) -> "list[tuple[Vectors, dict[str, Float32Array]]]":
         """Returns what each model makes of a sample, each on a worker of its own; see ``hidden.study``."""
+        from matryoshka import hidden
+
         precision, device = self.choose_precision("auto"), capacity().device
         calls = [(folder, device, precision, sample, num_documents, max_tokens) for folder in folders]
         return self._on_workers(hidden.study, calls)
@@ -127,7 +153,7 @@ class Session:
     def run_tasks(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
         """Yields the results of a function, called once per tuple of arguments, in the order given; few are in flight."""
         self.release()
-        remote, limit = ray.remote(function), 2 * capacity().num_cpus
+        remote, limit = ray.remote(scheduling_strategy="SPREAD")(_lets_go(function)), 2 * capacity().num_cpus
         window: deque[Any] = deque()
         try:
             for own in arguments:
@@ -155,6 +181,17 @@ class Session:
             actors.close()
 
 
+def _lets_go(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that lets go of copies of objects in the end: its process lives on, and others may need the room."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        with storage.borrowing():
+            return function(*arguments)
+
+    return call
+
+
 _session: Session | None = None
 
 
@@ -168,13 +205,11 @@ def connected() -> Iterator[Session]:
     if _session:
         yield _session
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if not os.environ.get("RAY_ADDRESS"):
-        options |= {"address": "local", "include_dashboard": False}
-    with interruption.kept_handler(signal.SIGTERM):  # Ray takes it for itself
-        ray.init(**options)
+    with interruption.kept_handler(signal.SIGTERM):  # Ray takes it for itself, and answers with an exit while it starts
+        try:
+            _connect()
+        except SystemExit:
+            raise interruption.TerminatedError from None
     _session = Session()
     try:
         yield _session
@@ -184,6 +219,29 @@ def connected() -> Iterator[Session]:
         _session.release()
         _session = None
         ray.shutdown()
+
+
+def _connect() -> None:
+    """Connects to Ray.
+
+    Raises:
+        RuntimeError: There is no cluster where RAY_ADDRESS says, or it does not let this process in.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        ray.init(**options, address="local", include_dashboard=False)
+        return
+    try:
+        # Workers run this very code, whatever their machines have.
+        ray.init(**options, runtime_env={"py_modules": [str(Path(own.__path__[0]).resolve()) for own in (jobs, matryoshka)]})
+    except (RayError, ConnectionError) as error:
+        raise RuntimeError(
+            f"RAY_ADDRESS={address}: no connection ({_last_line(error)})."
+            " Check that the cluster is up, and pass its token: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token."
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,15 +328,20 @@ class _EncoderActor:
         self,
         folder: str,
         device: str,
-        precision: Precision,
+        precision: "Precision",
         tokens_per_step: int,
-        long: Long,
+        long: "Long",
         num_tokenisers: int,
         is_compiled: bool,
     ) -> None:
+        from matryoshka import model
+        from matryoshka.encode import Encoder
+
         model.quieten()
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this worker has one CPU, or processes that tokenise
-        self._encoder = Encoder(Path(folder), device, precision, tokens_per_step, long, num_tokenisers, is_compiled=is_compiled)
+        self._encoder = Encoder(
+            storage.place(folder), device, precision, tokens_per_step, long, num_tokenisers, is_compiled=is_compiled
+        )
         self._clock = Clock()
         self._counters = {
             name: metrics.Counter(f"matryoshka_embed_{name}", description=f"Embedding: {text}.")
@@ -291,8 +354,10 @@ class _EncoderActor:
 
     def embed(self, source: Corpus, unit: Unit, folder: str) -> Receipt:
         """Embeds one unit."""
+        from matryoshka import embedding, encode
+
         try:
-            receipt = embedding.embed_unit(self._encoder, source, unit, Path(folder), self._clock)
+            receipt = embedding.embed_unit(self._encoder, source, unit, storage.place(folder), self._clock)
         except RuntimeError as error:
             if encode.is_device_lost(error):
                 os._exit(1)  # every later call would fail as well; Ray starts another process
@@ -303,9 +368,14 @@ class _EncoderActor:
                 counter.inc(counts[name])
         return receipt
 
-    def encode(self, texts: list[str], role: Role) -> npt.NDArray[np.float16]:
+    def encode(self, texts: list[str], role: "Role") -> npt.NDArray[np.float16]:
         """Returns the vectors of a few texts."""
         return self._encoder.encode(texts, role).vectors
+
+    def count_tokens(self, texts: list[str]) -> tuple[int, int]:
+        """Returns how many tokens the model is given of some documents, and how many of these are longer than its window."""
+        tokens = self._encoder.tokenise(texts, "document")
+        return int(tokens.lengths.sum()), tokens.num_truncated + tokens.num_split
 
 
 _METRICS = {
@@ -333,7 +403,8 @@ class Encoders:
     def __init__(self, arguments: tuple[Any, ...], resources: Mapping[str, float], num_workers: int) -> None:
         self._arguments = arguments
         # A worker that is lost comes back for as long as anything is to be done: see ``run_on_actors``.
-        self._options = {**resources, "max_restarts": -1, "max_task_retries": 0, "max_concurrency": _IN_FLIGHT_PER_WORKER}
+        options = {"max_restarts": -1, "max_task_retries": 0, "max_concurrency": _IN_FLIGHT_PER_WORKER}
+        self._options = {**resources, **options, "scheduling_strategy": "SPREAD"}  # a machine that is lost costs few of them
         self._num_workers = num_workers
         self._actors: list[Any] = []
 
@@ -347,26 +418,38 @@ class Encoders:
         if not self._actors:
             start = ray.remote(_EncoderActor).options(**self._options).remote
             actors: list[Any] = [start(*self._arguments) for _ in range(self._num_workers)]
-            try:
-                notices = set(ray.get([actor.ready.remote() for actor in actors]))
-            except RayActorError as error:
-                raise RuntimeError(f"encoder: no worker could load the model ({_last_line(error)}). Mend that first.") from None
-            self._actors = actors
-            for notice in notices - {""}:
+            for notice in self._gather(actors) - {""}:
                 say(notice)
+            self._actors = actors
         return self._actors
+
+    def _gather(self, actors: Sequence[Any]) -> set[str]:
+        """Waits until the workers are there, and returns their notices; those that have no place yet join the others later.
+
+        Raises:
+            RuntimeError: One cannot load the model.
+        """
+        calls = [actor.ready.remote() for actor in actors]
+        ray.wait(calls)  # however long the first machine takes to come
+        ready, late = ray.wait(calls, num_returns=len(calls), timeout=_GATHER_SECONDS)
+        if late:
+            say(f"encoder: {len(late)} of {len(calls)} workers are not there yet; the others begin")
+        try:
+            return set(ray.get(ready))
+        except RayActorError as error:
+            raise RuntimeError(f"encoder: no worker could load the model ({_last_line(error)}). Mend that first.") from None
 
     def start(self) -> int:
         """Starts the workers, if they have not started yet; returns how many there are."""
         return len(self._started())
 
-    def embed(self, source: Corpus, todo: Sequence[Unit], folder: Path, attempts: int) -> "Iterator[Outcome[Receipt]]":
+    def embed(self, source: Corpus, todo: Sequence[Unit], folder: Place, attempts: int) -> "Iterator[Outcome[Receipt]]":
         """Yields the outcome of each unit as it is finished, or has failed every time."""
         shared = ray.put(source)  # once: a corpus of many files is large
         calls = {unit.key: (shared, unit, str(folder.resolve())) for unit in todo}
         return run_on_actors(self._started(), "embed", calls, attempts)
 
-    def encode(self, texts: Sequence[str], role: Role) -> npt.NDArray[np.float16]:
+    def encode(self, texts: Sequence[str], role: "Role", texts_per_call: int = _TEXTS_PER_CALL) -> npt.NDArray[np.float16]:
         """Returns the vectors of texts, in their order.
 
         Shapes: [N, D].
@@ -374,14 +457,25 @@ class Encoders:
         Raises:
             RuntimeError: A part failed every time.
         """
-        parts = [list(texts[start : start + _TEXTS_PER_CALL]) for start in range(0, len(texts), _TEXTS_PER_CALL)]
-        calls = {str(number): (part, role) for number, part in enumerate(parts)}
-        results: dict[str, npt.NDArray[np.float16]] = {}
-        for outcome in run_on_actors(self._started(), "encode", calls, attempts=2):
+        parts = [list(texts[start : start + texts_per_call]) for start in range(0, len(texts), texts_per_call)]
+        return np.concatenate(self._ask("encode", [(part, role) for part in parts]))
+
+    def count_tokens(self, parts: Sequence[Sequence[str]]) -> list[tuple[int, int]]:
+        """Returns, for each list of documents, its tokens as the model is given them, and its documents beyond the window.
+
+        Raises:
+            RuntimeError: A part failed every time.
+        """
+        return self._ask("count_tokens", [(list(part),) for part in parts])
+
+    def _ask(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Returns the results of calls that any worker may answer, in the order of the calls."""
+        calls, results = {str(number): own for number, own in enumerate(arguments)}, {}
+        for outcome in run_on_actors(self._started(), method, calls, attempts=2):
             if outcome.result is None:
                 raise RuntimeError(f"encoder: texts could not be encoded ({outcome.error}).")
             results[outcome.key] = outcome.result
-        return np.concatenate([results[key] for key in calls])
+        return [results[key] for key in calls]
 
 
 class ShardsLostError(RuntimeError):
@@ -400,6 +494,16 @@ class ShardsLostError(RuntimeError):
         return "; ".join(f"shard {name}: {fault.rstrip('.')}" for name, fault in self.faults.items())
 
 
+def _machines() -> list[Machine]:
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return [Machine(node["NodeID"], node["Resources"].get("memory", 0), int(node["Resources"].get("CPU", 0))) for node in nodes]
+
+
+def _preferably(name: str) -> "NodeAffinitySchedulingStrategy | str":
+    """Returns how to place an actor: on a machine for as long as it is there, or, without one, anywhere."""
+    return NodeAffinitySchedulingStrategy(name, soft=True) if name else "SPREAD"
+
+
 class _ShardActor:
     """Holds some shards, each opened when it is first called."""
 
@@ -413,7 +517,7 @@ class _ShardActor:
             try:
                 self._shards[number] = Shard.open(self._files[number], self._device)
             except (OSError, ValueError, EOFError, RuntimeError) as error:  # the last: a GPU that is full, or FAISS without one
-                raise ShardsLostError({self._files[number].folder.name: str(error)}) from None
+                raise ShardsLostError({self._files[number].key: str(error)}) from None
         return getattr(self._shards[number], method)(*arguments)
 
 
@@ -427,10 +531,15 @@ class ShardActors:
     """
 
     def __init__(self, files: Sequence[ShardFiles], num_actors: int, device: str = "cpu") -> None:
-        needs = {"num_cpus": 1, "num_gpus": int(device == "cuda")}
-        start = ray.remote(_ShardActor).options(**needs, max_restarts=-1, max_task_retries=0).remote
-        self._actors: list[Any] = [start(files[number::num_actors], device) for number in range(num_actors)]
-        self._places = {own.folder.name: divmod(number, num_actors) for number, own in enumerate(files)}
+        options = {"num_cpus": 1, "num_gpus": int(device == "cuda"), "max_restarts": -1, "max_task_retries": 0}
+        parts = [files[number::num_actors] for number in range(num_actors)]
+        sizes = [sum(own.num_bytes for own in part) for part in parts]
+        names = placement.place(sizes, _machines() if device == "cpu" else [])
+        self._actors: list[Any] = [
+            ray.remote(_ShardActor).options(**options, scheduling_strategy=_preferably(name)).remote(part, device)
+            for name, part in zip(names, parts, strict=True)
+        ]
+        self._places = {own.key: divmod(number, num_actors) for number, own in enumerate(files)}
 
     def close(self) -> None:
         """Ends the actors."""
@@ -442,7 +551,7 @@ class ShardActors:
 
         It raises ``ShardsLostError`` with every shard that cannot be read, or whose actor is lost again and again.
         """
-        names = [own.folder.name for own in files]
+        names = [own.key for own in files]
 
         def call(method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
             return self._call(method, dict(zip(names, arguments, strict=True)))
@@ -571,9 +680,9 @@ class _Crew:
 
     def __init__(self, actors: Sequence[Any], method: str, calls: Mapping[str, tuple[Any, ...]]) -> None:
         self._actors, self._method, self._calls = actors, method, calls
-        self._present = set(range(len(actors)))
+        self._present = set[int]()
         self._running: dict[Any, tuple[str, int, int]] = {}
-        self._returning: dict[Any, int] = {}
+        self._returning = {self._knock(number): number for number in range(len(actors))}  # one may have been lost meanwhile
         self.waiting, self.suspects = deque(calls), deque[str]()
         self.tries: collections.Counter[str] = collections.Counter()
 
@@ -603,8 +712,12 @@ class _Crew:
         if number not in self._present:
             return False
         self._present.remove(number)
-        self._returning[self._actors[number].__ray_ready__.options(max_task_retries=-1).remote()] = number
+        self._returning[self._knock(number)] = number
         return True
+
+    def _knock(self, number: int) -> Any:
+        """Returns a reference that is ready once an actor is there."""
+        return self._actors[number].__ray_ready__.options(max_task_retries=-1).remote()
 
     def _fill(self) -> None:
         load = dict.fromkeys(sorted(self._present), 0)

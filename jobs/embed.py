@@ -3,8 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from jobs import cluster
@@ -20,12 +19,13 @@ from matryoshka.encode import TOKENS_PER_STEP
 from matryoshka.indexing import IndexStore
 from matryoshka.model import ModelInfo
 from matryoshka.pairs import DatasetStore
+from matryoshka.storage import Place
 from matryoshka.tokens import Long
 from matryoshka.units import Unit, plan_units
 from matryoshka.vectors import EmbeddingStore
 
 _WORTH_MEASURING = 20_000  # rows: for fewer, measuring takes longer than it can gain
-_SAMPLE_ROWS = 1_000
+SAMPLE_ROWS = 1_000
 _SAMPLE_UNITS = 4
 _SHOWN_FAILURES = 3
 _SMALL_UNIT_ROWS = 2_000  # so that every worker gets some of a small corpus
@@ -66,7 +66,7 @@ def refuse_strangers(flag: str, made: EmbeddingStore | IndexStore | None, info: 
         raise ValueError(f"{flag} {made.folder}: was not made from {data.corpus}. Pass one made from this data.")
 
 
-def embed_dataset(output: Path, data: DatasetStore, model: str, workers: int | None, *, replace: bool) -> EmbeddingStore:
+def embed_dataset(output: Place, data: DatasetStore, model: str, workers: int | None, *, replace: bool) -> EmbeddingStore:
     """Returns the vectors of a dataset's documents, made where they are not there yet."""
     own = {"output": str(output), "corpus": data.corpus, "model": model, "workers": workers, "replace": replace}
     run(Settings.from_values({**own, "unit_rows": _SMALL_UNIT_ROWS}, "embed"))
@@ -75,10 +75,11 @@ def embed_dataset(output: Path, data: DatasetStore, model: str, workers: int | N
 
 def run(settings: Settings) -> Manifest:
     """Embeds what the output lacks."""
-    output = storage.local_path(settings.output)
+    called = time.perf_counter()
+    output = storage.place(settings.output)
     known = artifacts.peek(output, "embeddings")
     source = _inspect(settings, known)
-    storage.keep_apart(output, *_places(settings.corpus, source), storage.local_path(settings.model))
+    storage.keep_apart(output, *_places(settings.corpus, source), storage.place(settings.model))
     info = model.describe(settings.model)
     choice = _recorded(settings, known)
     identity = embedding.make_identity(info, source.columns, choice, settings.unit_rows, settings.long)
@@ -93,7 +94,8 @@ def run(settings: Settings) -> Manifest:
         return previous
     with cluster.connected() as session:
         num_workers = min(cluster.check_workers(settings.workers) or cluster.capacity().default_workers, max(len(todo), 1))
-        best = _calibrate(session, info, source, todo, choice, num_workers)
+        num_rows = sum(unit.num_rows for unit in todo)
+        best = calibrate(session, info, choice, num_rows, num_workers, lambda: _sample(source, todo))
         identity = embedding.make_identity(info, source.columns, best.choice, settings.unit_rows, settings.long)
         manifest = embedding.make_manifest(source, info, identity, describe_run("embed", settings))
         artifacts.begin(output, manifest, previous)
@@ -106,6 +108,7 @@ def run(settings: Settings) -> Manifest:
         seconds = time.perf_counter() - start
     done = [finished[unit.key] for unit in todo if unit.key in finished]
     summary = embedding.summarise(done, num_workers, seconds, best.flops_per_second)
+    summary |= {"num_workers": num_workers, "start_seconds": round(start - called, 1)}
     if done:
         _report(summary)
     num_plain = sum(not receipt.details.get("is_compiled") for receipt in done)
@@ -125,28 +128,40 @@ def run(settings: Settings) -> Manifest:
     return manifest
 
 
-def _calibrate(
+def calibrate(
     session: Session,
     info: ModelInfo,
-    source: Corpus,
-    todo: Sequence[Unit],
     choice: Choice,
+    num_rows: int,
     num_workers: int,
+    read_sample: Callable[[], Sequence[str]],
 ) -> Calibration:
-    """Returns how workers should run: measured where there is enough to do, otherwise what usually suits the device."""
-    there, num_rows = cluster.capacity(), sum(unit.num_rows for unit in todo)
+    """Returns how workers should run: measured where there is enough to do, otherwise what usually suits the device.
+
+    Args:
+        session: The cluster.
+        info: The model.
+        choice: What is not to be chosen.
+        num_rows: How many rows all workers will have to do.
+        num_workers: How many there will be.
+        read_sample: Returns texts to measure with.
+    """
     if num_rows < _WORTH_MEASURING:
-        precision = choice.precision or session.choose_precision("auto")
-        return Calibration(precision, choice.tokens_per_step or TOKENS_PER_STEP[there.device], bool(choice.is_compiled))
-    texts: list[str] = []
-    if choice.is_open:
-        for unit in todo[:: -(-len(todo) // _SAMPLE_UNITS)]:
-            head = dataclasses.replace(unit, stop=min(unit.start + _SAMPLE_ROWS // _SAMPLE_UNITS, unit.stop))
-            texts += corpus.read_unit(source.path_of(head.name), source.columns, head)[1]
-    best = session.calibrate(info, choice, texts, num_rows // num_workers)
+        precision, budget = choice.precision or session.choose_precision("auto"), TOKENS_PER_STEP[cluster.capacity().device]
+        return Calibration(precision, choice.tokens_per_step or budget, bool(choice.is_compiled))
+    best = session.calibrate(info, choice, read_sample() if choice.is_open else [], num_rows // num_workers)
     if best.notice:
         say(f"embed: {best.notice}")
     return best
+
+
+def _sample(source: Corpus, todo: Sequence[Unit]) -> list[str]:
+    """Returns the texts of the first rows of some units."""
+    texts: list[str] = []
+    for unit in todo[:: -(-len(todo) // _SAMPLE_UNITS)]:
+        head = dataclasses.replace(unit, stop=min(unit.start + SAMPLE_ROWS // _SAMPLE_UNITS, unit.stop))
+        texts += source.read(head)[1]
+    return texts
 
 
 def _describe_failures(failures: Mapping[str, Outcome[Receipt]], units: Sequence[Unit]) -> str:
@@ -186,9 +201,9 @@ def _inspect(settings: Settings, known: Manifest | None) -> Corpus:
     return source
 
 
-def _places(location: str, source: Corpus) -> list[Path]:
+def _places(location: str, source: Corpus) -> list[Place]:
     """Returns what of a corpus must not be mixed with the output: the folder that is searched for files, and the files."""
-    folder = storage.local_path(location)
+    folder = storage.place(location)
     return [*([folder] if folder.is_dir() else []), *(source.path_of(file.name) for file in source.files)]
 
 
@@ -212,7 +227,7 @@ def _embed(
     """Adds the receipts of units to ``finished`` and to the journal; returns what became of each unit that failed."""
     if not todo:
         return {}
-    output = storage.local_path(settings.output)
+    output = storage.place(settings.output)
     failures: dict[str, Outcome[Receipt]] = {}
     titles = {unit.key: unit.title for unit in todo}
     journal = Journal(output)

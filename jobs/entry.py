@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from enum import IntEnum
 from importlib import metadata
+from pathlib import Path
 from typing import Any, TypeVar
 
 from jobs import interruption
@@ -18,6 +19,8 @@ from matryoshka.config import Field, FolderPath, JobSettings, without_secrets
 S = TypeVar("S", bound=JobSettings)
 
 logger = logging.getLogger("jobs")
+
+_RAY_COPIES = "working_dir_files"
 
 
 class ExitCode(IntEnum):
@@ -73,10 +76,11 @@ def _run(name: str, settings_class: type[S], run: Callable[[S], Any], writes: st
         try:
             settings = settings_class.from_command_line(sys.argv[1:], f"python -m jobs.{name}")
             folder = getattr(settings, writes) if writes else None
+            _refuse_lost_output(folder)
             key = run_key(name, settings)
             handler.setFormatter(logging.Formatter(_LINE.replace("%(message)s", f"run={key} %(message)s")))
-            watch = Watch.begin(storage.local_path(folder), name, key) if folder else None
-        except (ValueError, OSError, leases.HeldError, KeyboardInterrupt) as error:
+            watch = Watch.begin(storage.place(folder), name, key) if folder else None
+        except (ValueError, RuntimeError, OSError, KeyboardInterrupt) as error:
             return _explain(name, error)[0]
         if watch:
             logger.info("event=begin job=%s", name)
@@ -101,6 +105,8 @@ def _explain(name: str, error: BaseException) -> tuple[ExitCode, str]:
         BaseException: It was the error of no job.
     """
     code = next((code for kinds, code in _CODES if isinstance(error, kinds)), None)
+    if code == ExitCode.INTERRUPTED and interruption.is_told():
+        code = ExitCode.TERMINATED
     if code is None:
         if not isinstance(error, Exception):
             raise error
@@ -141,6 +147,19 @@ def run_key(name: str, settings: JobSettings) -> str:
 
 
 _NOT_OF_THE_RUN = {"replace", "run_id"}
+
+
+def _refuse_lost_output(folder: str | None) -> None:
+    """Refuses an output in the copy of a working directory that Ray makes for a submitted job, on the head alone.
+
+    Raises:
+        ValueError: It would be there.
+    """
+    if folder and "://" not in folder and _RAY_COPIES in Path(folder).resolve().parts:
+        raise ValueError(
+            f"output: {folder} would lie in the copy that Ray made for this submission."
+            " Pass an absolute path on storage that every node mounts."
+        )
 
 
 def _set_up_logging() -> logging.Handler:

@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +25,7 @@ from matryoshka.model import ModelInfo
 from matryoshka.pairs import DatasetStore
 from matryoshka.report import Report
 from matryoshka.retrieval import Findings, Task
+from matryoshka.storage import Place
 from matryoshka.sts import ScoredPairs
 from matryoshka.tokens import Role
 from matryoshka.vectors import EmbeddingStore, Float16Array
@@ -107,7 +108,7 @@ def run(settings: Settings) -> Manifest:
     Raises:
         NoGainError: The gain that is required was not shown; the report is there.
     """
-    output = storage.local_path(settings.output)
+    output = storage.place(settings.output)
     artifacts.check_owner(output, "evaluation")
     manifest = _rank(settings) if settings.models else _evaluate(settings)
     if settings.require_gain is not None:
@@ -127,14 +128,20 @@ def named_models(models: tuple[str, ...]) -> dict[str, str]:
     """
     named: dict[str, str] = {}
     for text in models:
-        name, is_named, location = ("", "", text) if Path(text).exists() else text.partition("=")
-        name, location = (name, location) if is_named else (Path(text).name, text)
+        name, location = _split_name(text)
         if not _NAME.fullmatch(name) or not location:
             raise ValueError(f"--models {text}: '{name}' cannot name a folder. Write NAME=MODEL, with letters and digits.")
         if name in named:
             raise ValueError(f"--models: two are named '{name}' ({named[name]}, {location}). Write another-name={location}.")
         named[name] = location
     return named
+
+
+def _split_name(text: str) -> tuple[str, str]:
+    name, is_named, location = text.partition("=")
+    if not is_named or "://" in name or Path(text).exists():  # else it belongs to the path
+        return PurePosixPath(text).name, text
+    return name, location
 
 
 def check_models(settings: Settings) -> None:
@@ -153,11 +160,11 @@ def check_data(settings: Settings) -> None:
         ValueError: It is not.
     """
     if settings.sts:
-        sts.read(storage.local_path(settings.sts))
+        sts.read(storage.place(settings.sts))
     elif settings.data:
         _Retrieval.open(settings)
     else:
-        path = storage.local_path(settings.beir or "") / "qrels" / f"{settings.split}.tsv"
+        path = storage.place(settings.beir or "") / "qrels" / f"{settings.split}.tsv"
         if not path.is_file():
             raise ValueError(f"{path}: not there. Pass a BEIR folder with judgements for the split, or another split.")
 
@@ -192,12 +199,12 @@ def _describe_all(settings: Settings) -> dict[str, tuple[str, ModelInfo, tuple[i
 
 def _evaluate(settings: Settings) -> Manifest:
     """Evaluates one model."""
-    output = storage.local_path(settings.output)
+    output = storage.place(settings.output)
     info, dims = _describe(settings)
     system = settings.system or (_TUNED if info.is_tuned else _BASE)
     source: _Retrieval | _Similarity = _Similarity.open(settings) if settings.sts else _Retrieval.open(settings)
-    store = EmbeddingStore.open(storage.local_path(settings.embeddings)) if settings.embeddings else None
-    index = IndexStore.open(storage.local_path(settings.index)) if settings.index else None
+    store = EmbeddingStore.open(storage.place(settings.embeddings)) if settings.embeddings else None
+    index = IndexStore.open(storage.place(settings.index)) if settings.index else None
     identity = {
         "model": info.fingerprint,
         "data": source.fingerprint,
@@ -251,7 +258,7 @@ def _rank(settings: Settings) -> Manifest:
     Raises:
         ValueError: As ``_describe_all``, or a gain is required and there is not one of each, tuned and untouched.
     """
-    output = storage.local_path(settings.output)
+    output = storage.place(settings.output)
     found = _describe_all(settings)
     untouched = [name for name, (_, info, _) in found.items() if not info.is_tuned]
     has_both = 0 < len(untouched) < len(found)
@@ -291,18 +298,18 @@ def _rank(settings: Settings) -> Manifest:
         is_judged = settings.verdict and has_both
         tuned = next((name for name in ranking.means if name not in untouched), ranking.best)
         ordered = sorted(own, key=lambda name: name not in untouched[:1])  # the others are held against the first
-        series = (one for name in ordered for one in runs.read_series(storage.local_path(own[name].output))[1])
+        series = (one for name in ordered for one in runs.read_series(storage.place(own[name].output))[1])
         every = dataclasses.replace(words, series=(*words.series, *series), training=_training(found[tuned][1]))
         return _finish(output, manifest, *source.weigh(output, settings, made, every, tuned, has_verdict=is_judged))
     return _finish(output, manifest, made)
 
 
-def folder_of(output: Path, name: str) -> Path:
+def folder_of(output: Place, name: str) -> Place:
     """Returns where the evaluation of one of several models is."""
     return output / f"evaluation-{name}"
 
 
-def embeddings_of(output: Path) -> Path:
+def embeddings_of(output: Place) -> Place:
     """Returns where an evaluation puts the embeddings that it makes."""
     return output / "embeddings"
 
@@ -337,7 +344,7 @@ class _Retrieval:
 
     @classmethod
     def open(cls, settings: Settings) -> "_Retrieval":
-        folder = storage.local_path(settings.data) if settings.data else storage.local_path(settings.output) / "data"
+        folder = storage.place(settings.data) if settings.data else storage.place(settings.output) / "data"
         if settings.beir:
             own = prepare.Settings(output=str(folder), beir=settings.beir, near_duplicates=0, replace=settings.replace)
             prepare.run(own)  # nothing is trained here, so nothing can leak
@@ -361,7 +368,7 @@ class _Retrieval:
         return f"{len(self.task.queries)} queries of split '{self.split}'"
 
     def evaluate(self, session: Session, settings: Settings, job: _Job) -> _Found:
-        output, data = storage.local_path(settings.output), self.task.data
+        output, data = storage.place(settings.output), self.task.data
         store = job.store or embed.embed_dataset(
             embeddings_of(output), data, settings.model, settings.workers, replace=settings.replace
         )
@@ -375,11 +382,11 @@ class _Retrieval:
         return _Found(title, profile, remarks=self.task.remarks, findings=words.and_then(found))
 
     def weigh(
-        self, output: Path, settings: Settings, made: Report, found: Findings, system: str, *, has_verdict: bool
+        self, output: Place, settings: Settings, made: Report, found: Findings, system: str, *, has_verdict: bool
     ) -> tuple[Report, tuple[FileRecord, ...]]:
         """Returns the report with what the queries tell of systems beside each other, and the records of the files behind it."""
         required = verdict.REQUIRED_GAIN if settings.require_gain is None else settings.require_gain
-        known = runs.read_series(storage.local_path(settings.compare))[1] if settings.compare else []
+        known = runs.read_series(storage.place(settings.compare))[1] if settings.compare else []
         series = [*known, *found.series]
         written = runs.write_series(output, self.task.judged_ids, series)
         whole = retrieval.weigh(self.task, made, series, found, system, settings.floor, required if has_verdict else None)
@@ -396,7 +403,7 @@ class _Similarity:
 
     @classmethod
     def open(cls, settings: Settings) -> "_Similarity":
-        path = storage.local_path(settings.sts or "")
+        path = storage.place(settings.sts or "")
         return cls(pairs=sts.read(path), fingerprint=storage.digest_file(path))
 
     @property
@@ -440,15 +447,15 @@ def _profile(job: _Job, documents_per_second: float | None, queries_per_second: 
 
 
 def _fingerprint(compare: str | None) -> str | None:
-    return artifacts.read_whole(storage.local_path(compare), "evaluation").fingerprint if compare else None
+    return artifacts.read_whole(storage.place(compare), "evaluation").fingerprint if compare else None
 
 
 def _rows(folder: str | None) -> list[Row]:
-    return report.read_rows(storage.local_path(folder)) if folder else []
+    return report.read_rows(storage.place(folder)) if folder else []
 
 
 def _profiles(folder: str | None) -> list[Profile]:
-    return report.read_profiles(storage.local_path(folder)) if folder else []
+    return report.read_profiles(storage.place(folder)) if folder else []
 
 
 def _refuse_comparing(source: _Retrieval | _Similarity, system: str, settings: Settings) -> None:
@@ -458,11 +465,11 @@ def _refuse_comparing(source: _Retrieval | _Similarity, system: str, settings: S
         ValueError: The report to compare with comes from other data, or has a system of this name.
     """
     if settings.compare:
-        other = artifacts.read_complete(storage.local_path(settings.compare), "evaluation")
+        other = artifacts.read_complete(storage.place(settings.compare), "evaluation")
         if (other.identity["data"], other.identity["split"]) != (source.fingerprint, source.split):
             raise ValueError(f"--compare {settings.compare}: evaluated other data or another split. Compare like with like.")
         if isinstance(source, _Retrieval):
-            runs.find_series(storage.local_path(settings.compare))
+            runs.find_series(storage.place(settings.compare))
         if settings.bm25 and lexical.NAME in {row.system for row in _rows(settings.compare)}:
             raise ValueError(f"--compare {settings.compare}: has BM25 already. Leave out --bm25.")
         if system in {row.system for row in _rows(settings.compare)}:
@@ -474,7 +481,7 @@ def _training(info: ModelInfo) -> Training | None:
     return verdict.training_of(made.facts) if made else None
 
 
-def _keep(output: Path, previous: Manifest) -> Manifest:
+def _keep(output: Place, previous: Manifest) -> Manifest:
     """Returns the manifest of an evaluation that is complete; its page, which no manifest names, is made if it is missing."""
     if not (output / page.HTML).is_file():
         page.write(output)
@@ -482,7 +489,7 @@ def _keep(output: Path, previous: Manifest) -> Manifest:
     return previous
 
 
-def _finish(output: Path, manifest: Manifest, made: Report, records: Sequence[FileRecord] = ()) -> Manifest:
+def _finish(output: Place, manifest: Manifest, made: Report, records: Sequence[FileRecord] = ()) -> Manifest:
     report.write(output, made)
     page.write(output)
     records = [*records, *(FileRecord.of(output, output / name) for name in (report.JSON, report.MARKDOWN))]

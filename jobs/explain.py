@@ -1,7 +1,6 @@
 """Says what fine-tuning did to a model: change layer by layer, how its space lies before and after, and a map of both."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from jobs import cluster
@@ -15,6 +14,7 @@ from matryoshka.config import Field, FolderPath, check_settings
 from matryoshka.maps import Method
 from matryoshka.model import ModelInfo
 from matryoshka.pairs import DatasetStore
+from matryoshka.storage import Place
 
 _WITHOUT_EFFECT = {"output", "replace", "data", "base", "model"}
 
@@ -55,14 +55,14 @@ class _Inputs:
     identity: dict[str, Any]
 
     @property
-    def folders(self) -> list[Path]:
+    def folders(self) -> list[Place]:
         """The base model's and the tuned one's."""
         return [info.folder for info in self.models.values()]
 
 
 def run(settings: Settings) -> Manifest:
     """Explains the model, unless the output already holds that."""
-    output = storage.local_path(settings.output)
+    output = storage.place(settings.output)
     inputs = _check(settings, output)
     previous = artifacts.claim(output, "anatomy", inputs.identity, settings.replace)
     if previous and previous.is_complete and not artifacts.find_faults(output, previous):
@@ -83,13 +83,13 @@ def run(settings: Settings) -> Manifest:
     return manifest
 
 
-def _check(settings: Settings, output: Path) -> _Inputs:
+def _check(settings: Settings, output: Place) -> _Inputs:
     """Returns what the settings name.
 
     Raises:
         ValueError: Something is missing, or the models cannot be compared.
     """
-    data, tuned = DatasetStore.open(storage.local_path(settings.data)), model.describe(settings.model)
+    data, tuned = DatasetStore.open(storage.place(settings.data)), model.describe(settings.model)
     base = model.describe(settings.base or _base_of(tuned))
     storage.keep_apart(output, data.folder, base.folder, tuned.folder)
     before, after = (model.describe_architecture(info.folder) for info in (base, tuned))
@@ -115,7 +115,8 @@ def _base_of(tuned: ModelInfo) -> str:
         raise ValueError(f"{tuned.folder}: does not say what it was tuned from. Pass --base.")
     made = artifacts.read_complete(tuned.folder, "model")
     base = str(made.facts["base"])
-    if not Path(base).is_dir() or model.fingerprint(Path(base)) != made.identity["base"]:
+    folder = storage.place(base)
+    if not folder.is_dir() or model.fingerprint(folder) != made.identity["base"]:
         raise ValueError(f"{tuned.folder}: the model that it was tuned from is no longer at {base}. Pass --base.")
     return base
 

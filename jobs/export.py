@@ -25,8 +25,8 @@ class Settings(StageSettings):
 
 def run(settings: Settings) -> Manifest:
     """Exports the shards that the output lacks."""
-    output = storage.local_path(settings.output)
-    index = IndexStore.open(storage.local_path(settings.index).absolute())
+    output = storage.place(settings.output)
+    index = IndexStore.open(storage.place(settings.index).absolute())
     storage.keep_apart(output, index.folder)
     plan = FunnelPlan.parse(settings.plan) if settings.plan else index.plan
     index.check_plan(plan)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from jobs import cluster, training_group
@@ -19,6 +19,7 @@ from matryoshka.mining import NegativesStore
 from matryoshka.model import ModelInfo
 from matryoshka.pairs import DatasetStore
 from matryoshka.recipe import Recipe, count_steps
+from matryoshka.storage import Place
 from matryoshka.training import Job
 
 _PARTS = f"{storage.TEMPORARY}pairs"
@@ -84,14 +85,14 @@ class _Inputs:
 
     data: DatasetStore
     info: ModelInfo
-    pair_files: tuple[Path, ...]
+    pair_files: tuple[Place, ...]
     recipe: Recipe
     identity: Mapping[str, Any]
 
 
 def run(settings: Settings) -> Manifest:
     """Trains the model, unless the output already holds it."""
-    output = storage.local_path(settings.output)
+    output = storage.place(settings.output)
     inputs = _check(settings, output)
     previous = artifacts.claim(output, "model", inputs.identity, settings.replace)
     if previous and previous.is_complete:
@@ -131,15 +132,15 @@ def run(settings: Settings) -> Manifest:
     return _finish(output, manifest, inputs, seconds, cost)
 
 
-def _check(settings: Settings, output: Path) -> _Inputs:
+def _check(settings: Settings, output: Place) -> _Inputs:
     """Returns what the settings name, before anything is taken or written.
 
     Raises:
         ValueError: Something is missing, does not belong together, or does not fit.
     """
-    data = DatasetStore.open(storage.local_path(settings.data))
+    data = DatasetStore.open(storage.place(settings.data))
     info = model.describe(settings.model)
-    negatives = NegativesStore.open(storage.local_path(settings.negatives)) if settings.negatives else None
+    negatives = NegativesStore.open(storage.place(settings.negatives)) if settings.negatives else None
     storage.keep_apart(output, data.folder, info.folder, negatives.folder if negatives else None)
     if negatives and negatives.data != data.manifest.fingerprint:
         raise ValueError(f"--negatives {negatives.folder}: was mined from other data than {data.folder}. Mine from this data.")
@@ -157,7 +158,7 @@ def _check(settings: Settings, output: Path) -> _Inputs:
     return _Inputs(data, info, pair_files, recipe, identity)
 
 
-def _count_negatives(settings: Settings, negatives: NegativesStore | None, pair_file: Path) -> int:
+def _count_negatives(settings: Settings, negatives: NegativesStore | None, pair_file: Place) -> int:
     """Returns how many negatives of each pair take part.
 
     Raises:
@@ -190,7 +191,7 @@ def check_recipe(settings: Settings, info: ModelInfo) -> None:
         curves.check()
 
 
-def plan_steps(settings: Settings, num_pairs: int, pair_files: Sequence[Path]) -> int:
+def plan_steps(settings: Settings, num_pairs: int, pair_files: Sequence[Place]) -> int:
     """Returns how many steps a run takes.
 
     Raises:
@@ -218,7 +219,7 @@ def _choose_dev(settings: Settings, data: DatasetStore) -> DevSet | None:
     return None
 
 
-def _tokenise(session: Session, inputs: _Inputs, output: Path) -> tuple[Path, ...]:
+def _tokenise(session: Session, inputs: _Inputs, output: Place) -> tuple[Place, ...]:
     """Has the pairs tokenised, one file per task; returns the folders that hold them."""
     parts = tuple(output / _PARTS / f"{number:05d}" for number in range(len(inputs.pair_files)))
     named = (inputs.info.folder, inputs.recipe.max_tokens, inputs.recipe.num_negatives)
@@ -228,7 +229,7 @@ def _tokenise(session: Session, inputs: _Inputs, output: Path) -> tuple[Path, ..
     return parts
 
 
-def _tokenise_file(path: Path, part: Path, folder: Path, max_tokens: int | None, num_negatives: int) -> int:
+def _tokenise_file(path: Place, part: Place, folder: Place, max_tokens: int | None, num_negatives: int) -> int:
     model.quieten()
     tokeniser = training.make_tokeniser(model.load(folder, "cpu"), max_tokens)
     return examples.tokenise_part(path, part, tokeniser, num_negatives)
@@ -242,7 +243,7 @@ def _announce(recipe: Recipe, workers: int, precision: str) -> None:
     )
 
 
-def _finish(output: Path, manifest: Manifest, inputs: _Inputs, seconds: float, cost: Mapping[str, Any]) -> Manifest:
+def _finish(output: Place, manifest: Manifest, inputs: _Inputs, seconds: float, cost: Mapping[str, Any]) -> Manifest:
     record = storage.read_json(output / training.LOG)
     summary = {**record["summary"], "train_seconds": round(seconds, 1)}
     card.write(output / card.NAME, inputs.info, inputs.data.manifest, inputs.recipe, record["entries"], summary)
@@ -259,11 +260,11 @@ def _finish(output: Path, manifest: Manifest, inputs: _Inputs, seconds: float, c
     return manifest
 
 
-def _receipts(output: Path) -> tuple[Receipt, ...]:
+def _receipts(output: Place) -> tuple[Receipt, ...]:
     """Returns a receipt for every file of the model; its card, which people write to, and TensorBoard's files are not of it."""
     apart = {artifacts.MANIFEST, card.NAME, curves.FOLDER, CHECKPOINTS}
-    files = sorted(path for path in output.rglob("*") if path.is_file() and path.relative_to(output).parts[0] not in apart)
-    return tuple(Receipt(record.path, 0, (record,)) for record in (FileRecord.of(output, path) for path in files))
+    names = [str(path) for path in sorted(map(PurePosixPath, storage.names(output))) if path.parts[0] not in apart]
+    return tuple(Receipt(name, 0, (FileRecord.named(name, output / name),)) for name in names)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,9 +20,10 @@ from matryoshka.indexing import SHARDS, TRAINED, Layout, ShardPlan
 from matryoshka.layouts import Choice, Given, Wanted
 from matryoshka.nested import FunnelPlan
 from matryoshka.removals import REMOVED, Removed
+from matryoshka.storage import Place
 from matryoshka.vectors import EmbeddingStore, Float16Array
 
-_ROWS_PER_SHARD = 1_000_000
+ROWS_PER_SHARD = 1_000_000
 _SHOWN = 3
 _AUTO = "auto"
 _GB = 1e9
@@ -157,8 +157,8 @@ class _State:
 
 def run(settings: Settings) -> Manifest:
     """Builds the shards that the output lacks, and marks in the others what is to be gone."""
-    output = storage.local_path(settings.output)
-    store = EmbeddingStore.open(storage.local_path(settings.embeddings))
+    output = storage.place(settings.output)
+    store = EmbeddingStore.open(storage.place(settings.embeddings))
     storage.keep_apart(output, store.folder)
     artifacts.check_owner(output, "index")
     known = artifacts.peek(output, "index")
@@ -192,7 +192,7 @@ def run(settings: Settings) -> Manifest:
 
 
 def _default_shards(store: EmbeddingStore) -> int:
-    return max(-(-store.manifest.num_rows // _ROWS_PER_SHARD), 1)
+    return max(-(-store.manifest.num_rows // ROWS_PER_SHARD), 1)
 
 
 def _choose(
@@ -237,7 +237,7 @@ def _as_before(wanted: Wanted, before: Layout) -> Wanted:
     return dataclasses.replace(wanted, space=space, dim=dim, factory=factory, storage=wanted.storage or before.storage)
 
 
-def _removed(settings: Settings, output: Path, known: Manifest | None, store: EmbeddingStore) -> Removed:
+def _removed(settings: Settings, output: Place, known: Manifest | None, store: EmbeddingStore) -> Removed:
     """Returns the documents that stay out, and says which of the ids are of no document."""
     asked = removals.read(settings.remove, settings.id_column) if settings.remove else removals.none()
     strangers = removals.unknown(store, asked)
@@ -303,7 +303,7 @@ def _build(
     queries: _Queries | None,
 ) -> Manifest:
     """Does what is left to do, with a receipt for each part on disk as soon as it is done; commits the manifest."""
-    output = storage.local_path(settings.output).resolve()
+    output = storage.place(settings.output).resolve()
     journal, todo = Journal(output), state.todo
     if state.training:
         _tell_age(state.training, store.manifest.num_rows)
@@ -356,7 +356,7 @@ def _train(
     if not state.must_train:
         return None
     asked = queries.encode(session, settings, store) if queries else None
-    training = (store, state.layout, asked, settings.sample, storage.local_path(settings.output).resolve())
+    training = (store, state.layout, asked, settings.sample, storage.place(settings.output).resolve())
     (receipt,) = session.run_tasks(indexing.train, [training])
     trained: Receipt = receipt
     return trained

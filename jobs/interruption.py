@@ -16,6 +16,9 @@ TERMINATED = 143
 """The exit code of such a run, as a shell would say it: 128 and the number of the signal."""
 
 
+_told = threading.Event()
+
+
 class TerminatedError(KeyboardInterrupt):
     """The run was told to end, by SIGTERM."""
 
@@ -23,8 +26,14 @@ class TerminatedError(KeyboardInterrupt):
 @contextlib.contextmanager
 def heeded() -> Iterator[None]:
     """Has SIGTERM raise ``TerminatedError`` in the main thread for as long as the block runs, so that everything is closed."""
+    _told.clear()
     with on_terminate(terminate):
         yield
+
+
+def is_told() -> bool:
+    """Returns whether the run was told to end: where Ray waits, any signal becomes a plain ``KeyboardInterrupt``."""
+    return _told.is_set()
 
 
 def terminate() -> None:
@@ -36,6 +45,7 @@ def terminate() -> None:
 
 def hurry() -> None:
     """Has the process end by itself if it is still there when the patience of whoever sent SIGTERM may run out."""
+    _told.set()
     timer = threading.Timer(PATIENCE_SECONDS, _leave)
     timer.daemon = True
     timer.start()

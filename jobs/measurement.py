@@ -2,8 +2,9 @@
 
 import contextlib
 import os
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +15,7 @@ from jobs.processes import Process
 from jobs.terminal import say
 from matryoshka import storage
 from matryoshka.config import JobSettings
+from matryoshka.storage import Place
 
 _ENOUGH_ROUNDS = 3
 
@@ -31,21 +33,42 @@ def choose_device(wanted: str | None) -> str:
     return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def check_output(text: str) -> Path:
-    """Returns where the report goes, if a file can be there and is not something else's.
+def check_output(text: str, job: str = "benchmark") -> Place:
+    """Returns where the report of a job goes, if a file can be there and is not something else's.
 
     Raises:
-        ValueError: It is a folder, no JSON file, or a file that is no report.
+        ValueError: It is a folder, no JSON file, or a file that is no report of this job.
     """
-    output = storage.local_path(text)
+    output = storage.place(text)
     if output.is_dir():
-        raise ValueError(f"{output}: is a folder. Pass a file: --output {output / 'benchmark.json'}.")
+        raise ValueError(f"{output}: is a folder. Pass a file: --output {output / f'{job}.json'}.")
     if output.suffix != ".json":
         raise ValueError(f"{output}: the report is JSON. Pass --output {output.with_suffix('.json')}.")
-    known = storage.read_json(output) if output.exists() else {"job": "benchmark"}
-    if not isinstance(known, dict) or known.get("job") != "benchmark":
-        raise ValueError(f"{output}: holds something else than a benchmark's report. Pass another --output.")
+    if output.exists():
+        read_report(output, job)
     return output
+
+
+@contextlib.contextmanager
+def scratch(output: Place) -> Iterator[Path]:
+    """Yields a folder that is gone at the end: beside the report, where that is on a disk."""
+    beside = output.parent.resolve() if isinstance(output, Path) else None
+    if beside:
+        beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=storage.TEMPORARY, dir=beside) as folder:
+        yield Path(folder)
+
+
+def read_report(path: Place, job: str) -> dict[str, Any]:
+    """Returns the report that a job wrote.
+
+    Raises:
+        ValueError: The file is missing, or something else.
+    """
+    report = storage.read_json(path)
+    if not isinstance(report, dict) or report.get("job") != job:
+        raise ValueError(f"{path}: holds something else than a {job}'s report. Pass another file.")
+    return report
 
 
 def take_turns(num_rounds: int, turns: Mapping[str, Callable[[], Any]]) -> dict[str, list[Any]]:

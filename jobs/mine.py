@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from matryoshka.config import Field, FolderPath, check_settings
 from matryoshka.indexing import IndexStore
 from matryoshka.mining import Rules, Sampling, Sources
 from matryoshka.pairs import DatasetStore
+from matryoshka.storage import Place
 from matryoshka.vectors import EmbeddingStore
 
 _ROWS_PER_SHARD = 250_000  # a worker holds one shard at a time: 0.4 GB of vectors of 384 dims
@@ -80,10 +80,10 @@ def check_window(settings: Settings, data: DatasetStore) -> Rules:
 
 def run(settings: Settings) -> Manifest:
     """Mines the files of pairs that the output lacks."""
-    output = storage.local_path(settings.output).absolute()  # workers have a working folder of their own
-    data = DatasetStore.open(storage.local_path(settings.data).absolute())
+    output = storage.place(settings.output).absolute()  # workers have a working folder of their own
+    data = DatasetStore.open(storage.place(settings.data).absolute())
     info = model.describe(settings.model)
-    store = EmbeddingStore.open(storage.local_path(settings.embeddings).absolute()) if settings.embeddings else None
+    store = EmbeddingStore.open(storage.place(settings.embeddings).absolute()) if settings.embeddings else None
     storage.keep_apart(output, data.folder, info.folder, store.folder if store else None)
     files, rules = data.pair_files(), check_window(settings, data)
     embed.refuse_strangers("--embeddings", store, info, data)
@@ -118,7 +118,7 @@ def run(settings: Settings) -> Manifest:
     return manifest
 
 
-def _index(store: EmbeddingStore, folder: Path) -> IndexStore:
+def _index(store: EmbeddingStore, folder: Place) -> IndexStore:
     """Returns an index for exact search at full width; one of other vectors makes way for it."""
     shards = -(-store.manifest.num_rows // _ROWS_PER_SHARD)
     own: dict[str, Any] = {"plan": (f"{store.width}:{_KEEP}",), "coarse_index": indexing.NO_INDEX, "shards": shards}
@@ -126,7 +126,7 @@ def _index(store: EmbeddingStore, folder: Path) -> IndexStore:
     return IndexStore.open(folder)
 
 
-def _gather(work: Path, data: DatasetStore, store: EmbeddingStore, built: IndexStore, rules: Rules) -> Sources:
+def _gather(work: Place, data: DatasetStore, store: EmbeddingStore, built: IndexStore, rules: Rules) -> Sources:
     """Returns what workers need, with the hashes of documents and of what is known written to a folder of this run."""
     documents, known = positives.read(data, built.open_ids())
     for name, hashes in ((mining.DOCUMENTS, documents), (mining.KNOWN, known)):
@@ -136,7 +136,7 @@ def _gather(work: Path, data: DatasetStore, store: EmbeddingStore, built: IndexS
     return Sources(built, source, work, rules)
 
 
-def _encode_queries(pool: Encoders, todo: Sequence[Path], work: Path, width: int) -> None:
+def _encode_queries(pool: Encoders, todo: Sequence[Place], work: Place, width: int) -> None:
     """Writes the vectors of each file's queries, row by row, where an earlier run has not; memory holds a part of a file."""
     missing = [path for path in todo if not mining.vectors_of(work, path).is_file()]
     with Counter("mine: queries", len(missing), "queries") as counter:
@@ -154,7 +154,7 @@ def _encode_queries(pool: Encoders, todo: Sequence[Path], work: Path, width: int
             counter.advance(num_rows, file=path.name)
 
 
-def _mine(session: Session, sources: Sources, todo: Sequence[Path], output: Path, finished: dict[str, Receipt]) -> None:
+def _mine(session: Session, sources: Sources, todo: Sequence[Place], output: Place, finished: dict[str, Receipt]) -> None:
     """Adds the receipts of files to ``finished`` and to the journal."""
     journal = Journal(output)
     calls = [(sources, path, output) for path in todo]
@@ -168,7 +168,7 @@ def _mine(session: Session, sources: Sources, todo: Sequence[Path], output: Path
         journal.flush()
 
 
-def _finish(output: Path, manifest: Manifest, receipts: Sequence[Receipt]) -> Manifest:
+def _finish(output: Place, manifest: Manifest, receipts: Sequence[Receipt]) -> Manifest:
     summary = mining.summarise(receipt.details for receipt in receipts)
     facts = {**manifest.facts, "mined": summary}
     finished = dataclasses.replace(manifest, facts=facts, receipts=tuple(receipts), is_complete=True)

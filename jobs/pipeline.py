@@ -4,7 +4,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from jobs import cluster, embed, evaluate, explain, finetune, index, measurement, mine, prepare, search, tune, verify
@@ -17,6 +17,7 @@ from matryoshka.model import ModelInfo
 from matryoshka.pairs import DatasetStore
 from matryoshka.provenance import Embedding, Environment, Training
 from matryoshka.report import Report
+from matryoshka.storage import Place
 
 
 class Settings(StageSettings):
@@ -80,7 +81,7 @@ def plan(settings: Settings, *, has_gpu: bool, winner: str | None = None) -> lis
     Raises:
         ValueError: A section, or an option in one, is unknown or unusable.
     """
-    root = Path(settings.output)
+    root = storage.place(settings.output)
     split = str(settings.evaluate.get("split", "test"))
     data, tuned, vectors, built = (str(root / name) for name in ("data", "model", "embeddings", "index"))
     before = str(root / _BEFORE)
@@ -131,8 +132,8 @@ def _also(settings: Settings, name: str, system: str, base: str) -> tuple[str, A
     return f"also.{name}", evaluate, wiring | ({"compare": before} if system == "tuned" else {})
 
 
-def _folder_of(settings: Settings, name: str, system: str) -> Path:
-    return Path(settings.output) / f"also-{name}-{system}"
+def _folder_of(settings: Settings, name: str, system: str) -> Place:
+    return storage.place(settings.output) / f"also-{name}-{system}"
 
 
 def _stage_settings(settings: Settings, name: str, job: Any, wiring: dict[str, Any], *, has_gpu: bool) -> Any:
@@ -173,7 +174,7 @@ def _refuse_unknown_names(settings: Settings) -> None:
 
 def choose(settings: Settings, split: str, *, has_gpu: bool) -> evaluate.Settings:
     """Returns the settings of the stage that ranks the candidates."""
-    root, own = Path(settings.output), _section(settings, "evaluate", has_gpu=has_gpu)
+    root, own = storage.place(settings.output), _section(settings, "evaluate", has_gpu=has_gpu)
     dims = own.get("dims") or _section(settings, "finetune", has_gpu=has_gpu).get("dims", ())
     values = {"output": str(root / _CANDIDATES), "data": str(root / "data"), "models": settings.candidates, "split": split,
               "dims": dims, "workers": own.get("workers"), "replace": settings.replace}  # fmt: skip
@@ -233,7 +234,7 @@ def _refuse_data(folder: str, stages: Sequence[JobSettings]) -> None:
     Raises:
         ValueError: There are too few training pairs, or the split to evaluate has no queries or judgements.
     """
-    data = DatasetStore.open(storage.local_path(folder))
+    data = DatasetStore.open(storage.place(folder))
     for stage in stages:
         if isinstance(stage, finetune.Settings):
             finetune.plan_steps(stage, data.num_pairs, data.pair_files())
@@ -250,7 +251,7 @@ def _refuse_data(folder: str, stages: Sequence[JobSettings]) -> None:
 
 def run(settings: Settings) -> None:
     """Runs every stage that is not done yet, and writes the report."""
-    output = storage.local_path(settings.output)
+    output = storage.place(settings.output)
     _refuse_early(settings)
     previous = artifacts.claim(output, "run", {}, settings.replace)
     with cluster.connected():
@@ -263,7 +264,7 @@ def run(settings: Settings) -> None:
         data = str(output / "data")
         _refuse_data(data, [stage for _, _, stage in stages])
         if settings.candidates:
-            split = choosing_split(settings, DatasetStore.open(Path(data)), has_gpu=has_gpu)
+            split = choosing_split(settings, DatasetStore.open(storage.place(data)), has_gpu=has_gpu)
             choice: Stage = ("choose", evaluate.run, choose(settings, split, has_gpu=has_gpu))
             _run_stage(choice)
             _, *stages = plan(settings, has_gpu=has_gpu, winner=report.read_best(output / _CANDIDATES))
@@ -288,7 +289,7 @@ def _run_stages(stages: Sequence[Stage]) -> tuple[list[Stage], tuple[str, NoGain
         try:
             _run_stage(stage)
         except NoGainError as error:
-            missed = Path(getattr(stage[2], "output", "")).name, error
+            missed = PurePosixPath(getattr(stage[2], "output", "")).name, error
             if missed[0] == _GAIN:
                 say("pipeline: stops before the index, keep the base model")
                 break
@@ -303,7 +304,7 @@ def _run_stage(stage: Stage) -> None:
     say(f"{name} took {time.perf_counter() - start:.1f} s\n")
 
 
-def _finish(output: Path, previous: Manifest | None, settings: Settings, stages: Sequence[Stage], last: str) -> None:
+def _finish(output: Place, previous: Manifest | None, settings: Settings, stages: Sequence[Stage], last: str) -> None:
     """Writes the report of the whole run, if it changed: the last evaluation's figures, and the fingerprints behind them."""
     run, made = describe_run("pipeline", settings), _collect(output, settings, last)
     manifest = Manifest("run", {}, made.fingerprints, {"run": run}, is_complete=True)
@@ -326,7 +327,7 @@ def _finish(output: Path, previous: Manifest | None, settings: Settings, stages:
     say(f"report: {output / page.HTML}, {output / report.MARKDOWN} and {output / report.JSON}{built}")
 
 
-def _sections(output: Path, run: Mapping[str, Any], stages: Sequence[Stage]) -> dict[str, Any]:
+def _sections(output: Place, run: Mapping[str, Any], stages: Sequence[Stage]) -> dict[str, Any]:
     """Returns what stands in the report beside the figures: what fine-tuning did, and what lies behind all of it."""
     commands = [config.command_line(f"python -m {type(stage).__module__}", stage) for _, _, stage in stages]
     hardware = measurement.describe_hardware(measurement.choose_device(None))
@@ -338,11 +339,11 @@ def _sections(output: Path, run: Mapping[str, Any], stages: Sequence[Stage]) -> 
     }
 
 
-def _read_anatomy(output: Path) -> dict[str, Any]:
+def _read_anatomy(output: Place) -> dict[str, Any]:
     return dict(storage.read_json(output / _ANATOMY / anatomy.NAME))
 
 
-def _collect(output: Path, settings: Settings, last: str) -> Report:
+def _collect(output: Place, settings: Settings, last: str) -> Report:
     """Returns what all evaluations of the run found."""
     is_whole = last == _AFTER
     elsewhere = {name: report.read(_folder_of(settings, name, _TUNED)) for name in settings.also if is_whole}

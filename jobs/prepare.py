@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from jobs import cluster
@@ -16,6 +16,7 @@ from matryoshka.config import Field, FolderPath, InputPath, check_settings
 from matryoshka.labelled import LabelColumns
 from matryoshka.preparation import Finishing, Prepared, Source
 from matryoshka.splits import SplitBy, SplitRule
+from matryoshka.storage import Place
 
 _FILES = "Parquet, CSV or JSONL files: a folder, file or glob pattern."
 _SOURCES = ("pairs", "titled", "labelled", "beir", "python_docs")
@@ -123,8 +124,8 @@ class Settings(StageSettings):
 
 def run(settings: Settings) -> Manifest:
     """Makes the dataset, unless the output already holds it."""
-    output = storage.local_path(settings.output).absolute()  # workers have a working folder of their own
-    storage.keep_apart(output, *(storage.local_path(text) for text in (settings.location, settings.beir) if text))
+    output = storage.place(settings.output).absolute()  # workers have a working folder of their own
+    storage.keep_apart(output, *(storage.place(text) for text in (settings.location, settings.beir) if text))
     chunk_plan = _plan_chunks(settings)
     root, paths = _find_input(settings)
     rules = _rules(settings, root, paths)
@@ -136,11 +137,11 @@ def run(settings: Settings) -> Manifest:
         return previous
     source = _source(settings, paths, rules)
     finishing = Finishing(chunk_plan, settings.near_duplicates or None, settings.fail_on_empty)
-    stamps = corpus.stamp(Path("/"), paths)
+    stamps = corpus.stamp(root, paths)
     with storage.workspace(output, "prepare") as work:
         with cluster.connected() as session:
             prepared = preparation.prepare(source, rules, finishing, work, session.run_tasks)
-        if corpus.stamp(Path("/"), paths) != stamps:
+        if corpus.stamp(root, paths) != stamps:
             raise ValueError(f"{source.files[0]}: the input changed while it was read. Run the same command again.")
         manifest = Manifest("dataset", identity, facts={**prepared.facts, "run": describe_run("prepare", settings)})
         finished = _publish(output, work, manifest, prepared)
@@ -155,28 +156,34 @@ def _plan_chunks(settings: Settings) -> ChunkPlan | None:
     return chunks.plan_chunks(info.folder, info.max_tokens, settings.chunk_tokens, settings.chunk_overlap)
 
 
-def _find_input(settings: Settings) -> tuple[Path, list[Path]]:
+def _find_input(settings: Settings) -> tuple[Place, Sequence[Place]]:
     """Returns the root and the files of the input, in the order in which they are read; all paths are absolute."""
     if settings.python_docs:
         return Path("/"), [Path(source.path).absolute() for source in docstrings.find_sources()]
     if settings.beir:
-        folder = storage.local_path(settings.beir).absolute()
+        folder = storage.place(settings.beir).absolute()
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder. Pass a BEIR folder with corpus.jsonl, queries.jsonl and qrels/.")
-        return folder, sorted(path for path in folder.rglob("*") if path.suffix in {".jsonl", ".tsv"})
+        names = sorted(map(PurePosixPath, storage.names(folder)))
+        return folder, [folder / str(name) for name in names if name.suffix in {".jsonl", ".tsv"}]
     return corpus.find_files(settings.location or "", sources.SUFFIXES)
 
 
-def _identity(settings: Settings, root: Path, paths: Sequence[Path], chunk_plan: ChunkPlan | None) -> dict[str, Any]:
-    digests = [[path.relative_to(root).as_posix(), storage.digest_file(path)] for path in paths]
+def _identity(settings: Settings, root: Place, paths: Sequence[Place], chunk_plan: ChunkPlan | None) -> dict[str, Any]:
+    digests = [[_name_of(path, root), storage.digest_file(path)] for path in paths]
     own = settings.model_dump(exclude={"output", "replace", "model", *_SOURCES})
-    tokenizer = storage.digest_file(Path(chunk_plan.tokenizer)) if chunk_plan else None
+    tokenizer = storage.digest_file(storage.place(chunk_plan.tokenizer)) if chunk_plan else None
     return {"source": storage.digest_json(digests), "tokenizer": tokenizer, **own}
 
 
-def _rules(settings: Settings, root: Path, paths: Sequence[Path]) -> Rules:
+def _name_of(path: Place, root: Place) -> str:
+    """Returns the path of a file below a folder."""
+    return path.as_posix().removeprefix(root.as_posix()).lstrip("/")
+
+
+def _rules(settings: Settings, root: Place, paths: Sequence[Place]) -> Rules:
     train = 1 - settings.test_fraction - settings.dev_fraction
-    names = [path.relative_to(root).as_posix() for path in paths]
+    names = [_name_of(path, root) for path in paths]
     fractions = {"test": settings.test_fraction, "dev": settings.dev_fraction, "train": train}
     return Rules(
         SplitRule(_split_by(settings, names), fractions, settings.split_salt, str(root)),
@@ -199,11 +206,11 @@ def _split_by(settings: Settings, names: Sequence[str]) -> SplitBy:
     return "files"
 
 
-def _source(settings: Settings, paths: Sequence[Path], rules: Rules) -> Source:
+def _source(settings: Settings, paths: Sequence[Place], rules: Rules) -> Source:
     if settings.python_docs:
         return preparation.from_docstrings(docstrings.find_sources())
     if settings.beir:
-        return preparation.from_beir(storage.local_path(settings.beir).absolute())
+        return preparation.from_beir(storage.place(settings.beir).absolute())
     shared = settings.group_column, settings.split_column
     if settings.labelled:
         return preparation.from_labelled(paths, LabelColumns(settings.text_column, settings.label_column, *shared), rules)
@@ -213,7 +220,7 @@ def _source(settings: Settings, paths: Sequence[Path], rules: Rules) -> Source:
     return preparation.from_pairs(paths, PairColumns(*names, settings.id_column, *shared), rules)
 
 
-def _publish(output: Path, work: Path, manifest: Manifest, prepared: Prepared) -> Manifest:
+def _publish(output: Place, work: Place, manifest: Manifest, prepared: Prepared) -> Manifest:
     """Moves the finished files to where they belong, and commits the manifest."""
     artifacts.begin(output, manifest, None, work)
     for path, receipt in prepared.moves.items():

@@ -12,7 +12,7 @@ from matryoshka.config import Field, JobSettings, Positional, options
 
 JOBS = (
     *("pipeline", "prepare", "mine", "finetune", "explain", "embed", "index", "tune"),
-    *("export", "search", "evaluate", "report", "verify", "status", "benchmark"),
+    *("export", "search", "evaluate", "report", "verify", "status", "benchmark", "plan"),
 )
 
 _BEGIN, _END = "<!-- options -->", "<!-- end of options -->"

@@ -18,8 +18,8 @@ class Settings(JobSettings):
 
 def run(settings: Settings) -> None:
     """Writes the page."""
-    output = storage.local_path(settings.output) if settings.output else None
-    path = page.write(storage.local_path(settings.run), output)
+    output = storage.place(settings.output) if settings.output else None
+    path = page.write(storage.place(settings.run), output)
     say(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 

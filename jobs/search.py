@@ -71,7 +71,7 @@ class Settings(JobSettings):
 
 def run(settings: Settings) -> None:
     """Answers the question, or all of the file's."""
-    folder, faults = storage.local_path(settings.index), dict[str, str]()
+    folder, faults = storage.place(settings.index), dict[str, str]()
     if settings.allow_partial:
         index, faults = IndexStore.open_partial(folder)
     else:
@@ -121,7 +121,7 @@ def _report_missing(index: IndexStore, faults: Mapping[str, str]) -> None:
 
 def _answer_all(settings: Settings, index: IndexStore, info: ModelInfo | None, plan: FunnelPlan, faults: dict[str, str]) -> None:
     source = _inspect(settings, index)
-    output = storage.local_path(settings.output or "")
+    output = storage.place(settings.output or "")
     identity = {
         "index": index.manifest.fingerprint,
         "queries": source.fingerprint,
@@ -140,7 +140,7 @@ def _answer_all(settings: Settings, index: IndexStore, info: ModelInfo | None, p
     with cluster.connected() as session:
         cluster.check_device(settings.device)
         artifacts.begin(output, manifest, previous)
-        with storage.workspace(output, "queries") as work:
+        with storage.scratch(output) as work:
             parts = _encode(session, source, info, settings, index, work) if info else _read(source, index.width)
             with session.shards(index.shards, settings.workers, settings.device) as actors:
                 asking = _Asking(settings, index, plan, actors, faults)
@@ -174,7 +174,7 @@ def _encode(
     """Encodes all queries, since encoders and shards take the same CPUs in turn; yields them from disk, part by part."""
     precision, paths = index.manifest.facts["precision"], []
     for number, unit in enumerate(plan_units(source.files, _PART_QUERIES)):
-        ids, texts = corpus.read_unit(source.path_of(unit.name), source.columns, unit)
+        ids, texts = source.read(unit)
         if ids:
             paths.append(work / f"{number:08d}.parquet")
             vectors.write_unit(paths[-1], ids, session.encode_queries(info, precision, texts, settings.workers))

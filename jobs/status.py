@@ -20,7 +20,7 @@ class Settings(JobSettings):
 
 def run(settings: Settings) -> ExitCode:
     """Prints what the status says, and returns what a scheduler should make of it."""
-    folder = storage.local_path(settings.folder)
+    folder = storage.place(settings.folder)
     found = Status.read(folder)
     if found is None:
         raise ValueError(f"{settings.folder}: no {status.NAME} here. Pass the output of a job that was run.")

@@ -4,17 +4,19 @@ import contextlib
 import logging
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
 import ray.train
 from ray.exceptions import OutOfMemoryError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs import interruption
@@ -42,6 +44,7 @@ class _Mailbox:
         self._entries: list[dict[str, Any]] = []
         self._is_ending = False
         self._checkpoint = -1
+        self._num_begun = 0
         self._error = ""
 
     def put(self, entry: dict[str, Any]) -> None:
@@ -52,6 +55,15 @@ class _Mailbox:
         """Returns what came since the last call."""
         entries, self._entries = self._entries, []
         return entries
+
+    def begin(self) -> int:
+        """Returns the number of a first rank that begins."""
+        self._num_begun += 1
+        return self._num_begun
+
+    def is_last(self, number: int) -> bool:
+        """Returns whether no first rank has begun since."""
+        return number == self._num_begun
 
     def end(self) -> None:
         """Asks for a checkpoint: the run is about to end."""
@@ -118,11 +130,10 @@ class Group:
         """
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lost only with the driver
         mailbox: Any = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
-        trainer = self._trainer(job, mailbox)
         start = time.perf_counter()
         try:
-            with _Listening(mailbox, job.recipe, listener):
-                _fit(trainer)
+            with tempfile.TemporaryDirectory(prefix=storage.TEMPORARY) as notes, _Listening(mailbox, job.recipe, listener):
+                _fit(self._trainer(job, mailbox, notes))
         except ray.train.TrainingFailedError as error:
             _raise_own(mailbox)
             raise RuntimeError(
@@ -134,18 +145,23 @@ class Group:
         _adopt(job)
         return seconds
 
-    def _trainer(self, job: Job, mailbox: Any) -> TorchTrainer:
+    def _trainer(self, job: Job, mailbox: Any, notes: str) -> TorchTrainer:
+        """Returns a trainer; what Ray Train writes down goes to a folder of this machine, as nobody reads it."""
         use_gpu = self.capacity.device == "cuda"
         cpus = self._cpus_per_rank
         return TorchTrainer(
             _train_loop,
             train_loop_config={"job": ray.put(job), "num_threads": cpus, "mailbox": mailbox},
+            torch_config=_ByAddress(),
             scaling_config=ScalingConfig(
-                num_workers=self.num_ranks, use_gpu=use_gpu, resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})}
+                num_workers=self.num_ranks,
+                use_gpu=use_gpu,
+                resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})},
+                placement_strategy="PACK",  # they wait for each other at every step
             ),
             run_config=RunConfig(
                 name="ray",
-                storage_path=str(job.output / f"{storage.TEMPORARY}train"),
+                storage_path=notes,
                 failure_config=FailureConfig(max_failures=self.attempts - 1),
             ),
         )
@@ -172,11 +188,8 @@ def _adopt(job: Job) -> None:
     """Moves the model to where it belongs, and removes what only an unfinished run needs."""
     if not (job.target / "modules.json").is_file():
         raise RuntimeError(f"finetune: no model came out at {job.target}. Is {job.output} on a disk that all nodes mount?")
-    for path in job.target.rglob("*.safetensors"):
-        path.chmod(0o644)  # written for its owner only, but other users of the cluster load it
-    for path in job.target.iterdir():
-        storage.remove(job.output / path.name)
-        path.rename(job.output / path.name)
+    for name in storage.names(job.target):
+        storage.move(job.target / name, job.output / name)
     storage.remove_leftovers(job.output)
 
 
@@ -210,9 +223,8 @@ class _Listening:
         self._ended.set()
         self._thread.join()
         self._stack.close()
-        # It was told as the last step ended, or Ray Train made an exit of the interruption.
-        if self._told_to_end.is_set() and (kind is None or issubclass(kind, KeyboardInterrupt)):
-            raise TerminatedError
+        if self._told_to_end.is_set() and kind is None:
+            raise TerminatedError  # it was told as the last step ended
 
     def _listen(self) -> None:
         try:
@@ -267,6 +279,7 @@ class _Observer:
 
     def __init__(self, mailbox: Any, *, is_first: bool) -> None:
         self._mailbox, self._is_first = mailbox, is_first
+        self._number = ray.get(mailbox.begin.remote()) if is_first else 0
         self._question = mailbox.is_ending.remote()
         self._is_answered = self._is_preempted = False
 
@@ -282,6 +295,15 @@ class _Observer:
     def wants_checkpoint(self, step: int) -> bool:
         """Returns, once each, whether the run is told to end, and whether a node of it is about to be taken away."""
         return self._hears_of_end() | self._hears_of_preemption(step)
+
+    def before_writing(self) -> None:
+        """Waits for the driver's word, for ever on a machine that is cut off from it: Ray begins the run again elsewhere.
+
+        Raises:
+            RuntimeError: Ray has.
+        """
+        if not ray.get(self._mailbox.is_last.remote(self._number)):
+            raise RuntimeError("this machine was given up for lost, and another has taken its place")
 
     def checkpointed(self, step: int) -> None:
         """Tells the driver."""
@@ -300,6 +322,30 @@ class _Observer:
             return False
         self._is_preempted = ray.train.get_preemption_info() is not None
         return self._is_preempted
+
+
+class _ByAddress(TorchConfig):
+    """Has ranks find each other by the addresses that their machines have in the cluster."""
+
+    @property
+    def backend_cls(self) -> Any:
+        """The one of torch, after the right interface was chosen."""
+        return _Backend
+
+
+class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        """Sets the process group up."""
+        worker_group.execute(_choose_interface)
+        super().on_start(worker_group, backend_config)
+
+
+def _choose_interface() -> None:
+    """Tells gloo where to listen: it would ask what the machine's own name stands for, which on many is loopback."""
+    own = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    for name, addresses in psutil.net_if_addrs().items():
+        if own in {address.address for address in addresses}:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _train_loop(config: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """Finds the cheapest plan of an index that holds a floor, on real queries, and keeps the whole frontier with the index."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from jobs import cluster, embed, measurement
 from jobs.entry import main
@@ -14,6 +13,7 @@ from matryoshka.frontier import Point
 from matryoshka.indexing import IndexStore
 from matryoshka.metrics import Qrels
 from matryoshka.pairs import DatasetStore
+from matryoshka.storage import Place
 from matryoshka.tuning import Tuning
 from matryoshka.vectors import EMBEDDING
 
@@ -69,7 +69,7 @@ class _Queries:
 
 def run(settings: Settings) -> None:
     """Tunes the index, unless that was done."""
-    index = IndexStore.open(storage.local_path(settings.index))
+    index = IndexStore.open(storage.place(settings.index))
     if not index.manifest.num_rows:
         raise ValueError(f"{index.folder}: holds no documents. Index some before you tune.")
     queries = _read(settings, index)
@@ -116,8 +116,8 @@ def _read(settings: Settings, index: IndexStore) -> _Queries:
         return _from_parquet(settings, index)
     info = model.describe_maker(index.folder, index.manifest, settings.model)
     if settings.beir:
-        return _from_beir(storage.local_path(settings.beir), settings.split)
-    data = DatasetStore.open(storage.local_path(settings.data or ""))
+        return _from_beir(storage.place(settings.beir), settings.split)
+    data = DatasetStore.open(storage.place(settings.data or ""))
     embed.refuse_strangers("--index", index, info, data)
     return _from_dataset(data, settings.split)
 
@@ -133,14 +133,14 @@ def _from_dataset(data: DatasetStore, split: str) -> _Queries:
     return _Queries(ids, texts, None, data.qrels(split), fingerprint)
 
 
-def _without_judgements(place: Path, split: str) -> str:
+def _without_judgements(place: Place, split: str) -> str:
     return (
         f"{place}: no query of split '{split}' has judgements. Pass another --split, or pass a file of queries as --queries:"
         " the floor is then a share of the exact neighbours."
     )
 
 
-def _from_beir(folder: Path, split: str) -> _Queries:
+def _from_beir(folder: Place, split: str) -> _Queries:
     judged = beir.find_splits(folder)
     if split not in judged:
         raise ValueError(f"{folder}: no judgements for split '{split}' (found: {', '.join(judged)}). Pass --split.")
@@ -177,7 +177,7 @@ def _choose(queries: _Queries, settings: Settings) -> _Queries:
     if queries.qrels is not None:
         usable = [name for name in queries.ids if any(grade > 0 for grade in queries.qrels.get(name, {}).values())]
         if not usable:
-            raise ValueError(_without_judgements(Path(settings.data or settings.beir or ""), settings.split))
+            raise ValueError(_without_judgements(storage.place(settings.data or settings.beir or ""), settings.split))
     wanted = set(units.sample_keys(usable, settings.max_queries, _SALT))
     rows = [row for row, name in enumerate(queries.ids) if name in wanted]
     return _Queries(

@@ -20,7 +20,7 @@ class Settings(JobSettings):
 def run(settings: Settings) -> None:
     """Prints a line per artifact."""
     faults = []
-    for folder in verification.find_artifacts(storage.local_path(settings.folder)):
+    for folder in verification.find_artifacts(storage.place(settings.folder)):
         manifest, found = verification.verify(folder)
         verdict = "FAULT" if found else "ok"
         say(f"{verdict:5}  {manifest.kind:11} {folder}  ({manifest.num_rows} rows, {len(manifest.receipts)} parts)")

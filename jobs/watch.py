@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import threading
+from pathlib import Path
 from typing import Self
 
 from jobs import terminal
@@ -108,8 +109,9 @@ class Watch:
     def _vanish(self) -> None:
         storage.remove(self._folder / status.NAME)
         self._lease.release()
-        with contextlib.suppress(OSError):  # it holds something by now, or is the root of a bucket
-            self._folder.rmdir()
+        if isinstance(self._folder, Path):  # in a bucket, there are no folders
+            with contextlib.suppress(OSError):  # it holds something by now
+                self._folder.rmdir()
 
 
 def _stamp(folder: Place) -> tuple[int, float] | None:

@@ -5,7 +5,6 @@ import os
 import shutil
 import socket
 import tempfile
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,12 +65,16 @@ def s3(pytestconfig: pytest.Config) -> "Iterator[Proxy]":
 @pytest.fixture
 def bucket(s3: "Proxy") -> str:  # noqa: ARG001 - the server must be there
     """The address of an empty bucket."""
-    from matryoshka import storage
+    import s3_server
 
-    address = f"s3://bucket-{uuid.uuid4().hex[:12]}"
-    place = storage.place(address)
-    place.fs.call_s3("create_bucket", Bucket=place.path.rstrip("/"))  # type: ignore[union-attr]
-    return address
+    return s3_server.make_bucket()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests are shared among processes, keeps those of a file together, and all that look at the finished pipeline."""
+    looking = {item.path for item in items if "finished_pipeline" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("finished_pipeline" if item.path in looking else item.path.name))
 
 
 @pytest.fixture(scope="session")

@@ -74,9 +74,9 @@ def count_units(folder: Path) -> int:
     return len(list((folder / "units").glob("*.parquet"))) if (folder / "units").is_dir() else 0
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
-    """Returns once a condition holds, or fails after two minutes."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+def wait_until(holds: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> None:
+    """Returns once a condition holds, or fails after some time, two minutes if it is not given."""
+    deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.005)

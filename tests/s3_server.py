@@ -5,6 +5,7 @@ import re
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -155,6 +156,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
+
+
+def make_bucket() -> str:
+    """Makes a bucket in the server that the environment names, and returns its address."""
+    from matryoshka import storage
+
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    place: Any = storage.place(f"s3://{name}")
+    place.fs.call_s3("create_bucket", Bucket=name)
+    return f"s3://{name}"
 
 
 @contextmanager

@@ -44,6 +44,9 @@ class Observer:
             raise KilledError
         return step in self.wanted
 
+    def before_writing(self) -> None:
+        pass
+
     def checkpointed(self, step: int) -> None:
         self.checkpoints.append(step)
 

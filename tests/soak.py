@@ -32,7 +32,7 @@ _LOOK_SECONDS = 0.5
 _FROZEN_SECONDS = 10.0
 _MIB = 2**20
 _HELD, _TERMINATED, _RETRY = 4, 143, 1
-_FAULTS = ("kill a worker", "kill the driver", "end the driver", "freeze a worker", "start a second run")
+_FAULTS = ("kill a worker", "kill a worker", "kill the driver", "end the driver", "freeze a worker", "start a second run")
 
 
 def main() -> None:

@@ -8,14 +8,16 @@ small journal files beside it, so that a run that was killed is taken up where i
 import dataclasses
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 from matryoshka import leases, shapes, status, storage
+from matryoshka.buckets import UPath
 from matryoshka.shapes import ListOf, MapOf
+from matryoshka.storage import Place
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -25,6 +27,8 @@ _LEVELS = 2  # the deepest artifact of a pipeline lies two folders below its out
 _OF_THE_RUN = (leases.NAME, status.NAME)  # they are there before and after the artifact
 _SEGMENTS = "[0-9]*.json"
 _FLUSH_SECONDS = 2.0
+_OUTSIDE = "leads out of the artifact's folder"
+_AGAIN = "Run the job that made it again with --replace."
 _RESTORE = "Restore it, or make the artifact anew with --replace."
 
 _FILE = {"path": str, "num_bytes": int, "digest": str}
@@ -46,9 +50,14 @@ class FileRecord:
     digest: str
 
     @classmethod
-    def of(cls, folder: Path, path: Path) -> Self:
-        """Returns the record of a file as it is on disk now."""
-        return cls(path.relative_to(folder).as_posix(), path.stat().st_size, storage.digest_file(path))
+    def of(cls, folder: Place, path: Place) -> Self:
+        """Returns the record of a file as it is now."""
+        return cls.named(PurePosixPath(str(path)).relative_to(str(folder)).as_posix(), path)
+
+    @classmethod
+    def named(cls, name: str, file: Place) -> Self:
+        """Returns the record of a file that will be at this path below its artifact once it is published."""
+        return cls(name, file.stat().st_size, storage.digest_file(file))
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +123,12 @@ class Manifest:
         """Rows of all parts together."""
         return sum(receipt.num_rows for receipt in self.receipts)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Place) -> None:
         """Commits the manifest; a complete one supersedes the journal."""
         self._publish(folder, self.fingerprint)
         storage.remove(folder / _JOURNAL)
 
-    def _publish(self, folder: Path, fingerprint: str | None) -> None:
+    def _publish(self, folder: Place, fingerprint: str | None) -> None:
         """Writes the manifest with one receipt per line: readable, and quick with a hundred thousand of them."""
         head = {
             "kind": self.kind,
@@ -133,7 +142,7 @@ class Manifest:
         storage.publish_json_lines(folder / MANIFEST, head, "receipts", (receipt.as_json() for receipt in self.receipts))
 
 
-def read(folder: Path, kind: str | None = None) -> Manifest:
+def read(folder: Place, kind: str | None = None) -> Manifest:
     """Returns the manifest of an artifact, finished or not.
 
     Raises:
@@ -157,13 +166,13 @@ def read(folder: Path, kind: str | None = None) -> Manifest:
     return manifest
 
 
-def _receipts(values: Any, path: Path) -> tuple[Receipt, ...]:
+def _receipts(values: Any, path: Place) -> tuple[Receipt, ...]:
     if not isinstance(values, list):
         raise ValueError(f"{path}: no list of receipts. {_RESTORE}")
     return tuple(Receipt.from_json(value, f"{path}: receipt {number}") for number, value in enumerate(values))
 
 
-def _read_raw(path: Path) -> dict[str, Any]:
+def _read_raw(path: Place) -> dict[str, Any]:
     value: dict[str, Any] = storage.read_json(path)
     if shapes.find_fault(value, {"kind": str, "format": object, "fingerprint": object}):
         raise ValueError(f"{path}: not a manifest of this project. Pass another folder.")
@@ -182,7 +191,7 @@ _MAKERS = {
 }
 
 
-def read_complete(folder: Path, kind: str) -> Manifest:
+def read_complete(folder: Place, kind: str) -> Manifest:
     """Returns the manifest of a finished artifact.
 
     Raises:
@@ -194,12 +203,12 @@ def read_complete(folder: Path, kind: str) -> Manifest:
     return manifest
 
 
-def is_artifact(path: Path) -> bool:
+def is_artifact(path: Place) -> bool:
     """Returns whether a path is a folder with a manifest."""
     return (path / MANIFEST).is_file()
 
 
-def peek(folder: Path, kind: str | None = None) -> Manifest | None:
+def peek(folder: Place, kind: str | None = None) -> Manifest | None:
     """Returns the manifest of an artifact of this kind (or of any), finished or not, or None where none can be read."""
     try:
         return read(folder, kind)
@@ -207,7 +216,7 @@ def peek(folder: Path, kind: str | None = None) -> Manifest | None:
         return None
 
 
-def check_owner(folder: Path, kind: str) -> bool:
+def check_owner(folder: Place, kind: str) -> bool:
     """Returns whether an output folder holds an artifact of this kind, whatever its state; False where it is free.
 
     Raises:
@@ -225,43 +234,42 @@ def check_owner(folder: Path, kind: str) -> bool:
     return True
 
 
-def may_use(folder: Path) -> bool:
+def may_use(folder: Place) -> bool:
     """Returns whether an output is free, or holds an artifact of this project or what is left of one."""
     if not folder.is_dir():
         return not folder.exists()
     return is_artifact(folder) or all(is_artifact(entry) or _is_unfinished(entry) for entry in folder.iterdir())
 
 
-def find_related(folder: Path) -> Iterator[Path]:
+def find_related(folder: Place) -> Iterator[Place]:
     """Yields the outputs that may lie in an output, or that it may lie in: those of a pipeline and its stages."""
-    yield from list(folder.parents)[:_LEVELS]
+    parents: list[Place] = [*folder.parents]
+    yield from parents[:_LEVELS]
     yield from _find_nested(folder, _LEVELS)
 
 
-def _find_nested(folder: Path, levels: int) -> Iterator[Path]:
+def _find_nested(folder: Place, levels: int) -> Iterator[Place]:
     for entry in folder.iterdir() if levels and folder.is_dir() else ():
         if entry.is_dir() and any((entry / name).is_file() for name in (MANIFEST, leases.NAME)):
             yield entry
             yield from _find_nested(entry, levels - 1)
 
 
-def claim(folder: Path, kind: str, identity: Mapping[str, Any], replace: bool, known: Manifest | None = None) -> Manifest | None:
+def claim(folder: Place, kind: str, identity: Mapping[str, Any], replace: bool, known: Manifest | None = None) -> Manifest | None:
     """Returns what an earlier run left in an output folder, or None where there is nothing to go on from.
 
-    Nothing is written or removed: see ``begin``. ``replace`` gives up an artifact of the same kind and another identity;
-    it never touches a folder that holds something else. ``known`` is what ``peek`` gave for this kind, if that was asked.
+    Nothing is written or removed: see ``begin``; in a bucket it is tried whether that can be done. ``replace`` gives up an
+    artifact of the same kind and another identity; it never touches a folder that holds something else. ``known`` is what
+    ``peek`` gave for this kind, if that was asked.
 
     Raises:
         ValueError: The folder belongs to something else, or to an artifact of another identity and ``replace`` is off.
     """
-    if known is None and not check_owner(folder, kind):
+    manifest = known or _claimed(folder, kind, replace)
+    if manifest is None or not manifest.is_complete:
+        storage.check_writable(folder)
+    if manifest is None:
         return None
-    try:
-        manifest = known or read(folder)
-    except ValueError:
-        if replace:
-            return None
-        raise
     differing = _differences(manifest.identity, identity)
     if differing and not replace:
         raise ValueError(
@@ -270,14 +278,26 @@ def claim(folder: Path, kind: str, identity: Mapping[str, Any], replace: bool, k
     return None if differing else manifest
 
 
-def _kind_of(folder: Path) -> str:
+def _claimed(folder: Place, kind: str, replace: bool) -> Manifest | None:
+    """Returns the manifest in an output folder, if there is one; one that cannot be read may be given up."""
+    if not check_owner(folder, kind):
+        return None
+    try:
+        return read(folder)
+    except ValueError:
+        if replace:
+            return None
+        raise
+
+
+def _kind_of(folder: Place) -> str:
     try:
         return str(_read_raw(folder / MANIFEST)["kind"])
     except ValueError as error:
         raise ValueError(f"{error} (Pass another --output: this one is left alone.)") from None
 
 
-def _is_unfinished(path: Path) -> bool:
+def _is_unfinished(path: Place) -> bool:
     """Returns whether a path is something that a run may have left before it had a manifest."""
     return path.name.startswith(storage.TEMPORARY) or path.name in _OF_THE_RUN
 
@@ -294,7 +314,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:12]}..."
 
 
-def begin(folder: Path, manifest: Manifest, previous: Manifest | None, work: Path | None = None) -> None:
+def begin(folder: Place, manifest: Manifest, previous: Manifest | None, work: Place | None = None) -> None:
     """Takes an output folder into use: marks it as unfinished, and clears what no earlier run of this identity left.
 
     Artifacts in folders below this one are left alone: they have manifests of their own, and so is ``work``, where this run
@@ -315,7 +335,7 @@ def begin(folder: Path, manifest: Manifest, previous: Manifest | None, work: Pat
 class Journal:
     """Receipts of finished parts, on disk within two seconds: a killed run loses at most the record of its last ones."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         self._folder = folder / _JOURNAL
         self._pending: list[Receipt] = []
         self._flushed_at = time.monotonic()
@@ -337,42 +357,47 @@ class Journal:
         self._flushed_at = time.monotonic()
 
 
-def read_journal(folder: Path) -> list[Receipt]:
+def read_journal(folder: Place) -> list[Receipt]:
     """Returns the receipts that unfinished runs left, oldest first.
 
     Raises:
         ValueError: A file of the journal is not what a run leaves.
     """
-    paths = sorted((folder / _JOURNAL).glob(_SEGMENTS))
-    return [receipt for path in paths for receipt in _receipts(storage.read_json(path), path)]
+    paths: list[Place] = sorted((folder / _JOURNAL).glob(_SEGMENTS))
+    parts = zip(storage.read_all_json(paths), paths, strict=True)
+    return [receipt for part, path in parts for receipt in _receipts(part, path)]
 
 
 def finished_receipts(
-    folder: Path, manifest: Manifest | None, keys: Iterable[str], *, compare_digests: bool = False
+    folder: Place, manifest: Manifest | None, keys: Iterable[str], *, compare_digests: bool = False
 ) -> dict[str, Receipt]:
     """Returns the receipts, among ``keys``, of parts that are done and whose files are as the receipts say.
 
     Sizes are always compared; digests cost a read of every file.
     """
-    wanted = set(keys)
-    known = [*manifest.receipts, *read_journal(folder)] if manifest else []
-    root = os.path.realpath(folder)
-    return {
-        receipt.key: receipt
-        for receipt in known
-        if receipt.key in wanted and not any(_fault(folder, file, compare_digests, root) for file in receipt.files)
-    }
+    if manifest is None:
+        return {}
+    wanted, fault_of = set(keys), _finder(folder)
+    known = [receipt for receipt in (*manifest.receipts, *read_journal(folder)) if receipt.key in wanted]
+
+    def is_whole(receipt: Receipt) -> bool:
+        return not any(fault_of(file, compare_digests) for file in receipt.files)
+
+    if not compare_digests or isinstance(folder, Path):
+        return {receipt.key: receipt for receipt in known if is_whole(receipt)}
+    with ThreadPoolExecutor() as pool:
+        return {receipt.key: receipt for receipt, whole in zip(known, pool.map(is_whole, known), strict=True) if whole}
 
 
-def remove_strangers(folder: Path, parts: str, manifest: Manifest) -> None:
+def remove_strangers(folder: Place, parts: str, manifest: Manifest) -> None:
     """Removes from the folder of parts what no receipt of a committed manifest names, such as units of removed input."""
-    named = {Path(file.path).parts[1] for receipt in manifest.receipts for file in receipt.files}
+    named = {PurePosixPath(file.path).parts[1] for receipt in manifest.receipts for file in receipt.files}
     for path in (folder / parts).iterdir():
         if path.name not in named:
             storage.remove(path)
 
 
-def find_faults(folder: Path, manifest: Manifest, only_sizes: Collection[str] = ()) -> list[str]:
+def find_faults(folder: Place, manifest: Manifest, only_sizes: Collection[str] = ()) -> list[str]:
     """Returns every way in which the files of an artifact differ from its receipts, one line each.
 
     Args:
@@ -380,32 +405,62 @@ def find_faults(folder: Path, manifest: Manifest, only_sizes: Collection[str] = 
         manifest: Of the artifact.
         only_sizes: Names of files whose digests are not looked at.
     """
-    root = os.path.realpath(folder)
+    unfinished = [] if manifest.is_complete else [f"{folder}: not finished"]
+    return [*unfinished, *(fault for _, fault in find_faulty(folder, manifest, only_sizes))]
 
-    def fault_of(file: FileRecord) -> str:
-        return _fault(folder, file, Path(file.path).name not in only_sizes, root)
 
+def find_faulty(folder: Place, manifest: Manifest, only_sizes: Collection[str] = ()) -> list[tuple[Receipt, str]]:
+    """Returns the receipts of an artifact from which files differ, each with what is wrong with a file; see ``find_faults``."""
+    fault_of = _finder(folder)
+    files = [(receipt, file) for receipt in manifest.receipts for file in receipt.files]
     with ThreadPoolExecutor() as pool:  # digests are computed without the interpreter's lock
-        found = pool.map(fault_of, (file for receipt in manifest.receipts for file in receipt.files))
-        return [*([] if manifest.is_complete else [f"{folder}: not finished"]), *filter(None, found)]
+        found = pool.map(lambda own: fault_of(own[1], PurePosixPath(own[1].path).name not in only_sizes), files)
+        return [(receipt, fault) for (receipt, _), fault in zip(files, found, strict=True) if fault]
+
+
+def _finder(folder: Place) -> Callable[[FileRecord, bool], str]:
+    """Returns what finds the fault of a file, comparing digests or not; what all files have in common is looked up here."""
+    if isinstance(folder, Path):
+        root = os.path.realpath(folder)
+        return lambda file, compare_digests: _fault(folder, file, compare_digests, root)
+    there = storage.sizes(folder)
+    return lambda file, compare_digests: _fault_in_bucket(folder, file, compare_digests, there.get(file.path))
 
 
 def _fault(folder: Path, record: FileRecord, compare_digests: bool, root: str = "") -> str:
     """Returns what is wrong with a file, or nothing; ``root`` is the folder without symbolic links, where that is known."""
     path = os.path.join(folder, record.path)  # noqa: PTH118 - a hundred thousand times: pathlib takes longer than the disk
     if not os.path.realpath(path).startswith(f"{root or os.path.realpath(folder)}/"):
-        return f"{path}: leads out of the artifact's folder"
+        return f"{path}: {_OUTSIDE}"
     status = os.stat(path) if os.path.isfile(path) else None  # noqa: PTH113, PTH116
     if not status:
         return f"{path}: missing"
     if status.st_size != record.num_bytes:
         return f"{path}: {status.st_size} bytes, the receipt says {record.num_bytes}"
     if compare_digests and storage.digest_file(Path(path)) != record.digest:
-        return f"{path}: its bytes were altered (another SHA-256 than the receipt's)"
+        return f"{path}: {storage.ALTERED}"
     return ""
 
 
-def read_whole(folder: Path, kind: str) -> Manifest:
+def _fault_in_bucket(folder: UPath, record: FileRecord, compare_digests: bool, num_bytes: int | None) -> str:
+    """Returns what is wrong with an object of so many bytes (None: not there), or nothing."""
+    if _leads_out(record.path):
+        return f"{folder}/{record.path}: {_OUTSIDE}"
+    if num_bytes is None:
+        return f"{folder}/{record.path}: missing"
+    if num_bytes != record.num_bytes:
+        return f"{folder}/{record.path}: {num_bytes} bytes, the receipt says {record.num_bytes}"
+    if compare_digests and storage.digest_file(folder / record.path) != record.digest:
+        return f"{folder}/{record.path}: {storage.ALTERED}"
+    return ""
+
+
+def _leads_out(path: str) -> bool:
+    parts = PurePosixPath(path)
+    return parts.is_absolute() or ".." in parts.parts
+
+
+def read_whole(folder: Place, kind: str) -> Manifest:
     """Returns the manifest of a finished artifact, every file of which is exactly what its receipt says: for small ones.
 
     Raises:
@@ -418,13 +473,40 @@ def read_whole(folder: Path, kind: str) -> Manifest:
     return manifest
 
 
-def check_file(folder: Path, record: FileRecord) -> Path:
-    """Returns the path of a file that is exactly what its receipt says, for a reader about to parse it.
+def check_file(folder: Place, record: FileRecord) -> Path:
+    """Returns a local path of a file that is exactly what its receipt says, for a reader about to parse it.
+
+    Of an object in a bucket it is a copy on this node's disk; see ``read_file`` for what is read only once.
 
     Raises:
         ValueError: It is missing, truncated or altered.
     """
-    fault = _fault(folder, record, compare_digests=True)
+    if isinstance(folder, Path):
+        fault = _fault(folder, record, compare_digests=True)
+        if fault:
+            raise ValueError(f"{fault}. {_AGAIN}")
+        return folder / record.path
+    return storage.local(_checked_place(folder, record), record.digest)
+
+
+def read_file(folder: Place, record: FileRecord) -> Path | bytes:
+    """Returns a file that is exactly what its receipt says: its path, or, from a bucket, its bytes, which need no disk.
+
+    Raises:
+        ValueError: As ``check_file``.
+    """
+    if isinstance(folder, Path):
+        return check_file(folder, record)
+    data: bytes = _checked_place(folder, record).read_bytes()
+    if storage.digest_of([data]) != record.digest:
+        raise ValueError(f"{folder}/{record.path}: {storage.ALTERED}. {_AGAIN}")
+    return data
+
+
+def _checked_place(folder: UPath, record: FileRecord) -> UPath:
+    """Returns where an object is that is there, and in its artifact."""
+    place = folder / record.path
+    fault = _OUTSIDE if _leads_out(record.path) else "" if place.is_file() else "missing"
     if fault:
-        raise ValueError(f"{fault}. Run the job that made it again with --replace.")
-    return folder / record.path
+        raise ValueError(f"{folder}/{record.path}: {fault}. {_AGAIN}")
+    return place

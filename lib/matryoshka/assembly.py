@@ -9,7 +9,6 @@ import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from matryoshka import chunks, corpus, leaks, pairs, partitions
@@ -18,6 +17,7 @@ from matryoshka.chunks import Chunk, ChunkPlan
 from matryoshka.leaks import NOWHERE, References
 from matryoshka.partitions import Dealer
 from matryoshka.splits import DEV, STRENGTH, TEST, TRAIN, strongest
+from matryoshka.storage import Place
 
 SPLITS = tuple(STRENGTH)
 NEAR, SHARED = "near-duplicate of dev or test", "document that answers dev or test too"
@@ -85,7 +85,7 @@ class Layout:
         parts: The shelves of each part of the corpus.
     """
 
-    work: Path
+    work: Place
     num_partitions: int
     keeps_all: bool = False
     extras: tuple[str, ...] = ()
@@ -95,11 +95,11 @@ class Layout:
     parts: tuple[tuple[int, ...], ...] = ()
 
     @property
-    def out(self) -> Path:
+    def out(self) -> Place:
         """Where the dataset's files are made."""
         return self.work / "out"
 
-    def folder(self, kind: str) -> Path:
+    def folder(self, kind: str) -> Place:
         """Returns where rows of a kind are on their way."""
         return self.work / kind
 
@@ -214,13 +214,13 @@ def _references(layout: Layout) -> References:
 
 
 @functools.lru_cache(maxsize=1)  # a run's folder has a path of its own
-def _load_references(folder: Path, threshold: float) -> References:
+def _load_references(folder: Place, threshold: float) -> References:
     return References.load(folder, threshold)
 
 
 def _shelved(layout: Layout, number: int) -> Iterator[Document]:
     for first in layout.parts[number]:
-        yield from partitions.read_batch(layout.folder(_DOCUMENTS) / f"{first:020d}.arrow", Document)
+        yield from partitions.read_file(layout.folder(_DOCUMENTS) / f"{first:020d}.arrow", Document)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import attrgetter
-from pathlib import Path
 from typing import NamedTuple
 
 from matryoshka import corpus, partitions, sources, splits
@@ -15,6 +14,7 @@ from matryoshka.assembly import Document, Judgement, Layout, Link, Query, Shelve
 from matryoshka.cleaning import Rules, Tally
 from matryoshka.partitions import Dealer, partition_of, text_id
 from matryoshka.splits import Cutoffs, Sample
+from matryoshka.storage import Place
 
 CORPUS, QUERIES, QRELS = "corpus.jsonl", "queries.jsonl", "qrels"
 
@@ -56,7 +56,7 @@ class Wanted(NamedTuple):
     split: str
 
 
-def find_splits(folder: Path) -> dict[str, Path]:
+def find_splits(folder: Place) -> dict[str, Place]:
     """Returns the judgements of a BEIR folder by split.
 
     Raises:
@@ -64,8 +64,9 @@ def find_splits(folder: Path) -> dict[str, Path]:
     """
     for name in (CORPUS, QUERIES):
         next(corpus.text_lines(folder / name), None)
-    found: dict[str, Path] = {}
-    for path in sorted((folder / QRELS).glob("*.tsv")):
+    found: dict[str, Place] = {}
+    paths: list[Place] = sorted((folder / QRELS).glob("*.tsv"), key=lambda path: path.name)
+    for path in paths:
         split = splits.known(path.stem)
         if split is None:
             raise ValueError(f"{path}: no split '{path.stem}'. Name it train.tsv, dev.tsv or test.tsv, or take it out.")
@@ -79,7 +80,7 @@ def find_splits(folder: Path) -> dict[str, Path]:
     return found
 
 
-def take_corpus(layout: Layout, _rules: Rules, folder: Path) -> Tally:
+def take_corpus(layout: Layout, _rules: Rules, folder: Place) -> Tally:
     """Puts all documents on shelves; those without text are left out."""
     dropped: Counter[str] = Counter()
     shelves = Shelves(layout)
@@ -98,7 +99,7 @@ def take_corpus(layout: Layout, _rules: Rules, folder: Path) -> Tally:
     return Tally(shelves.sizes, +dropped)
 
 
-def take_queries(layout: Layout, _rules: Rules, folder: Path) -> Tally:
+def take_queries(layout: Layout, _rules: Rules, folder: Place) -> Tally:
     """Deals all queries out by id."""
     path = folder / QUERIES
     num_texts = 0
@@ -112,7 +113,7 @@ def take_queries(layout: Layout, _rules: Rules, folder: Path) -> Tally:
     return Tally()
 
 
-def take_judgements(layout: Layout, _rules: Rules, path: Path, split: str, number: int) -> Tally:
+def take_judgements(layout: Layout, _rules: Rules, path: Place, split: str, number: int) -> Tally:
     """Deals the judgements of a split out by query; ``number`` is that of their file."""
     with Dealer(layout.folder(_JUDGED), split, Judged, layout.num_partitions) as dealer:
         for line, query, document, grade in corpus.read_qrels(path):

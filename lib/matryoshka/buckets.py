@@ -10,7 +10,7 @@ import importlib.util
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,8 +128,9 @@ class BucketPath(S3Path):
         Raises:
             FileNotFoundError: Nothing is.
         """
-        names = {info["name"].rstrip("/").rpartition("/")[2] for info in self.fs.ls(self.path, detail=True)}
-        yield from (self / name for name in sorted(names))
+        own = self.path.rstrip("/")
+        found = {info["name"].rstrip("/") for info in self.fs.ls(own, detail=True)}  # a console's empty folder lists itself
+        yield from (self / name.rpartition("/")[2] for name in sorted(found - {own}))
 
     def rglob(self, pattern: str, **_options: Any) -> Iterator[Self]:
         """Yields the objects and folders below, at any depth, whose name is like the pattern."""
@@ -316,28 +317,30 @@ def download_all(folder: BucketPath, infos: Mapping[str, ObjectInfo], target: Pa
             pass
 
 
-def upload(source: Path, place: BucketPath) -> None:
+def upload(source: Path, place: BucketPath, last: str | None = None) -> None:
     """Copies a local file or folder to a place; after an error, nothing of it is there.
 
-    An object appears at once and whole. A folder's come one after the other; once all are there, what the folder held
-    besides is deleted.
+    An object appears at once and whole. A folder's come one after the other, ``last`` after all others; once all are there,
+    what the folder held besides is deleted.
     """
     if not source.is_dir():
         place.fs.upload(str(source), place.path)
         return
     names = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()]
     old = set(listing(place))
+    _discard(place, old & {last})
     try:
         with ThreadPoolExecutor(_FILES_AT_ONCE, "uploads") as pool:
-            for _ in pool.map(lambda name: place.fs.upload(str(source / name), (place / name).path), names):
-                pass
+            for part in ([name for name in names if name != last], [name for name in names if name == last]):
+                for _ in pool.map(lambda name: place.fs.upload(str(source / name), (place / name).path), part):
+                    pass
     except BaseException:
         _discard(place, set(names) - old)
         raise
     _discard(place, old - set(names))
 
 
-def _discard(folder: BucketPath, names: set[str]) -> None:
+def _discard(folder: BucketPath, names: Collection[str]) -> None:
     if names:
         folder.fs.delete([(folder / name).path for name in sorted(names)])
 

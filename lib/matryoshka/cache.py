@@ -4,12 +4,13 @@ An entry is in use for as long as a process that asked for it lives, and is then
 with its size, whose lock says so: a shared one for those who use it, an exclusive one for who makes or removes it.
 """
 
+import contextlib
 import fcntl
 import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 FOLDER, LIMIT = "MATRYOSHKA_CACHE", "MATRYOSHKA_CACHE_GB"
@@ -80,12 +81,25 @@ def hold(key: str, measure: Callable[[], int], make: Callable[[Path], None]) -> 
             _make(root, key, measure, make)
 
 
+@contextlib.contextmanager
+def borrowing() -> Iterator[None]:
+    """Keeps what is asked for while the block runs no longer than that."""
+    before = set(_held)
+    try:
+        yield
+    finally:
+        _release(set(_held) - before)
+
+
 def release_all() -> None:
     """Keeps nothing any longer: what this process was given may be removed."""
+    _release(set(_held))
+
+
+def _release(entries: Collection[Path]) -> None:
     with _holding:
-        for lock in _held.values():
-            os.close(lock)
-        _held.clear()
+        for entry in entries:
+            os.close(_held.pop(entry))
 
 
 def _lock(path: Path, kind: int) -> int:

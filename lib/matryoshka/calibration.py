@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -11,13 +10,14 @@ import numpy as np
 from matryoshka import rates
 from matryoshka.encode import TOKENS_PER_STEP, Encoder
 from matryoshka.rates import Precision
+from matryoshka.storage import Place
 from matryoshka.tokens import Tokens
 
 W = TypeVar("W")
 
 _BUDGETS = {"cpu": (1_024, 2_048, 4_096), "cuda": (16_384, 32_768, 65_536)}
 _ROUNDS = 2
-_COMPILING_MAY_PAY_AFTER = 300.0  # seconds of a worker's work: for less it is not even tried
+COMPILING_MAY_PAY_AFTER = 300.0  # seconds of a worker's work: for less it is not even tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Calibration:
         return Choice(self.precision, self.tokens_per_step, self.is_compiled)
 
 
-def calibrate(folder: Path, device: str, choice: Choice, texts: Sequence[str], num_documents: int) -> Calibration:
+def calibrate(folder: Place, device: str, choice: Choice, texts: Sequence[str], num_documents: int) -> Calibration:
     """Returns how to run a model on this machine; what is chosen is kept, what is open is measured.
 
     Args:
@@ -103,7 +103,7 @@ def best_budget(encoder: Encoder, device: str, texts: Sequence[str]) -> int:
 
 
 def pays_to_compile(
-    encoder: Encoder, folder: Path, device: str, precision: Precision, texts: Sequence[str], num_documents: int
+    encoder: Encoder, folder: Place, device: str, precision: Precision, texts: Sequence[str], num_documents: int
 ) -> tuple[bool, str]:
     """Returns whether so many documents are done sooner by a compiled model, and why it could not be compiled.
 
@@ -124,7 +124,7 @@ def pays_to_compile(
         return False, ""
     sample = _sample(encoder.tokenise(list(texts), "document"), 4 * _BUDGETS[device][-1])
     seconds = encoder.compute(sample, "document").compute_seconds
-    if seconds / sample.num_texts * num_documents < _COMPILING_MAY_PAY_AFTER:
+    if seconds / sample.num_texts * num_documents < COMPILING_MAY_PAY_AFTER:
         return False, ""
     start = time.perf_counter()
     compiled = Encoder(folder, device, precision, encoder.tokens_per_step, is_compiled=True)

@@ -1,7 +1,6 @@
 """The card of a tuned model: what it was made from, how, and what the dev split says of it, for people and for model hubs."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matryoshka import storage
@@ -9,6 +8,7 @@ from matryoshka.artifacts import Manifest
 from matryoshka.dev import HEADLINE
 from matryoshka.model import ModelInfo
 from matryoshka.recipe import Recipe
+from matryoshka.storage import Place
 from matryoshka.training import DEV
 
 NAME = "README.md"
@@ -44,7 +44,7 @@ def _before_and_after(entries: Entries, summary: Mapping[str, Any]) -> tuple[Map
     return by_step.get(0, {}), by_step.get(summary["kept_step"], {})
 
 
-def write(path: Path, base: ModelInfo, data: Manifest, recipe: Recipe, entries: Entries, summary: Mapping[str, Any]) -> None:
+def write(path: Place, base: ModelInfo, data: Manifest, recipe: Recipe, entries: Entries, summary: Mapping[str, Any]) -> None:
     """Writes a model's card.
 
     Args:

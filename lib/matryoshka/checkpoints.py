@@ -1,6 +1,7 @@
 """Checkpoints of a training run: trained weights, the optimiser's state, and where the run stood, whole or not at all.
 
-Each is a folder that appears by a rename, with the digests of its files; one that does not fit them is passed over.
+Each is a folder with the digests of its files, which appears by a rename, or in a bucket file by file, its state last; one that
+does not fit its digests is passed over.
 """
 
 import hashlib
@@ -8,7 +9,6 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from matryoshka import storage
+from matryoshka.storage import Place
 
 FOLDER = "checkpoints"
 
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 class Checkpoint:
     """A whole checkpoint: its folder, the steps that were done, and whatever else the run wrote down."""
 
-    folder: Path
+    folder: Place
     step: int
     notes: Mapping[str, Any]
 
@@ -40,7 +41,8 @@ class Checkpoint:
         Raises:
             RuntimeError: The weights in the model are not those that were written.
         """
-        weights = load_file(self.folder / _WEIGHTS)
+        files = storage.local(self.folder)
+        weights = load_file(files / _WEIGHTS)
         trained = dict(network.named_parameters())
         with torch.no_grad():
             for name, value in weights.items():
@@ -48,7 +50,7 @@ class Checkpoint:
         if digest_of({name: trained[name] for name in weights}) != self.notes["weights_digest"]:
             raise RuntimeError(f"{self.folder}: the weights that were loaded are not those that were written. Run it again.")
         if optimiser:
-            _load_optimiser(optimiser, network, load_file(self.folder / _OPTIMISER))
+            _load_optimiser(optimiser, network, load_file(files / _OPTIMISER))
 
 
 def trained_weights(network: Any) -> dict[str, Tensor]:
@@ -66,9 +68,9 @@ def digest_of(weights: Mapping[str, Tensor]) -> str:
 
 
 def write(
-    folder: Path, name: str, network: Any, optimiser: torch.optim.Optimizer | None, step: int, notes: Mapping[str, Any]
+    folder: Place, name: str, network: Any, optimiser: torch.optim.Optimizer | None, step: int, notes: Mapping[str, Any]
 ) -> None:
-    """Writes a checkpoint atomically.
+    """Writes a checkpoint, whole or not at all.
 
     Args:
         folder: Of all checkpoints.
@@ -79,7 +81,7 @@ def write(
         notes: More to remember, as JSON.
     """
     weights = trained_weights(network)
-    with storage.publish(folder / name) as temporary:
+    with storage.publish(folder / name, last=_STATE) as temporary:
         temporary.mkdir()
         save_file(weights, temporary / _WEIGHTS)
         if optimiser:
@@ -89,7 +91,7 @@ def write(
         (temporary / _STATE).write_text(json.dumps({**state, "digest": storage.digest_json(state)}))
 
 
-def write_step(folder: Path, network: Any, optimiser: torch.optim.Optimizer, step: int, notes: Mapping[str, Any]) -> None:
+def write_step(folder: Place, network: Any, optimiser: torch.optim.Optimizer, step: int, notes: Mapping[str, Any]) -> None:
     """Writes the checkpoint of a step, and removes all but the last two: should the last be damaged, there is another.
 
     Args:
@@ -109,20 +111,20 @@ def write_step(folder: Path, network: Any, optimiser: torch.optim.Optimizer, ste
             storage.remove(path)
 
 
-def _best_step(path: Path) -> int | None:
+def _best_step(path: Place) -> int | None:
     try:
         found: int | None = json.loads((path / _STATE).read_bytes()).get("best_step")
-    except (OSError, ValueError, AttributeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):  # no other: what is needed must not be removed
         return None
     return found
 
 
-def write_best(folder: Path, network: Any, step: int, notes: Mapping[str, Any]) -> None:
+def write_best(folder: Place, network: Any, step: int, notes: Mapping[str, Any]) -> None:
     """Writes the weights of a step that was the best so far; the best of a checkpoint from before it stays."""
     write(folder, f"{_BEST}{step:08d}", network, None, step, notes)
 
 
-def best(folder: Path, step: int, identity: str) -> Checkpoint | None:
+def best(folder: Place, step: int, identity: str) -> Checkpoint | None:
     """Returns the weights that ``write_best`` wrote for a step, or None, with a warning, where they are damaged.
 
     Raises:
@@ -131,13 +133,14 @@ def best(folder: Path, step: int, identity: str) -> Checkpoint | None:
     return read(folder / f"{_BEST}{step:08d}", identity)
 
 
-def latest(folder: Path, identity: str) -> Checkpoint | None:
+def latest(folder: Place, identity: str) -> Checkpoint | None:
     """Returns the last whole checkpoint of a run whose best weights are whole as well, or None where there is none.
 
     Raises:
         ValueError: It is of another run.
     """
-    for path in sorted(folder.glob(f"{_STEP}*"), reverse=True):
+    paths: list[Place] = sorted(folder.glob(f"{_STEP}*"), key=lambda path: path.name, reverse=True)
+    for path in paths:
         found = read(path, identity)
         best_step = found.notes.get("best_step") if found else None
         if found and (best_step is None or best(folder, best_step, identity)):
@@ -145,7 +148,7 @@ def latest(folder: Path, identity: str) -> Checkpoint | None:
     return None
 
 
-def read(path: Path, identity: str) -> Checkpoint | None:
+def read(path: Place, identity: str) -> Checkpoint | None:
     """Returns the checkpoint in a folder, or None, with a warning, where it is damaged.
 
     Args:
@@ -157,10 +160,11 @@ def read(path: Path, identity: str) -> Checkpoint | None:
     """
     if not path.is_dir():
         return None
+    files = storage.local(path)  # whatever is there of it; a bucket that cannot be reached is no damage
     try:
-        state = json.loads((path / _STATE).read_bytes())
+        state = json.loads((files / _STATE).read_bytes())
         is_whole = state.pop("digest") == storage.digest_json(state)
-        is_whole = is_whole and all(storage.digest_file(path / name) == digest for name, digest in state["digests"].items())
+        is_whole = is_whole and all(storage.digest_file(files / name) == digest for name, digest in state["digests"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         is_whole = False
     if not is_whole:

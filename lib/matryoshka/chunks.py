@@ -7,13 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from semantic_text_splitter import TextSplitter
 from tokenizers import Tokenizer
 
-from matryoshka import units
+from matryoshka import storage, units
+from matryoshka.storage import Place
 
 _WORD = re.compile(r"\w+")
 _TOKENIZER = "tokenizer.json"
@@ -24,7 +24,7 @@ class ChunkPlan:
     """How documents are cut.
 
     Attributes:
-        tokenizer: Path of the model's ``tokenizer.json``.
+        tokenizer: Where the model's ``tokenizer.json`` is.
         num_tokens: Most tokens of a chunk, special tokens not counted.
         overlap: Most tokens that a chunk repeats of the one before it.
     """
@@ -46,7 +46,7 @@ class Chunk(NamedTuple):
         return units.chunk_id(document_id, self.start, self.end)
 
 
-def plan_chunks(folder: Path, max_tokens: int | None, num_tokens: int, overlap: int) -> ChunkPlan:
+def plan_chunks(folder: Place, max_tokens: int | None, num_tokens: int, overlap: int) -> ChunkPlan:
     """Returns how a model's documents are cut.
 
     Args:
@@ -61,7 +61,7 @@ def plan_chunks(folder: Path, max_tokens: int | None, num_tokens: int, overlap: 
     path = next(iter(sorted(folder.rglob(_TOKENIZER))), None)
     if path is None:
         raise ValueError(f"{folder}: no {_TOKENIZER}, so tokens cannot be counted. Save the model with its fast tokenizer.")
-    num_special = Tokenizer.from_file(str(path)).num_special_tokens_to_add(is_pair=False)
+    num_special = _open(str(path)).num_special_tokens_to_add(is_pair=False)
     if max_tokens and num_tokens + num_special > max_tokens:
         raise ValueError(
             f"--chunk-tokens {num_tokens}: the window of {folder} has {max_tokens} tokens, {num_special} of them special."
@@ -81,10 +81,14 @@ def cut(text: str, plan: ChunkPlan) -> list[Chunk]:
 
 @functools.lru_cache(maxsize=1)
 def _splitter(plan: ChunkPlan) -> TextSplitter:
-    tokenizer = Tokenizer.from_file(plan.tokenizer)
+    tokenizer = _open(plan.tokenizer)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return TextSplitter.from_huggingface_tokenizer(tokenizer, plan.num_tokens, plan.overlap)
+
+
+def _open(tokenizer: str) -> Tokenizer:
+    return Tokenizer.from_file(str(storage.local(storage.place(tokenizer))))
 
 
 def best_chunk(chunks: Sequence[Chunk], query: str) -> Chunk:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from matryoshka import shapes, storage
 from matryoshka.shapes import ListOf
+from matryoshka.storage import Place
 from matryoshka.units import InputFile, Unit
 
 _BATCH_ROWS = 16_384
@@ -36,7 +37,7 @@ _FORMATS = {".parquet": "Parquet", ".csv": "CSV", ".jsonl": "JSONL"}
 _TYPES = {int: pa.int64(), str: pa.large_string(), list[str]: pa.list_(pa.large_string())}
 
 
-Stamps = tuple[tuple[str, int, int], ...]
+Stamps = tuple[tuple[str, int, int | str], ...]
 Lists = Sequence[Sequence[str]]
 
 
@@ -68,9 +69,19 @@ class Corpus:
         """Identity of the content: names and digests of the files, and which columns are read."""
         return fingerprint([(file.name, file.digest) for file in self.files], self.columns)
 
-    def path_of(self, name: str) -> Path:
+    def path_of(self, name: str) -> Place:
         """Returns where a file of the corpus is."""
-        return Path(self.root) / name
+        return storage.place(self.root) / name
+
+    def stamp_of(self, name: str) -> str | None:
+        """Returns the ETag that a file in a bucket had when it was checked; None on disk."""
+        if isinstance(storage.place(self.root), Path):
+            return None
+        return next((str(stamp) for own, _, stamp in self.stamps if own == name), None)
+
+    def read(self, unit: Unit) -> tuple[list[str], list[str]]:
+        """Returns (ids, texts) of the rows of one unit that have text; see ``read_unit``."""
+        return read_unit(self.path_of(unit.name), self.columns, unit, self.stamp_of(unit.name))
 
 
 def fingerprint(files: Sequence[tuple[str, str]], columns: Columns) -> str:
@@ -78,28 +89,25 @@ def fingerprint(files: Sequence[tuple[str, str]], columns: Columns) -> str:
     return storage.digest_json([[list(file) for file in files], columns.id, columns.text])
 
 
-def find_files(location: str, suffixes: Sequence[str] = (".parquet",)) -> tuple[Path, list[Path]]:
+def find_files(location: str, suffixes: Sequence[str] = (".parquet",)) -> tuple[Place, list[Place]]:
     """Returns the root and the files of a folder with one of the suffixes, a glob pattern, or one file, in a stable order.
 
     Raises:
         ValueError: Nothing is there.
     """
-    path = storage.local_path(location)
+    path = storage.place(location)
+    files: list[Place]
     if path.is_dir():
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix in suffixes and file.is_file() and not _is_hidden(file.relative_to(path))
-        )
+        names = sorted(map(PurePosixPath, storage.names(path)))
+        files = [path / str(name) for name in names if name.suffix in suffixes and not _is_hidden(name)]
         root = path
     elif path.is_file():
         files, root = [path], path.parent
     else:
-        files = sorted(Path(name) for name in glob.glob(location, recursive=True) if Path(name).is_file())  # noqa: PTH207 - absolute patterns
-        root = Path(_fixed_part(location))
+        root, files = _find_like(path)
     if not files:
-        names, patterns = _in_words([_FORMATS[suffix] for suffix in suffixes]), _in_words([f"*{suffix}" for suffix in suffixes])
-        raise ValueError(f"{location}: no {names} files here. Pass a folder with {patterns} files, a file, or a glob pattern.")
+        kinds, patterns = _in_words([_FORMATS[suffix] for suffix in suffixes]), _in_words([f"*{suffix}" for suffix in suffixes])
+        raise ValueError(f"{location}: no {kinds} files here. Pass a folder with {patterns} files, a file, or a glob pattern.")
     return root.absolute(), [file.absolute() for file in files]
 
 
@@ -107,24 +115,32 @@ def _in_words(words: Sequence[str]) -> str:
     return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
-def _is_hidden(path: Path) -> bool:
+def _is_hidden(path: PurePosixPath) -> bool:
     return any(part.startswith((".", "_")) for part in path.parts)
 
 
-def _fixed_part(pattern: str) -> str:
-    parts = Path(pattern).parts
+def _find_like(pattern: Place) -> tuple[Place, list[Place]]:
+    """Returns the part of a glob pattern that is fixed, and the files that are like the pattern."""
+    parts = pattern.parts
     fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
-    return str(Path(*parts[:fixed])) if fixed else "."
+    if isinstance(pattern, Path):
+        root = Path(*parts[:fixed]) if fixed else Path()
+        names = glob.glob(str(pattern), recursive=True)  # noqa: PTH207 - absolute patterns
+        return root, sorted(Path(name) for name in names if Path(name).is_file())
+    folder = pattern.parents[len(parts) - fixed - 1]
+    there = set(storage.names(folder))
+    like = (path.relative_to(folder).as_posix() for path in folder.glob("/".join(parts[fixed:])))
+    return folder, [folder / str(name) for name in sorted(PurePosixPath(name) for name in like if name in there)]
 
 
-def open_parquet(path: Path) -> pq.ParquetFile:
+def open_parquet(path: Place) -> pq.ParquetFile:
     """Returns an opened Parquet file.
 
     Raises:
         ValueError: It is missing, truncated or not Parquet.
     """
     try:
-        file = pq.ParquetFile(path, memory_map=True)
+        file = pq.ParquetFile(storage.source(path), memory_map=True)
         file.schema_arrow.names  # noqa: B018 - they may not be UTF-8
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -132,7 +148,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     return file
 
 
-def has_column(path: Path, column: str) -> bool:
+def has_column(path: Place, column: str) -> bool:
     """Returns whether a Parquet file has a column.
 
     Raises:
@@ -142,7 +158,7 @@ def has_column(path: Path, column: str) -> bool:
 
 
 def text_batches(
-    path: Path,
+    path: Place,
     columns: Sequence[str],
     id_columns: Collection[str],
     start: int = 0,
@@ -170,7 +186,7 @@ def text_batches(
 
 
 def _rows(
-    path: Path, file: pq.ParquetFile, columns: Sequence[str], start: int, stop: int | None
+    path: Place, file: pq.ParquetFile, columns: Sequence[str], start: int, stop: int | None
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Yields (number of the first row, rows) of rows ``start`` to ``stop``; row groups that lie outside are not read."""
     groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
@@ -191,7 +207,7 @@ def _rows(
 
 
 def check_columns(
-    path: Path,
+    path: Place,
     schema: pa.Schema,
     columns: Sequence[str],
     id_columns: Collection[str],
@@ -214,7 +230,7 @@ def check_columns(
             raise ValueError(f"{path}: column '{column}' is {kind}, not text. Convert it to string, or name another column.")
 
 
-def check_names(path: Path, names: Sequence[str], columns: Iterable[str]) -> None:
+def check_names(path: Place, names: Sequence[str], columns: Iterable[str]) -> None:
     """Checks that a file with columns of these names has the wanted ones, each once.
 
     Raises:
@@ -231,7 +247,7 @@ def check_names(path: Path, names: Sequence[str], columns: Iterable[str]) -> Non
             raise ValueError(f"{path}: no column '{column}' (found: {found}). Pass {flag} with the right name.")
 
 
-def _as_text(path: Path, column: str, values: pa.Array, first_row: int) -> pa.Array:
+def _as_text(path: Place, column: str, values: pa.Array, first_row: int) -> pa.Array:
     text = pc.cast(values, _TYPES[list[str]] if hasattr(values.type, "value_field") else _TYPES[str])
     try:
         text.validate(full=True)
@@ -279,8 +295,7 @@ def inspect(location: str, columns: Columns, known: Mapping[str, Any] | None = N
         checked = list(pool.map(lambda path: _inspect_file(path, columns), paths))
         _refuse_duplicates(paths, columns, sum(num_rows for num_rows, _ in checked), pool)
     files = tuple(
-        InputFile(path.relative_to(root).as_posix(), digests[path], num_rows)
-        for path, (num_rows, _) in zip(paths, checked, strict=True)
+        InputFile(_name_in(root, path), digests[path], num_rows) for path, (num_rows, _) in zip(paths, checked, strict=True)
     )
     corpus = Corpus(str(root), columns, files, sum(num_empty for _, num_empty in checked), stamps)
     if corpus.num_rows == corpus.num_empty:
@@ -288,16 +303,50 @@ def inspect(location: str, columns: Columns, known: Mapping[str, Any] | None = N
     return corpus
 
 
-def stamp(root: Path, paths: Iterable[Path]) -> Stamps:
-    """Returns names, sizes and times of files: where all of them are as before, the content is taken to be as well."""
-    status = [(path.relative_to(root).as_posix(), path.stat()) for path in paths]
-    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in status)
+def survey(location: str, columns: Columns) -> Corpus:
+    """Returns a corpus by what its files say of themselves: names, columns, types and numbers of rows; no row is read.
+
+    It has no digests, and nobody has counted its rows without text: enough to plan with, not to embed.
+
+    Raises:
+        ValueError: A file is not readable, or lacks a column.
+    """
+    root, paths = find_files(location)
+    with ThreadPoolExecutor() as pool:
+        counts = list(pool.map(lambda path: _survey_file(path, columns), paths))
+    files = tuple(InputFile(_name_in(root, path), "", count) for path, count in zip(paths, counts, strict=True))
+    if not sum(counts):
+        raise ValueError(f"{location}: no row with text (rows: 0). Pass files with documents.")
+    return Corpus(str(root), columns, files, 0, stamp(root, paths))
+
+
+def _survey_file(path: Place, columns: Columns) -> int:
+    file = open_parquet(path)
+    check_columns(path, file.schema_arrow, [columns.id, columns.text], [columns.id])
+    return int(file.metadata.num_rows)
+
+
+def stamp(root: Place, paths: Iterable[Place]) -> Stamps:
+    """Returns names, sizes and times (or ETags) of files: where all are as before, the content is taken to be as well.
+
+    Raises:
+        FileNotFoundError: One is not there.
+    """
+    names = [_name_in(root, path) for path in paths]
+    found = storage.stamps(root, names)
+    if None in found:
+        raise FileNotFoundError(f"{root / names[found.index(None)]}: is gone. Run the same command again.")
+    return tuple((name, *own) for name, own in zip(names, found, strict=True) if own)
+
+
+def _name_in(root: Place, path: Place) -> str:
+    return PurePosixPath(str(path)).relative_to(str(root)).as_posix()
 
 
 def is_unchanged(corpus: Corpus) -> bool:
     """Returns whether every file of a corpus is there as it was when it was checked."""
-    paths = [corpus.path_of(file.name) for file in corpus.files]
-    return all(path.is_file() for path in paths) and stamp(Path(corpus.root), paths) == corpus.stamps
+    found = storage.stamps(storage.place(corpus.root), [file.name for file in corpus.files])
+    return [(name, *own) if own else None for (name, *_), own in zip(corpus.stamps, found, strict=True)] == list(corpus.stamps)
 
 
 def remember(corpus: Corpus) -> dict[str, Any]:
@@ -337,7 +386,7 @@ def recall(known: Any) -> Corpus:
     return Corpus(known["root"], Columns(known["id_column"], known["text_column"]), files, known["num_empty"], stamps)
 
 
-def _inspect_file(path: Path, columns: Columns) -> tuple[int, int]:
+def _inspect_file(path: Place, columns: Columns) -> tuple[int, int]:
     """Returns how many rows a file has, and how many of them have no text."""
     num_empty = row = 0
     for batch in text_batches(path, [columns.id, columns.text], [columns.id]):
@@ -351,15 +400,15 @@ def _inspect_file(path: Path, columns: Columns) -> tuple[int, int]:
     return row, num_empty
 
 
-def _refuse_copies(digests: Mapping[Path, str]) -> None:
-    by_digest: dict[str, Path] = {}
+def _refuse_copies(digests: Mapping[Place, str]) -> None:
+    by_digest: dict[str, Place] = {}
     for path, digest in digests.items():
         first = by_digest.setdefault(digest, path)
         if first is not path and open_parquet(path).metadata.num_rows:
             raise ValueError(f"{path}: is a copy of {first}, so every id stands twice. Take one of them out.")
 
 
-def _refuse_duplicates(paths: Sequence[Path], columns: Columns, num_rows: int, pool: ThreadPoolExecutor) -> None:
+def _refuse_duplicates(paths: Sequence[Place], columns: Columns, num_rows: int, pool: ThreadPoolExecutor) -> None:
     """Checks that no id stands twice, in memory that is bounded whatever the size of the corpus.
 
     Hashes of ids are compared, a share of all hashes at a time; ids of equal hash are then looked at themselves.
@@ -374,7 +423,7 @@ def _refuse_duplicates(paths: Sequence[Path], columns: Columns, num_rows: int, p
             _refuse_repeated(paths, columns, set(repeated[start : start + _LOOKED_AT].tolist()), len(repeated))
 
 
-def _hash_ids(path: Path, columns: Columns, share: int, num_shares: int) -> npt.NDArray[np.int64]:
+def _hash_ids(path: Place, columns: Columns, share: int, num_shares: int) -> npt.NDArray[np.int64]:
     """Returns the hashes of a file's ids that fall into one share of all hashes."""
     batches = text_batches(path, [columns.id], [columns.id])
     parts = [np.empty(0, np.int64)]
@@ -384,7 +433,7 @@ def _hash_ids(path: Path, columns: Columns, share: int, num_shares: int) -> npt.
     return np.concatenate(parts)
 
 
-def _refuse_repeated(paths: Sequence[Path], columns: Columns, hashes: Collection[int], num_repeated: int) -> None:
+def _refuse_repeated(paths: Sequence[Place], columns: Columns, hashes: Collection[int], num_repeated: int) -> None:
     """Checks whether ids of equal hash are equal."""
     counts: collections.Counter[str] = collections.Counter()
     places: dict[str, list[str]] = {}
@@ -403,27 +452,36 @@ def _refuse_repeated(paths: Sequence[Path], columns: Columns, hashes: Collection
         )
 
 
-def read_unit(path: Path, columns: Columns, unit: Unit) -> tuple[list[str], list[str]]:
-    """Returns (ids, texts) of the rows of one unit that have text, in the order of the file.
+def read_unit(path: Place, columns: Columns, unit: Unit, stamp: str | None = None) -> tuple[list[str], list[str]]:
+    """Returns (ids, texts) of the rows of one unit that have text, in the order of the file; see ``is_as_planned``.
 
     Raises:
         ValueError: The file is not the one that was planned with, or not readable.
     """
-    if not is_as_planned(path, unit):
+    if not is_as_planned(path, unit, stamp):
         raise ValueError(f"{path}: changed since this run began. Run the same command again.")
-    batches = text_batches(path, [columns.id, columns.text], [columns.id], unit.start, unit.stop)
+    return read_documents(path, columns, unit.start, unit.stop)
+
+
+def read_documents(path: Place, columns: Columns, start: int, stop: int) -> tuple[list[str], list[str]]:
+    """Returns (ids, texts) of the rows from ``start`` to ``stop`` that have text, in the order of the file.
+
+    Raises:
+        ValueError: The file is not readable, or lacks a column.
+    """
+    batches = text_batches(path, [columns.id, columns.text], [columns.id], start, stop)
     parts = [batch.filter(has_text(batch.column(1))) for batch in batches]
     table = pa.Table.from_batches(parts) if parts else pa.table({columns.id: [], columns.text: []})
     return table.column(0).to_pylist(), table.column(1).to_pylist()
 
 
-def read_columns(path: Path, unit: Unit, names: Sequence[str]) -> pa.Table:
-    """Returns columns of all rows of one unit, as they are stored.
+def read_columns(path: Place, unit: Unit, names: Sequence[str], stamp: str | None = None) -> pa.Table:
+    """Returns columns of all rows of one unit, as they are stored; see ``is_as_planned``.
 
     Raises:
         ValueError: The file is not the one that was planned with, or not readable, or lacks a column.
     """
-    if not is_as_planned(path, unit):
+    if not is_as_planned(path, unit, stamp):
         raise ValueError(f"{path}: changed since this run began. Run the same command again.")
     file = open_parquet(path)
     check_names(path, file.schema_arrow.names, names)
@@ -432,34 +490,37 @@ def read_columns(path: Path, unit: Unit, names: Sequence[str]) -> pa.Table:
     return pa.Table.from_batches([batch.select(schema.names) for batch in parts], schema)
 
 
-def is_as_planned(path: Path, unit: Unit) -> bool:
-    """Returns whether a file is there and the one that a unit was planned with."""
-    if not path.is_file():
+def is_as_planned(path: Place, unit: Unit, stamp: str | None = None) -> bool:
+    """Returns whether a file is there and the one that a unit was planned with.
+
+    Args:
+        path: Of the file.
+        unit: Some of its rows.
+        stamp: ``Corpus.stamp_of`` the file: by its ETag, an object in a bucket is known without being read.
+    """
+    (found,) = storage.stamps(path.parent, [path.name])
+    if found is None or (isinstance(path, Path) and not path.is_file()):
         return False
-    status = path.stat()
-    return _digest_once(path, status.st_size, status.st_mtime_ns) == unit.digest
+    return found[1] == stamp if stamp else _digest_once(path, *found) == unit.digest
 
 
-def _digest_once(path: Path, size: int, mtime_ns: int) -> str:
+def _digest_once(path: Place, size: int, mark: int | str) -> str:
     """Returns a file's digest; a worker that does many units of a file reads it all for the first one only."""
     with _digesting:  # threads at units of one file wait for the first of them
-        return _digest(path, size, mtime_ns)
+        return _digest(path, size, mark)
 
 
 _digesting = threading.Lock()
 
 
 @functools.lru_cache(maxsize=1024)
-def _digest(path: Path, _size: int, _mtime_ns: int) -> str:
+def _digest(path: Place, _size: int, _mark: int | str) -> str:
     return storage.digest_file(path)
 
 
 def read_texts(source: Corpus) -> tuple[list[str], list[str]]:
     """Returns (ids, texts) of all rows that have text: for small inputs, such as queries."""
-    parts = [
-        read_unit(source.path_of(file.name), source.columns, Unit(file.name, file.digest, 0, file.num_rows))
-        for file in source.files
-    ]
+    parts = [source.read(Unit(file.name, file.digest, 0, file.num_rows)) for file in source.files]
     return [name for names, _ in parts for name in names], [text for _, texts in parts for text in texts]
 
 
@@ -468,7 +529,7 @@ def find_texts(corpus: Corpus, ids: Iterable[str]) -> dict[str, str]:
     return find_texts_in([corpus.path_of(file.name) for file in corpus.files], ids, corpus.columns)
 
 
-def find_texts_in(paths: Iterable[Path], ids: Iterable[str], columns: Columns) -> dict[str, str]:
+def find_texts_in(paths: Iterable[Place], ids: Iterable[str], columns: Columns) -> dict[str, str]:
     """Returns the texts of the documents of some files that have these ids."""
     wanted = pa.array(sorted(set(ids)), pa.large_string())
     found: dict[str, str] = {}
@@ -490,7 +551,7 @@ def find_rows(source: Corpus, ids: pa.Array) -> Iterator[pa.RecordBatch]:
             yield from table.filter(pc.is_in(table.column("id"), ids)).to_batches()
 
 
-def read_ids(paths: Iterable[Path], column: str = "id") -> Iterator[str]:
+def read_ids(paths: Iterable[Place], column: str = "id") -> Iterator[str]:
     """Yields the ids of the documents of some files; no text is read.
 
     Raises:
@@ -512,7 +573,7 @@ def write_rows(path: Path, rows: Mapping[str, Sequence[Any]]) -> None:
     pq.write_table(pa.table(dict(rows)), path, compression="zstd")
 
 
-def read_rows(path: Path, num_rows: int, columns: Sequence[str] | None = None) -> Iterator[dict[str, list[Any]]]:
+def read_rows(path: Place, num_rows: int, columns: Sequence[str] | None = None) -> Iterator[dict[str, list[Any]]]:
     """Yields the columns of a Parquet file, at most ``num_rows`` rows at a time.
 
     Raises:
@@ -522,7 +583,7 @@ def read_rows(path: Path, num_rows: int, columns: Sequence[str] | None = None) -
         yield batch.to_pydict()
 
 
-def _batches(path: Path, num_rows: int, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+def _batches(path: Place, num_rows: int, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
     file = open_parquet(path)
     try:
         yield from file.iter_batches(num_rows, columns=None if columns is None else list(columns))
@@ -530,7 +591,7 @@ def _batches(path: Path, num_rows: int, columns: Sequence[str] | None = None) ->
         raise ValueError(f"{path}: damaged ({str(error).splitlines()[0]}). Write it again.") from None
 
 
-def count_rows(path: Path) -> int:
+def count_rows(path: Place) -> int:
     """Returns how many rows a Parquet file has.
 
     Raises:
@@ -540,7 +601,7 @@ def count_rows(path: Path) -> int:
 
 
 def extend_rows(
-    source: Path, target: Path, num_rows: int, names: Sequence[str], extend: Callable[[dict[str, list[Any]]], Sequence[Lists]]
+    source: Place, target: Path, num_rows: int, names: Sequence[str], extend: Callable[[dict[str, list[Any]]], Sequence[Lists]]
 ) -> None:
     """Copies a Parquet file, at most ``num_rows`` rows at a time, and gives it columns that hold lists of texts.
 
@@ -573,7 +634,7 @@ class RowWriter:
         columns: As for ``schema``.
     """
 
-    def __init__(self, path: Path, columns: Mapping[str, Any]) -> None:
+    def __init__(self, path: Place, columns: Mapping[str, Any]) -> None:
         self._path, self._schema = path, schema(columns)
         self._stack = contextlib.ExitStack()
         self._rows: list[tuple[Any, ...]] = []
@@ -614,7 +675,7 @@ class RowWriter:
         self._stack.__exit__(kind, error, trace)
 
 
-def read_json_lines(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+def read_json_lines(path: Place, keys: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """Yields line and text values of the objects of a JSON Lines file; a key that only some have is empty in the others.
 
     Args:
@@ -628,7 +689,7 @@ def read_json_lines(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, dict
         yield number, _json_row(path, number, line, keys)
 
 
-def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+def text_lines(path: Place) -> Iterator[tuple[int, str]]:
     """Yields number and text of the lines of a file that are not blank; the first is number 1.
 
     Raises:
@@ -645,7 +706,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}). Convert the file to UTF-8.") from None
 
 
-def _json_row(path: Path, number: int, line: str, keys: Sequence[str]) -> dict[str, str]:
+def _json_row(path: Place, number: int, line: str, keys: Sequence[str]) -> dict[str, str]:
     try:
         value = json.loads(line)
         row = {key: _json_text(value.get(key), may_be_number=key == keys[0]) for key in keys}
@@ -666,7 +727,7 @@ def _json_text(value: Any, *, may_be_number: bool) -> str:
     return text
 
 
-def read_qrels(path: Path) -> Iterator[tuple[int, str, str, int]]:
+def read_qrels(path: Place) -> Iterator[tuple[int, str, str, int]]:
     """Yields line, query id, document id and grade of a BEIR qrels file; a header line is skipped.
 
     Raises:

@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from matryoshka import artifacts, corpus, storage, vectors
@@ -12,6 +11,7 @@ from matryoshka.clock import PHASES, Clock
 from matryoshka.corpus import Columns, Corpus
 from matryoshka.encode import Encoder
 from matryoshka.model import ModelInfo
+from matryoshka.storage import Place
 from matryoshka.tokens import Long
 from matryoshka.units import Unit
 
@@ -56,7 +56,7 @@ def place(receipt: artifacts.Receipt, unit: Unit) -> artifacts.Receipt:
     return dataclasses.replace(receipt, details={**receipt.details, "slot": unit.slot})
 
 
-def embed_unit(encoder: Encoder, source: Corpus, unit: Unit, folder: Path, clock: Clock | None = None) -> artifacts.Receipt:
+def embed_unit(encoder: Encoder, source: Corpus, unit: Unit, folder: Place, clock: Clock | None = None) -> artifacts.Receipt:
     """Embeds one unit, publishes its file, and returns its receipt.
 
     Several threads of a worker may each be at a unit of their own: one reads while another computes and a third writes.
@@ -73,7 +73,7 @@ def embed_unit(encoder: Encoder, source: Corpus, unit: Unit, folder: Path, clock
     """
     start, clock = time.perf_counter(), clock or Clock()
     with clock.phase("read"):
-        ids, texts = corpus.read_unit(source.path_of(unit.name), source.columns, unit)
+        ids, texts = source.read(unit)
         tokens = encoder.tokenise(texts, "document")
     try:
         with clock.phase("compute"):
@@ -83,11 +83,9 @@ def embed_unit(encoder: Encoder, source: Corpus, unit: Unit, folder: Path, clock
         names = ", ".join(f"'{ids[row]}'" for row in rows[:3])
         raise ValueError(f"{reason} ({len(rows)} documents: {names}).") from None
     path = folder / UNITS / f"{unit.key}.parquet"
-    with clock.phase("write"):
-        with storage.publish(path) as temporary:
-            vectors.write_unit(temporary, ids, encoded.vectors)
-            written = artifacts.FileRecord.of(folder, temporary)
-        record = dataclasses.replace(written, path=path.relative_to(folder).as_posix())
+    with clock.phase("write"), storage.publish(path) as temporary:
+        vectors.write_unit(temporary, ids, encoded.vectors)
+        record = artifacts.FileRecord.named(f"{UNITS}/{path.name}", temporary)
     details = {
         "slot": unit.slot,
         "num_empty": unit.num_rows - len(ids),

@@ -8,7 +8,6 @@ import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import Tensor
 from matryoshka import model
 from matryoshka.packed import Attention, CannotPackError, PackedModel
 from matryoshka.rates import Precision
+from matryoshka.storage import Place
 from matryoshka.stream import Fetch, Stream, end_of_step
 from matryoshka.tokens import Long, Role, Tokeniser, TokeniserPool, Tokens
 
@@ -77,7 +77,7 @@ class Encoder:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Place,
         device: str,
         precision: Precision,
         tokens_per_step: int | None = None,

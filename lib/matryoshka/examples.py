@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from matryoshka import corpus, storage
+from matryoshka.storage import Place
 from matryoshka.tokens import Role, Tokeniser
 
 IntArray = npt.NDArray[np.int64]
@@ -37,7 +38,7 @@ def key_of(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(folded.encode(), digest_size=8).digest(), "big") >> 1 or 1
 
 
-def tokenise_part(path: Path, target: Path, tokeniser: Tokeniser, num_negatives: int) -> int:
+def tokenise_part(path: Place, target: Place, tokeniser: Tokeniser, num_negatives: int) -> int:
     """Tokenises the pairs of one Parquet file into a folder, which appears complete or not at all.
 
     Args:
@@ -71,7 +72,7 @@ def tokenise_part(path: Path, target: Path, tokeniser: Tokeniser, num_negatives:
     return sum(map(len, columns.get("query.keys", [])))
 
 
-def _read_rows(path: Path, num_negatives: int) -> Iterator[dict[str, Sequence[str | None]]]:
+def _read_rows(path: Place, num_negatives: int) -> Iterator[dict[str, Sequence[str | None]]]:
     file = corpus.open_parquet(path)
     known = file.schema_arrow.names
     if num_negatives and "negatives" not in known:
@@ -153,8 +154,9 @@ class Examples:
     label_of_key: IntArray | None = None
 
     @classmethod
-    def open(cls, folders: Sequence[Path], num_negatives: int) -> "Examples":
+    def open(cls, places: Sequence[Place], num_negatives: int) -> "Examples":
         """Returns the pairs of some parts that ``tokenise_part`` made, in the order of the parts."""
+        folders = [storage.local(place) for place in places]
         columns = {name: Column.open(folders, name) for name in column_names(num_negatives)}
         queries, positives = columns["query"].keys, columns["positive"].keys
         order = np.lexsort((positives, queries))
@@ -209,7 +211,7 @@ class Examples:
         return np.where(self.label_keys[places] == keys, self.label_of_key[places], -1)
 
 
-def read_labels(paths: Sequence[Path]) -> IntArray | None:
+def read_labels(paths: Sequence[Place]) -> IntArray | None:
     """Returns a number for the label of each pair of some files, or None where they have no labels; [N].
 
     Raises:
@@ -225,7 +227,7 @@ def read_labels(paths: Sequence[Path]) -> IntArray | None:
     return np.unique(np.array(keys, dtype=np.int64), return_inverse=True)[1]
 
 
-def name_pairs(paths: Sequence[Path], rows: Sequence[int]) -> list[str]:
+def name_pairs(paths: Sequence[Place], rows: Sequence[int]) -> list[str]:
     """Returns the query and document ids of some pairs, for a message; ``paths`` are the files that were tokenised."""
     edges = [0, *itertools.accumulate(corpus.open_parquet(path).metadata.num_rows for path in paths)]
     names = []

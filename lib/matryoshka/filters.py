@@ -7,7 +7,7 @@ compare by the code points of their characters, times are in UTC.
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from matryoshka.conditions import (
     leaves,
 )
 from matryoshka.corpus import Columns, Corpus
+from matryoshka.storage import Place
 from matryoshka.units import Unit
 
 COLUMNS = "columns.arrow"
@@ -72,11 +73,13 @@ class Origin:
         columns: Names of the corpus's own columns.
         kinds: Of the columns to keep.
         units: File and rows for each of the shard's files of embeddings.
+        stamps: ETags by which files in a bucket are known, by name; see ``corpus.is_as_planned``.
     """
 
     columns: Columns
     kinds: Kinds
-    units: tuple[tuple[Path, Unit], ...]
+    units: tuple[tuple[Place, Unit], ...]
+    stamps: Mapping[str, str | None] = field(default_factory=dict)
 
 
 def find_kinds(source: Corpus, names: Sequence[str]) -> dict[str, Kind]:
@@ -121,9 +124,10 @@ def read_columns(origin: Origin, position: int, ids: pa.Array) -> pa.Table:
         ValueError: The file changed since it was embedded, or a value is out of range.
     """
     path, unit = origin.units[position]
-    if not corpus.is_as_planned(path, unit):
+    stamp = origin.stamps.get(unit.name)
+    if not corpus.is_as_planned(path, unit, stamp):
         raise ValueError(f"{path}: is gone, or changed since it was embedded. Run python -m jobs.embed again.")
-    table = corpus.read_columns(path, unit, [origin.columns.id, *origin.kinds])
+    table = corpus.read_columns(path, unit, [origin.columns.id, *origin.kinds], stamp)
     table = table.take(pc.index_in(ids, pc.cast(table.column(origin.columns.id), ids.type)))  # rows without text have no vector
     try:
         arrays = [pc.cast(table.column(name), _STORED[kind], safe=kind == "integer") for name, kind in origin.kinds.items()]

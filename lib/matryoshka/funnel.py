@@ -6,18 +6,20 @@ a function of query and document: all but graphs, which are another graph in eve
 only needs a way to call a method on each of them.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from matryoshka import conditions, filters, topk
+from matryoshka import artifacts, conditions, filters, topk
+from matryoshka.artifacts import FileRecord
 from matryoshka.conditions import Condition
 from matryoshka.filters import COLUMNS
 from matryoshka.index import CoarseIndex
@@ -25,6 +27,7 @@ from matryoshka.nested import Float32Array, FunnelPlan, Step, shrink
 from matryoshka.products import StoredVectors
 from matryoshka.scans import Mask
 from matryoshka.spaces import Space
+from matryoshka.storage import Place
 from matryoshka.topk import IntArray
 
 COARSE, DENSE, VECTORS, IDS = "coarse.faiss", "coarse.npy", "vectors.npy", "ids.arrow"
@@ -42,14 +45,57 @@ _GATHERED_SHARE = 0.75  # of a shard's rows: copying four fifths takes what it s
 
 @dataclass(frozen=True, slots=True)
 class ShardFiles:
-    """Where a shard is: its folder, and the file with the rows that were removed since it was built, if any were."""
+    """Where a shard is.
 
-    folder: Path
-    removed: Path | None = None
+    Attributes:
+        index: Folder of its index.
+        key: Of the shard.
+        files: Its files.
+        removed: The file with the rows that were removed since it was built, if any were.
+    """
+
+    index: Place
+    key: str
+    files: tuple[FileRecord, ...]
+    removed: FileRecord | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """What there is to hold."""
+        return sum(file.num_bytes for file in self.files)
 
     def resolve(self) -> "ShardFiles":
         """Returns the same with absolute paths, for other processes."""
-        return ShardFiles(self.folder.resolve(), self.removed.resolve() if self.removed else None)
+        return dataclasses.replace(self, index=self.index.resolve())
+
+    @property
+    def folder(self) -> Place:
+        """The shard's own folder."""
+        return self.index / PurePosixPath(self.files[0].path).parent.as_posix()
+
+    def has(self, name: str) -> bool:
+        """Returns whether the shard has a file of this name."""
+        return any(PurePosixPath(file.path).name == name for file in self.files)
+
+    def path(self, name: str) -> Path:
+        """Returns where a file can be opened on this node; from a bucket it is fetched, and held against its digest.
+
+        Raises:
+            ValueError: It is not what its receipt says.
+        """
+        return self._local(next(file for file in self.files if PurePosixPath(file.path).name == name))
+
+    def read_removed(self) -> IntArray:
+        """Returns the rows that were removed since the shard was built."""
+        if self.removed is None:
+            return np.empty(0, np.int64)
+        rows: IntArray = np.load(self._local(self.removed), allow_pickle=False)
+        return rows
+
+    def _local(self, file: FileRecord) -> Path:
+        if isinstance(self.index, Path):  # whoever opened the index has looked at it
+            return self.index / file.path
+        return artifacts.check_file(self.index, file)
 
 
 class Shard:
@@ -84,17 +130,16 @@ class Shard:
     @classmethod
     def open(cls, files: ShardFiles, device: str = "cpu") -> "Shard":
         """Returns the shard in a folder; vectors stay on disk until they are looked at."""
-        stored = np.load(files.folder / VECTORS, mmap_mode="c", allow_pickle=False)
-        removed = np.load(files.removed, allow_pickle=False) if files.removed else None
-        columns = filters.open_columns(files.folder / COLUMNS) if (files.folder / COLUMNS).exists() else None
+        stored = np.load(files.path(VECTORS), mmap_mode="c", allow_pickle=False)
+        columns = filters.open_columns(files.path(COLUMNS)) if files.has(COLUMNS) else None
         coarse: CoarseIndex | StoredVectors | None = None
-        if (files.folder / COARSE).exists():
-            coarse = CoarseIndex.read(files.folder / COARSE)
+        if files.has(COARSE):
+            coarse = CoarseIndex.read(files.path(COARSE))
             if device == "cuda":
                 coarse.copy_to_gpu()
-        elif (files.folder / DENSE).exists():
-            coarse = StoredVectors(np.load(files.folder / DENSE, mmap_mode="c", allow_pickle=False), device)
-        return cls(stored, coarse, removed, device, columns)
+        elif files.has(DENSE):
+            coarse = StoredVectors(np.load(files.path(DENSE), mmap_mode="c", allow_pickle=False), device)
+        return cls(stored, coarse, files.read_removed(), device, columns)
 
     @property
     def num_documents(self) -> int:

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from matryoshka.anatomy import Sample, Vectors
 from matryoshka.encode import Encoder
 from matryoshka.nested import Float32Array
 from matryoshka.rates import Precision
+from matryoshka.storage import Place
 from matryoshka.stream import end_of_step
 from matryoshka.weights import EMBEDDINGS, HEAD
 
@@ -22,7 +22,7 @@ _TOKENS_PER_STEP = 4_096
 
 
 def study(
-    folder: Path, device: str, precision: Precision, sample: Sample, num_documents: int, max_tokens: int
+    folder: Place, device: str, precision: Precision, sample: Sample, num_documents: int, max_tokens: int
 ) -> tuple[Vectors, dict[str, Float32Array]]:
     """Returns the vectors of a sample, and the states of its first documents in every layer.
 
@@ -39,7 +39,7 @@ def study(
     return vectors, read_states(folder, device, sample.documents[:num_documents], max_tokens) if num_documents else {}
 
 
-def _encode(folder: Path, device: str, precision: Precision, sample: Sample) -> Vectors:
+def _encode(folder: Place, device: str, precision: Precision, sample: Sample) -> Vectors:
     """Returns the vectors of a sample; documents that are also answers are encoded once."""
     texts = list(dict.fromkeys([*sample.documents, *sample.positives]))
     place = {text: row for row, text in enumerate(texts)}
@@ -50,7 +50,7 @@ def _encode(folder: Path, device: str, precision: Precision, sample: Sample) -> 
     return Vectors(documents, queries, positives)
 
 
-def read_states(folder: Path, device: str, texts: Sequence[str], max_tokens: int) -> dict[str, Float32Array]:
+def read_states(folder: Place, device: str, texts: Sequence[str], max_tokens: int) -> dict[str, Float32Array]:
     """Returns one vector per text from every layer, the mean of its tokens' hidden states; and from the head, the model's own.
 
     The network runs as transformers wrote it, padded: the packed path does not give hidden states away.

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -37,6 +37,7 @@ from matryoshka.products import CoarseVectors
 from matryoshka.removals import REMOVED
 from matryoshka.shapes import ListOf, MapOf
 from matryoshka.spaces import Kind, Space
+from matryoshka.storage import Place
 from matryoshka.topk import IntArray
 from matryoshka.units import Unit
 from matryoshka.vectors import EmbeddingStore, Float16Array
@@ -76,7 +77,7 @@ class ShardPlan:
     """One shard to build: its key (which changes with its content), the embedding files that it covers, and their origin."""
 
     key: str
-    store: Path
+    store: Place
     files: tuple[FileRecord, ...]
     num_rows: int
     origin: Origin | None = None
@@ -116,7 +117,8 @@ def find_origins(plans: Sequence[ShardPlan], store: EmbeddingStore, kinds: Kinds
     for plan in plans:
         slots = [(receipts[file.path].key, str(receipts[file.path].details["slot"])) for file in plan.files]
         own = [Unit.of(key, slot, digests[slot.rpartition(":")[0]]) for key, slot in slots]
-        origin = Origin(source.columns, kinds, tuple((source.path_of(unit.name), unit) for unit in own))
+        stamps = {unit.name: source.stamp_of(unit.name) for unit in own}
+        origin = Origin(source.columns, kinds, tuple((source.path_of(unit.name), unit) for unit in own), stamps)
         found.append(dataclasses.replace(plan, origin=origin))
     return found
 
@@ -179,7 +181,7 @@ def check_layout(layout: Layout, plan: FunnelPlan, num_documents: int) -> None:
 
 
 def finished(
-    folder: Path, previous: Manifest | None, plans: Sequence[ShardPlan], num_documents: int, *, replace: bool
+    folder: Place, previous: Manifest | None, plans: Sequence[ShardPlan], num_documents: int, *, replace: bool
 ) -> dict[str, Receipt]:
     """Returns the receipts of what earlier runs finished: training, shards of this very training, tombstones.
 
@@ -202,7 +204,7 @@ def finished(
     return {**trained, **shards}
 
 
-def train(store: EmbeddingStore, layout: Layout, queries: Float16Array | None, num_sampled: int, folder: Path) -> Receipt:
+def train(store: EmbeddingStore, layout: Layout, queries: Float16Array | None, num_sampled: int, folder: Place) -> Receipt:
     """Learns what all shards share from a sample of documents, drawn evenly from all units; publishes and returns its receipt.
 
     Args:
@@ -219,13 +221,13 @@ def train(store: EmbeddingStore, layout: Layout, queries: Float16Array | None, n
     sample = _sample(store, num_sampled if layout.has_faiss else min(num_sampled, _SPACE_DOCUMENTS))
     space = spaces.learn(layout.space, layout.dim, sample[:: -(-len(sample) // _SPACE_DOCUMENTS)], queries)
     index = CoarseIndex.train(space.documents(sample), layout.factory) if layout.has_faiss else None
-    target = folder / TRAINED
-    with storage.publish(target) as temporary:
+    with storage.publish(folder / TRAINED) as temporary:
         temporary.mkdir()
         space.write(temporary / SPACE)
         if index:
             index.write(temporary / COARSE)
-    files = tuple(FileRecord.of(folder, target / name) for name in ((SPACE, COARSE) if index else (SPACE,)))
+        names = (SPACE, COARSE) if index else (SPACE,)
+        files = tuple(FileRecord.named(f"{TRAINED}/{name}", temporary / name) for name in names)
     details = {
         "num_sampled": len(sample),
         "num_documents": store.manifest.num_rows,
@@ -255,7 +257,7 @@ def _sample(store: EmbeddingStore, num_sampled: int) -> Float16Array:
 
 
 def _read_units(
-    store: Path, files: Sequence[FileRecord], rows: Mapping[str, IntArray] | None = None
+    store: Place, files: Sequence[FileRecord], rows: Mapping[str, IntArray] | None = None
 ) -> Iterator[tuple[FileRecord, pa.Array, Float16Array]]:
     """Yields each embedding file with its ids and vectors, all or of some rows; the next ones are checked and read meanwhile.
 
@@ -269,8 +271,8 @@ def _read_units(
             yield file, *coming.popleft().result()
 
 
-def _read_unit(store: Path, file: FileRecord, rows: Mapping[str, IntArray] | None) -> tuple[pa.Array, Float16Array]:
-    ids, block = vectors.read_unit(artifacts.check_file(store, file))
+def _read_unit(store: Place, file: FileRecord, rows: Mapping[str, IntArray] | None) -> tuple[pa.Array, Float16Array]:
+    ids, block = vectors.read_checked(store, file)
     return (ids, block) if rows is None else (ids.take(pa.array(rows[file.path])), block[rows[file.path]])
 
 
@@ -299,7 +301,7 @@ def measure_loss(store: EmbeddingStore, layout: Layout) -> dict[str, float]:
 
 
 def build_shard(
-    plan: ShardPlan, layout: Layout, folder: Path, training: Receipt | None = None, listed: Receipt | None = None
+    plan: ShardPlan, layout: Layout, folder: Place, training: Receipt | None = None, listed: Receipt | None = None
 ) -> Receipt:
     """Builds one shard, publishes its folder, and returns its receipt; memory holds a few units and the coarse index.
 
@@ -317,10 +319,9 @@ def build_shard(
     space, index = open_trained(folder, layout, training)
     kept = _kept_rows(plan, removals.open_list(folder, listed)) if listed else None
     num_rows = plan.num_rows if kept is None else sum(map(len, kept.values()))
-    target = folder / SHARDS / plan.key
     all_ids, done = [], 0
     columns: list[pa.Table] = []
-    with storage.publish(target) as temporary:
+    with storage.publish(folder / SHARDS / plan.key) as temporary:
         temporary.mkdir()
         stored: Any = None
         for position, (file, ids, block) in enumerate(_read_units(plan.store, plan.files, kept)):
@@ -341,8 +342,8 @@ def build_shard(
             filters.write_columns(temporary / COLUMNS, columns)
         if index:
             index.write(temporary / layout.coarse_name)
-    names = [*([layout.coarse_name] if index else []), VECTORS, IDS, *([COLUMNS] if columns else [])]
-    files = tuple(FileRecord.of(folder, target / name) for name in names)
+        names = [*([layout.coarse_name] if index else []), VECTORS, IDS, *([COLUMNS] if columns else [])]
+        files = tuple(FileRecord.named(f"{SHARDS}/{plan.key}/{name}", temporary / name) for name in names)
     details = {
         "num_left_out": plan.num_rows - num_rows,
         "training": training_of(training),
@@ -358,7 +359,7 @@ def _kept_rows(plan: ShardPlan, removed: pa.Array) -> dict[str, IntArray]:
     return {path: np.delete(np.arange(len(own)), removals.find(own, removed)) for path, own in ids.items()}
 
 
-def _refuse_infinite(path: Path, ids: pa.Array, block: Float16Array) -> None:
+def _refuse_infinite(path: Place, ids: pa.Array, block: Float16Array) -> None:
     """Refuses vectors that a coarse index would silently never find.
 
     Raises:
@@ -374,7 +375,7 @@ def training_of(training: Receipt | None) -> str | None:
     return storage.digest_json([file.digest for file in training.files]) if training else None
 
 
-def open_trained(folder: Path, layout: Layout, training: Receipt | None) -> tuple[Space, CoarseIndex | CoarseVectors | None]:
+def open_trained(folder: Place, layout: Layout, training: Receipt | None) -> tuple[Space, CoarseIndex | CoarseVectors | None]:
     """Returns the coarse space of an index, and an empty coarse index; what needs no training is made here.
 
     Raises:
@@ -388,7 +389,7 @@ def open_trained(folder: Path, layout: Layout, training: Receipt | None) -> tupl
     return space, CoarseIndex.read(_check_trained(folder, training, COARSE)).copy()
 
 
-def open_space(folder: Path, layout: Layout, training: Receipt | None) -> Space:
+def open_space(folder: Place, layout: Layout, training: Receipt | None) -> Space:
     """Returns the coarse space of an index.
 
     Raises:
@@ -397,8 +398,8 @@ def open_space(folder: Path, layout: Layout, training: Receipt | None) -> Space:
     return Space.read(_check_trained(folder, training, SPACE)) if training else Space("prefix", layout.dim)
 
 
-def _check_trained(folder: Path, training: Receipt, name: str) -> Path:
-    return artifacts.check_file(folder, next(file for file in training.files if Path(file.path).name == name))
+def _check_trained(folder: Place, training: Receipt, name: str) -> Path:
+    return artifacts.check_file(folder, next(file for file in training.files if PurePosixPath(file.path).name == name))
 
 
 def export_keys(index: "IndexStore", plan: FunnelPlan) -> list[str]:
@@ -412,32 +413,32 @@ def export_keys(index: "IndexStore", plan: FunnelPlan) -> list[str]:
     return keys
 
 
-def export_shard(index: "IndexStore", number: int, plan: FunnelPlan, folder: Path, key: str) -> Receipt:
+def export_shard(index: "IndexStore", number: int, plan: FunnelPlan, folder: Place, key: str) -> Receipt:
     """Writes one shard as a plain FAISS index that searches with the shortlist of a plan and reranks at full width.
 
     Row for row, the ids stand in a Parquet file beside it. Removed documents are not among them. Memory holds the vectors of
     the shard as float32.
     """
-    files, layout = index.shards[number], index.layout
-    removed = np.load(files.removed, allow_pickle=False) if files.removed else np.empty(0, np.int64)
-    stored = np.load(files.folder / VECTORS, mmap_mode="r", allow_pickle=False)
+    shard, layout = index.shards[number], index.layout
+    removed = shard.read_removed()
+    stored = np.load(shard.path(VECTORS), mmap_mode="r", allow_pickle=False)
     full = shrink(np.delete(stored, removed, axis=0) if len(removed) else stored, stored.shape[1])
-    ids = vectors.open_ids(files.folder / IDS)
+    ids = vectors.open_ids(shard.path(IDS))
     space, coarse = open_trained(index.folder, layout, index.training)
     if coarse is None or plan.shortlist.dim != layout.dim:  # the plan scans a prefix
         space, coarse = Space("prefix", plan.shortlist.dim), CoarseIndex.build(shrink(full, plan.shortlist.dim), "Flat")
     elif isinstance(coarse, CoarseVectors):
-        coarse = CoarseIndex.build(np.delete(products.read_coarse(files.folder / DENSE), removed, axis=0), "SQbf16")
+        coarse = CoarseIndex.build(np.delete(products.read_coarse(shard.path(DENSE)), removed, axis=0), "SQbf16")
     elif len(removed):
         coarse.add(space.documents(full))
     else:
-        coarse = CoarseIndex.read(files.folder / COARSE)
-    target = folder / SHARDS / key
-    with storage.publish(target) as temporary:
+        coarse = CoarseIndex.read(shard.path(COARSE))
+    with storage.publish(folder / SHARDS / key) as temporary:
         temporary.mkdir()
         coarse.write_plain(temporary / PLAIN, full, space.query_map, plan.shortlist)
         vectors.write_id_table(temporary / PLAIN_IDS, ids.take(pa.array(np.delete(np.arange(len(ids)), removed))))
-    return Receipt(key, len(full), tuple(FileRecord.of(folder, target / name) for name in (PLAIN, PLAIN_IDS)))
+        files = tuple(FileRecord.named(f"{SHARDS}/{key}/{name}", temporary / name) for name in (PLAIN, PLAIN_IDS))
+    return Receipt(key, len(full), files)
 
 
 def pack(block: Float16Array, storage_kind: Storage) -> npt.NDArray[Any]:
@@ -479,7 +480,14 @@ def shard_receipts(manifest: Manifest) -> list[Receipt]:
     return [receipt for receipt in manifest.receipts if receipt.key.partition("/")[0] not in (TRAINED, REMOVED)]
 
 
-def _read(folder: Path) -> Manifest:
+def _checked_later(folder: Place, manifest: Manifest) -> set[str]:
+    """Returns the names of files whose digests are not looked at when an index is opened."""
+    if isinstance(folder, Path):
+        return {VECTORS}
+    return {PurePosixPath(file.path).name for receipt in manifest.receipts for file in receipt.files}
+
+
+def _read(folder: Place) -> Manifest:
     """Returns the manifest of a finished index that says all that a search relies on.
 
     Raises:
@@ -546,29 +554,30 @@ class IndexStore:
     >>> made.cleanup()
     """
 
-    folder: Path
+    folder: Place
     manifest: Manifest
     missing: frozenset[str] = frozenset()
 
     @classmethod
-    def open(cls, folder: Path) -> "IndexStore":
+    def open(cls, folder: Place) -> "IndexStore":
         """Returns the index in a folder.
 
         All files must have their sizes, and those that are parsed their digests, ids included. Full vectors are most of an
         index, are numbers and nothing else, and are mostly never looked at: reading them all to open an index of a hundred
-        shards would take minutes. ``python -m jobs.verify`` does.
+        shards would take minutes. ``python -m jobs.verify`` does. In a bucket nothing is read yet: digests, those of vectors
+        too, are checked when a node fetches a file.
 
         Raises:
             ValueError: There is none, it is not finished, or a file of it is missing, truncated or, but for vectors, altered.
         """
         manifest = _read(folder)
-        faults = artifacts.find_faults(folder, manifest, only_sizes=(VECTORS,))
+        faults = artifacts.find_faults(folder, manifest, only_sizes=_checked_later(folder, manifest))
         if faults:
             raise ValueError(f"{faults[0]}. {_ANEW}")
         return cls(folder, manifest)
 
     @classmethod
-    def open_partial(cls, folder: Path) -> tuple["IndexStore", dict[str, str]]:
+    def open_partial(cls, folder: Place) -> tuple["IndexStore", dict[str, str]]:
         """Returns the index without the shards that cannot be read, and what is wrong with each of these.
 
         Files are looked at as by ``open``. A shard whose tombstones cannot be read would find what was removed.
@@ -579,10 +588,8 @@ class IndexStore:
         manifest = _read(folder)
         names = {removals.key_of(receipt): receipt.key for receipt in shard_receipts(manifest)}
         faults: dict[str, str] = {}
-        for receipt in manifest.receipts:
-            own = dataclasses.replace(manifest, receipts=(receipt,))
-            for fault in artifacts.find_faults(folder, own, only_sizes=(VECTORS,)):
-                faults.setdefault(names.get(receipt.key, receipt.key), fault)
+        for receipt, fault in artifacts.find_faulty(folder, manifest, only_sizes=_checked_later(folder, manifest)):
+            faults.setdefault(names.get(receipt.key, receipt.key), fault)
         for shared in faults.keys() - set(names.values()):
             raise ValueError(f"{faults[shared]}. {_ANEW}")
         return cls(folder, manifest).without(faults), faults
@@ -698,13 +705,9 @@ class IndexStore:
     @property
     def shards(self) -> list[ShardFiles]:
         """Where each shard is, in order."""
-        buried = {receipt.key: receipt.files[0].path for receipt in self.manifest.receipts if receipt.num_rows < 0}
+        buried = {receipt.key: receipt.files[0] for receipt in self.manifest.receipts if receipt.num_rows < 0}
         own = [receipt for receipt in shard_receipts(self.manifest) if receipt.key not in self.missing]
-        removed = [buried.get(removals.key_of(receipt)) for receipt in own]
-        return [
-            ShardFiles(self.folder / SHARDS / receipt.key, self.folder / path if path else None)
-            for receipt, path in zip(own, removed, strict=True)
-        ]
+        return [ShardFiles(self.folder, receipt.key, receipt.files, buried.get(removals.key_of(receipt))) for receipt in own]
 
     @property
     def training(self) -> Receipt | None:
@@ -713,7 +716,7 @@ class IndexStore:
 
     def open_ids(self) -> list[pa.Array]:
         """Returns the ids of every shard, mapped from disk."""
-        return [vectors.open_ids(shard.folder / IDS) for shard in self.shards]
+        return [vectors.open_ids(shard.path(IDS)) for shard in self.shards]
 
     def searcher(self, plan: FunnelPlan | None = None, call: CallShards | None = None) -> Searcher:
         """Returns a searcher over all shards.

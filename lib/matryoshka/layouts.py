@@ -190,12 +190,22 @@ def _factory(given: Given, dim: int, reasons: list[str]) -> str:
 
 
 def _plan(width: int, dim: int, factory: str) -> FunnelPlan:
-    lists = re.search(r"IVF(\d+)", factory)
-    parameters = (("nprobe", max(int(lists[1]) // _LISTS_PER_PROBE, 1)),) if lists else ()
+    lists = count_lists(factory)
+    parameters = (("nprobe", max(lists // _LISTS_PER_PROBE, 1)),) if lists else ()
     if dim >= width:
         return FunnelPlan((Step(width, _SHORTLIST, parameters),))
     keep = _DENSE_SHORTLIST if factory == DENSE_INDEX else _SHORTLIST
     return FunnelPlan((Step(dim, keep, parameters), Step(width, _KEPT)))
+
+
+def count_lists(factory: str) -> int:
+    """Returns into how many lists a kind of index puts its documents; 0: there are none.
+
+    >>> count_lists("IVF512,PQ32x4fs"), count_lists("Flat")
+    (512, 0)
+    """
+    lists = re.search(r"IVF(\d+)", factory)
+    return int(lists[1]) if lists else 0
 
 
 def _check_memory(given: Given, num_held: int, coarse_bytes: float) -> None:

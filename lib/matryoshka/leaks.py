@@ -8,7 +8,6 @@ import functools
 import re
 import zlib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -17,6 +16,7 @@ from datasketch import MinHash, MinHashLSH
 
 from matryoshka import storage
 from matryoshka.splits import STRENGTH
+from matryoshka.storage import Place
 
 NOWHERE = -1
 """The home of a text that is no document."""
@@ -107,11 +107,12 @@ class References:
         )
 
     @classmethod
-    def load(cls, folder: Path, threshold: float) -> Self:
+    def load(cls, folder: Place, threshold: float) -> Self:
         """Returns the references that tasks saved in a folder."""
         references = cls(threshold)
-        for path in sorted(folder.glob("*.npz")):
-            with np.load(path, allow_pickle=False) as file:
+        paths: list[Place] = sorted(folder.glob("*.npz"), key=lambda path: path.name)
+        for path in paths:
+            with np.load(storage.local(path), allow_pickle=False) as file:
                 parts = np.split(file["shingles"], np.cumsum(file["lengths"])[:-1]) if len(file["lengths"]) else []
                 columns = parts, file["sketches"], file["splits"].tolist(), file["homes"].tolist()
                 for own, sketch, split, home in zip(*columns, strict=True):
@@ -126,7 +127,7 @@ class References:
             self._shingles.append(own)
 
 
-def save(path: Path, texts: Iterable[tuple[str, int, str]]) -> None:
+def save(path: Place, texts: Iterable[tuple[str, int, str]]) -> None:
     """Writes what ``References.load`` reads of texts, each with its split and home: the slow part, for several tasks."""
     found = [(split, home, shingle(text)) for split, home, text in texts]
     sketches = [_sketch(own).hashvalues for _, _, own in found]

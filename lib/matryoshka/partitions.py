@@ -1,11 +1,14 @@
 """Rows on their way from one task to another: dealt out to partitions on disk, so that no process holds all of them.
 
 A task writes one file for all partitions, with a record batch for each; who reads a partition reads that batch of every
-file. A key's partition is a range of hashes: sorted partitions, one after the other, are sorted, whatever their number.
+file, and no more of it. A key's partition is a range of hashes: sorted partitions, one after the other, are sorted, whatever
+their number.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, get_type_hints
@@ -13,9 +16,12 @@ from typing import Any, Generic, Self, TypeVar, get_type_hints
 import pyarrow as pa
 
 from matryoshka import corpus, storage
+from matryoshka.storage import Place
 
 _ROWS_AT_ONCE = 65_536
 _KEY_BITS = 64
+_FILES_AT_ONCE = 8  # of a bucket
+_SMALL_BYTES = 2**20
 
 R = TypeVar("R", bound=tuple[Any, ...])
 
@@ -44,8 +50,7 @@ class Dealer(Generic[R]):
         num_partitions: How many there are.
     """
 
-    def __init__(self, folder: Path, task: str, kind: type[R], num_partitions: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Place, task: str, kind: type[R], num_partitions: int) -> None:
         self._folder, self._task, self._kind = folder, task, kind
         self._rows: list[list[R]] = [[] for _ in range(num_partitions)]
         self._num_rows = self._num_files = 0
@@ -71,37 +76,66 @@ class Dealer(Generic[R]):
             self._flush()
 
 
-def write_batches(path: Path, kind: type[R], batches: Iterable[Sequence[R]]) -> None:
+def write_batches(path: Place, kind: type[R], batches: Iterable[Sequence[R]]) -> None:
     """Writes a temporary file of several runs of rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     schema = corpus.schema(get_type_hints(kind))
-    temporary = path.parent / f"{storage.TEMPORARY}{path.name}"
-    with pa.ipc.new_file(temporary, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+    with (
+        _created(path) as temporary,
+        pa.ipc.new_file(temporary, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer,
+    ):
         for rows in batches:
             columns = zip(*rows, strict=True) if rows else [()] * len(schema)
             arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
             writer.write_batch(pa.record_batch(arrays, schema=schema))
-    temporary.replace(path)
 
 
-def read_batch(path: Path, kind: type[R], number: int = 0) -> Iterator[R]:
-    """Yields the rows of one run in a temporary file."""
-    columns = [column.to_pylist() for column in _open_batch(path, number).columns]
+@contextlib.contextmanager
+def _created(path: Place) -> Iterator[Path]:
+    """Yields where to write a file that nobody needs after this run: on a disk, nobody waits until it is there for good."""
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.parent / f"{storage.TEMPORARY}{path.name}"
+        yield temporary
+        temporary.replace(path)
+    else:
+        with storage.publish(path) as temporary:
+            yield temporary
+
+
+def read_file(path: Place, kind: type[R]) -> Iterator[R]:
+    """Yields the rows of a temporary file that holds a single run of them."""
+    yield from _rows(_open_batch(path, 0, is_small=True), kind)
+
+
+def _rows(batch: pa.RecordBatch, kind: type[R]) -> Iterator[R]:
+    columns = [column.to_pylist() for column in batch.columns]
     yield from map(kind._make, zip(*columns, strict=True))  # type: ignore[attr-defined]
 
 
-def _open_batch(path: Path, number: int) -> pa.RecordBatch:
-    with pa.memory_map(str(path)) as file:
+def _open_batch(path: Place, number: int, *, is_small: bool) -> pa.RecordBatch:
+    """Returns one run of rows; what is small comes from a bucket as a whole, by one request instead of four."""
+    if isinstance(path, Path):
+        file = pa.memory_map(str(path))
+    else:
+        file = pa.BufferReader(path.read_bytes()) if is_small else pa.PythonFile(storage.source(path))
+    with file:
         return pa.ipc.open_file(file).get_batch(number)
 
 
-def read_whole(folder: Path, partition: int) -> Iterator[pa.RecordBatch]:
+def read_whole(folder: Place, partition: int) -> Iterator[pa.RecordBatch]:
     """Yields the rows of one partition as ``read`` does, for those who only hand them on."""
-    for path in sorted(folder.glob("*.arrow")):
-        yield _open_batch(path, partition)
+    if isinstance(folder, Path):
+        for path in sorted(folder.glob("*.arrow")):
+            yield _open_batch(path, partition, is_small=False)
+        return
+    files = sorted(storage.sizes(folder).items())
+    with ThreadPoolExecutor(_FILES_AT_ONCE, "partition") as pool:
+        for first in range(0, len(files), _FILES_AT_ONCE):
+            some = files[first : first + _FILES_AT_ONCE]
+            yield from pool.map(lambda own: _open_batch(folder / own[0], partition, is_small=own[1] <= _SMALL_BYTES), some)
 
 
-def read(folder: Path, kind: type[R], partition: int) -> Iterator[R]:
+def read(folder: Place, kind: type[R], partition: int) -> Iterator[R]:
     """Yields the rows of one partition, task by task, in the order in which each added them."""
-    for path in sorted(folder.glob("*.arrow")):
-        yield from read_batch(path, kind, partition)
+    for batch in read_whole(folder, partition):
+        yield from _rows(batch, kind)

@@ -13,8 +13,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from matryoshka import corpus, units
+from matryoshka import corpus, storage, units
 from matryoshka.pairs import DatasetStore
+from matryoshka.storage import Place
 
 Hashes = npt.NDArray[np.uint64]
 IntArray = npt.NDArray[np.int64]
@@ -97,9 +98,9 @@ class Relation:
         np.save(path, self._keys, allow_pickle=False)
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Place) -> Self:
         """Returns what ``save`` wrote, mapped from disk."""
-        return cls(np.load(path, mmap_mode="r", allow_pickle=False))
+        return cls(np.load(storage.local(path), mmap_mode="r", allow_pickle=False))
 
 
 def find(wanted: Hashes, among: Hashes, order: IntArray | None = None) -> IntArray:
@@ -131,9 +132,9 @@ class Documents:
         np.save(path, np.stack([self._ids, self.texts]), allow_pickle=False)
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Place) -> Self:
         """Returns what ``save`` wrote, mapped from disk."""
-        return cls(*np.load(path, mmap_mode="r", allow_pickle=False))
+        return cls(*np.load(storage.local(path), mmap_mode="r", allow_pickle=False))
 
 
 def read(data: DatasetStore, index_ids: Iterable[Any]) -> tuple[Documents, Relation]:

@@ -7,10 +7,9 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from matryoshka import assembly, beir, cleaning, docstrings, labelled, pairs, sources
+from matryoshka import assembly, beir, cleaning, docstrings, labelled, pairs, sources, storage
 from matryoshka.artifacts import Receipt
 from matryoshka.assembly import Layout, Part
 from matryoshka.chunks import ChunkPlan
@@ -19,6 +18,7 @@ from matryoshka.docstrings import SourceFile
 from matryoshka.labelled import LabelColumns
 from matryoshka.sources import Slice
 from matryoshka.splits import STRENGTH, TRAIN, Sample
+from matryoshka.storage import Place
 
 _PARTITION_BYTES = 2**25
 _SMALL_BYTES = 2**20  # not worth more than a task
@@ -62,7 +62,7 @@ class Source:
     extras: tuple[str, ...] = ()
 
 
-def from_pairs(paths: Sequence[Path], columns: PairColumns, rules: Rules) -> Source:
+def from_pairs(paths: Sequence[Place], columns: PairColumns, rules: Rules) -> Source:
     """Returns files with a query and a document in every row as a source.
 
     Raises:
@@ -107,7 +107,7 @@ def _take_docstrings(layout: Layout, rules: Rules, number: int, found: Sequence[
     return cleaning.take(layout, rules, f"{number:06d}", rows)
 
 
-def from_labelled(paths: Sequence[Path], columns: LabelColumns, rules: Rules) -> Source:
+def from_labelled(paths: Sequence[Place], columns: LabelColumns, rules: Rules) -> Source:
     """Returns files with a text and a label in every row as a source.
 
     Raises:
@@ -132,7 +132,7 @@ def _take_labelled(layout: Layout, rules: Rules, part: Slice, columns: LabelColu
     return labelled.take(layout, rules, part.title, labelled.read_rows(part, columns, rules.splits))
 
 
-def from_beir(folder: Path) -> Source:
+def from_beir(folder: Place) -> Source:
     """Returns a BEIR folder as a source.
 
     Raises:
@@ -155,7 +155,7 @@ def from_beir(folder: Path) -> Source:
     )
 
 
-def _brought(paths: Sequence[Path], rules: Rules) -> dict[str, str]:
+def _brought(paths: Sequence[Place], rules: Rules) -> dict[str, str]:
     """Returns the splits that files bring by their names, and what to say where no row of one is left."""
     if rules.splits.by != "files":
         return {}
@@ -182,7 +182,7 @@ class Finishing:
 class Prepared:
     """The files of a dataset, where they lie by now, their receipts, and what there is to know of them."""
 
-    moves: Mapping[Path, Receipt]
+    moves: Mapping[Place, Receipt]
     facts: Mapping[str, Any]
 
 
@@ -190,7 +190,7 @@ def prepare(
     source: Source,
     rules: Rules,
     finishing: Finishing,
-    work: Path,
+    work: Place,
     run: RunTasks,
     num_partitions: int | None = None,
 ) -> Prepared:
@@ -235,7 +235,8 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _count_partitions(files: Iterable[str]) -> int:
-    num_bytes = sum(Path(file).stat().st_size for file in files if Path(file).is_file())
+    places = map(storage.place, files)
+    num_bytes = sum(place.stat().st_size for place in places if place.is_file())
     return 1 + min(num_bytes // _SMALL_BYTES, 3) + num_bytes // _PARTITION_BYTES
 
 

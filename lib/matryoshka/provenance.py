@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 from matryoshka import artifacts, storage
 from matryoshka.clock import PHASES
+from matryoshka.storage import Place
 from matryoshka.training import DEV, LOG
 
 _DEV = "dev_"
@@ -45,7 +45,7 @@ class Training:
     seconds: float | None
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
+    def read(cls, folder: Place) -> Self:
         """Returns how the model in a folder was trained.
 
         Raises:
@@ -94,7 +94,7 @@ class Embedding:
     padding: float
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
+    def read(cls, folder: Place) -> Self:
         """Returns where the time of the embeddings in a folder went, over all runs that made them.
 
         Raises:

@@ -1,7 +1,6 @@
 """Queries that come as vectors: a column of lists in Parquet files, every one checked before anything is asked."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import pyarrow.compute as pc
 from matryoshka import corpus
 from matryoshka.corpus import Columns, Corpus
 from matryoshka.nested import Float32Array
+from matryoshka.storage import Place
 from matryoshka.topk import IntArray
 from matryoshka.units import Unit, plan_units
 
@@ -47,7 +47,7 @@ def read_vectors(source: Corpus, unit: Unit, width: int) -> tuple[pa.Array, Floa
         ValueError: A vector is missing, of another width, not finite, or zero.
     """
     path, columns = source.path_of(unit.name), source.columns
-    table = corpus.read_columns(path, unit, [columns.id, columns.text])
+    table = corpus.read_columns(path, unit, [columns.id, columns.text], source.stamp_of(unit.name))
     ids = pc.cast(table.column(columns.id), pa.large_string()).combine_chunks()
     lists = table.column(columns.text).combine_chunks()
     _check_type(path, columns.text, lists.type)
@@ -61,13 +61,13 @@ def read_vectors(source: Corpus, unit: Unit, width: int) -> tuple[pa.Array, Floa
     return ids, vectors
 
 
-def _check_type(path: Path, column: str, own: pa.DataType) -> None:
+def _check_type(path: Place, column: str, own: pa.DataType) -> None:
     kinds = (pa.types.is_fixed_size_list, pa.types.is_list, pa.types.is_large_list)
     if not any(is_kind(own) for is_kind in kinds) or not pa.types.is_floating(own.value_type):
         raise ValueError(f"{path}: column '{column}' is {own}, not lists of floating-point numbers. Name another column.")
 
 
-def _refuse(path: Path, column: str, ids: pa.Array, is_wrong: Any, fault: str, lengths: IntArray | None = None) -> None:
+def _refuse(path: Place, column: str, ids: pa.Array, is_wrong: Any, fault: str, lengths: IntArray | None = None) -> None:
     wrong = np.flatnonzero(is_wrong)
     if wrong.size:
         first = int(wrong[0])

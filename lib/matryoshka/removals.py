@@ -6,7 +6,7 @@ a shard that is built later leaves the documents out.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from matryoshka import artifacts, corpus, storage, vectors
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.funnel import IDS
+from matryoshka.storage import Place
 from matryoshka.topk import IntArray
 from matryoshka.vectors import EmbeddingStore
 
@@ -31,7 +32,7 @@ class Removed:
     num_added: int
 
     @classmethod
-    def open(cls, folder: Path, manifest: Manifest | None, added: pa.Array) -> "Removed":
+    def open(cls, folder: Place, manifest: Manifest | None, added: pa.Array) -> "Removed":
         """Returns what an index, finished or not, is known to leave out, with more ids.
 
         Raises:
@@ -58,22 +59,23 @@ def none() -> pa.Array:
     return _in_order([])
 
 
-def known_list(folder: Path, manifest: Manifest | None) -> Receipt | None:
+def known_list(folder: Place, manifest: Manifest | None) -> Receipt | None:
     """Returns the receipt of the ids that an index, finished or not, is known to leave out."""
     known = [*manifest.receipts, *artifacts.read_journal(folder)] if manifest else []
     lists = [receipt for receipt in known if receipt.key == REMOVED]
     return lists[-1] if lists else None
 
 
-def remember(folder: Path, ids: pa.Array) -> Receipt:
+def remember(folder: Place, ids: pa.Array) -> Receipt:
     """Writes the list into an index and returns its receipt; a longer list has another file, so the one before stays whole."""
-    path = folder / REMOVED / f"ids-{storage.digest_json(ids.to_pylist())[:16]}.arrow"
-    with storage.publish(path) as temporary:
+    name = f"ids-{storage.digest_json(ids.to_pylist())[:16]}.arrow"
+    with storage.publish(folder / REMOVED / name) as temporary:
         vectors.write_ids(temporary, [ids])
-    return Receipt(REMOVED, 0, (FileRecord.of(folder, path),), {"num_ids": len(ids)})
+        record = FileRecord.named(f"{REMOVED}/{name}", temporary)
+    return Receipt(REMOVED, 0, (record,), {"num_ids": len(ids)})
 
 
-def open_list(folder: Path, listed: Receipt) -> pa.Array:
+def open_list(folder: Place, listed: Receipt) -> pa.Array:
     """Returns the ids of a list.
 
     Raises:
@@ -102,15 +104,17 @@ def unknown(store: EmbeddingStore, ids: pa.Array) -> list[str]:
     return names
 
 
-def bury(folder: Path, shard: Receipt, listed: Receipt) -> Receipt:
+def bury(folder: Place, shard: Receipt, listed: Receipt) -> Receipt:
     """Writes which rows of a shard are on the list, and returns a receipt: so many documents less than the shard's says."""
     record = _ids_of(shard)
-    rows = find(vectors.open_ids(folder / record.path), open_list(folder, listed))
-    path = folder / REMOVED / f"{shard.key}.npy"
-    with storage.publish(path) as temporary, temporary.open("wb") as file:
-        np.save(file, rows)
+    rows = find(vectors.open_ids(storage.local(folder / record.path, record.digest)), open_list(folder, listed))
+    name = f"{shard.key}.npy"
+    with storage.publish(folder / REMOVED / name) as temporary:
+        with temporary.open("wb") as file:
+            np.save(file, rows)
+        marks = FileRecord.named(f"{REMOVED}/{name}", temporary)
     details = {"shard": record.digest, "list": listed.files[0].digest}
-    return Receipt(key_of(shard), -len(rows), (FileRecord.of(folder, path),), details)
+    return Receipt(key_of(shard), -len(rows), (marks,), details)
 
 
 def key_of(shard: Receipt) -> str:
@@ -131,7 +135,7 @@ def leaves_out(shard: Receipt, listed: Receipt) -> bool:
 
 
 def _ids_of(shard: Receipt) -> FileRecord:
-    return next(file for file in shard.files if Path(file.path).name == IDS)
+    return next(file for file in shard.files if PurePosixPath(file.path).name == IDS)
 
 
 def _in_order(ids: Iterable[str]) -> pa.Array:

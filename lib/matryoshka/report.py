@@ -5,7 +5,6 @@ import html
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from matryoshka import evaluation, storage, verdict
@@ -13,6 +12,7 @@ from matryoshka.comparison import Comparison, Resolutions
 from matryoshka.evaluation import FUNNEL, HEADLINES, Profile, Ranking, Row
 from matryoshka.reading import USUAL
 from matryoshka.showcase import Change, Extremes
+from matryoshka.storage import Place
 from matryoshka.verdict import Verdict
 
 JSON, MARKDOWN = "report.json", "report.md"
@@ -87,7 +87,7 @@ class Report:
         return f"{sentence.removesuffix('.')} ({between})." if sentence and between else sentence
 
 
-def write(folder: Path, report: Report) -> None:
+def write(folder: Place, report: Report) -> None:
     """Writes both forms of a report, each atomically."""
     value = {
         "title": report.title,
@@ -116,7 +116,7 @@ def _as_json(values: Sequence[Row] | Sequence[Profile] | Sequence[Comparison]) -
     return [dataclasses.asdict(value) for value in values]
 
 
-def read_rows(folder: Path) -> list[Row]:
+def read_rows(folder: Place) -> list[Row]:
     """Returns the figures of a report.
 
     Raises:
@@ -125,7 +125,7 @@ def read_rows(folder: Path) -> list[Row]:
     return [Row(**row) for row in storage.read_json(folder / JSON)["rows"]]
 
 
-def read_profiles(folder: Path) -> list[Profile]:
+def read_profiles(folder: Place) -> list[Profile]:
     """Returns the models of a report; reports that were made before models were weighed have none.
 
     Raises:
@@ -134,7 +134,7 @@ def read_profiles(folder: Path) -> list[Profile]:
     return [Profile(**profile) for profile in storage.read_json(folder / JSON).get("models", ())]
 
 
-def read_sentences(folder: Path) -> list[str]:
+def read_sentences(folder: Place) -> list[str]:
     """Returns the outcome of a report in words.
 
     Raises:
@@ -143,7 +143,7 @@ def read_sentences(folder: Path) -> list[str]:
     return list(storage.read_json(folder / JSON)["sentences"])
 
 
-def read(folder: Path) -> Report:
+def read(folder: Place) -> Report:
     """Returns a report as it was written, but for its ranking, for what happened elsewhere, and for sections of its own.
 
     Raises:
@@ -165,7 +165,7 @@ def read(folder: Path) -> Report:
     )
 
 
-def read_best(folder: Path) -> str:
+def read_best(folder: Place) -> str:
     """Returns the system that a report ranks first.
 
     Raises:

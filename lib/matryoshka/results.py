@@ -14,6 +14,7 @@ from matryoshka import corpus, storage
 from matryoshka.artifacts import FileRecord, Receipt
 from matryoshka.corpus import Corpus
 from matryoshka.nested import Float32Array
+from matryoshka.storage import Place
 from matryoshka.topk import IntArray
 
 Rows: TypeAlias = pa.RecordBatch
@@ -52,11 +53,18 @@ def to_rows(
     return pa.record_batch(columns)
 
 
-def write_results(folder: Path, rows: Iterator[Rows]) -> Receipt:
+def write_results(folder: Place, rows: Iterator[Rows]) -> Receipt:
     """Writes both files; they are there, whole, once all rows have come. Returns their receipt."""
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(storage.publish(folder / name)) for name in (PARQUET, TREC)}
+        num_rows = _write(files[PARQUET], files[TREC], rows)
+        return Receipt("results", num_rows, tuple(FileRecord.named(name, file) for name, file in files.items()))
+
+
+def _write(parquet: Path, trec: Path, rows: Iterator[Rows]) -> int:
+    """Writes rows to both files, and returns how many there were."""
     num_rows = 0
     with contextlib.ExitStack() as stack:
-        parquet, trec = (stack.enter_context(storage.publish(folder / name)) for name in (PARQUET, TREC))
         lines = stack.enter_context(trec.open("wb"))
         writer: pq.ParquetWriter | None = None
         for batch in rows:
@@ -64,7 +72,7 @@ def write_results(folder: Path, rows: Iterator[Rows]) -> Receipt:
             writer.write_batch(batch)
             lines.write(trec_lines(batch))
             num_rows += batch.num_rows
-    return Receipt("results", num_rows, tuple(FileRecord.of(folder, folder / name) for name in (PARQUET, TREC)))
+    return num_rows
 
 
 def trec_lines(rows: Rows) -> bytes:

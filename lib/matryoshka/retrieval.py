@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from matryoshka.rankings import Catalogue, Packing, Rankings, Vectors
 from matryoshka.report import Report
 from matryoshka.runs import Series
 from matryoshka.showcase import Searches
+from matryoshka.storage import Place
 from matryoshka.vectors import EmbeddingStore
 from matryoshka.verdict import Training
 
@@ -117,7 +117,7 @@ class Findings:
 class _Keeper:
     """Keeps what systems found: a run on disk, and what every query got."""
 
-    def __init__(self, task: Task, output: Path, catalogue: Catalogue) -> None:
+    def __init__(self, task: Task, output: Place, catalogue: Catalogue) -> None:
         self._query_ids, self._output, self.catalogue = task.query_ids, output, catalogue
         self.judged = Judgements.of(task.qrels, task.query_ids, catalogue.names)
         self.series: list[Series] = []
@@ -134,7 +134,7 @@ class _Keeper:
         self.records.append(runs.write_trec(self._output, self.series[-1].label, self._query_ids, found, names))
 
 
-def search_words(task: Task, output: Path) -> Findings:
+def search_words(task: Task, output: Place) -> Findings:
     """Returns what BM25 finds, and writes its run below a folder; of more texts than it holds in memory, a remark alone."""
     num_rows = task.data.num_documents
     if num_rows > lexical.MOST_TEXTS:
@@ -148,7 +148,7 @@ def search_words(task: Task, output: Path) -> Findings:
 
 def search_vectors(
     task: Task,
-    output: Path,
+    output: Place,
     system: str,
     store: EmbeddingStore,
     queries: Vectors,

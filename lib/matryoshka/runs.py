@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from matryoshka.artifacts import FileRecord
 from matryoshka.metrics import FloatArray
 from matryoshka.nested import Float32Array
 from matryoshka.rankings import Names, Rankings
+from matryoshka.storage import Place
 
 FOLDER, PER_QUERY = "runs", "per_query.parquet"
 
@@ -58,22 +58,22 @@ def first_documents(rankings: Rankings, names: Names, asked: npt.NDArray[np.int6
     return [*top, *([[]] * (num_judged - len(asked)))]
 
 
-def write_trec(folder: Path, label: str, query_ids: Sequence[str], rankings: Rankings, names: Names) -> FileRecord:
+def write_trec(folder: Place, label: str, query_ids: Sequence[str], rankings: Rankings, names: Names) -> FileRecord:
     """Writes rankings as a TREC run below a folder.
 
     Tools order a run by score, and equal scores as they like; so among equals, each is written a last bit below the one
     before it.
     """
-    path = folder / FOLDER / f"{_UNUSABLE.sub('_', label)}.trec"
+    name = f"{FOLDER}/{_UNUSABLE.sub('_', label)}.trec"
     rows = results.to_rows(
         pa.array(query_ids, pa.large_string()),
         without_ties(rankings.scores),
         rankings.documents,
         lambda documents: pa.array(names[documents], pa.large_string()),
     )
-    with storage.publish(path) as temporary, temporary.open("wb") as file:
-        file.write(results.trec_lines(rows))
-    return FileRecord.of(folder, path)
+    with storage.publish(folder / name) as temporary:
+        temporary.write_bytes(results.trec_lines(rows))
+        return FileRecord.named(name, temporary)
 
 
 def without_ties(scores: Float32Array) -> Float32Array:
@@ -91,12 +91,12 @@ def without_ties(scores: Float32Array) -> Float32Array:
     return fallen
 
 
-def write_series(folder: Path, query_ids: Sequence[str], series: Iterable[Series]) -> FileRecord:
+def write_series(folder: Place, query_ids: Sequence[str], series: Iterable[Series]) -> FileRecord:
     """Writes what every query got, one row for each system, dim and query."""
     tables = [_to_table(query_ids, own) for own in series]
     with storage.publish(folder / PER_QUERY) as temporary:
         pq.write_table(pa.concat_tables(tables, promote_options="default"), temporary, compression="zstd")
-    return FileRecord.of(folder, folder / PER_QUERY)
+        return FileRecord.named(PER_QUERY, temporary)
 
 
 def _to_table(query_ids: Sequence[str], series: Series) -> pa.Table:
@@ -110,7 +110,7 @@ def _to_table(query_ids: Sequence[str], series: Series) -> pa.Table:
     return pa.table(columns | {name: pa.array(own) for name, own in series.values.items()})
 
 
-def find_series(folder: Path) -> Path:
+def find_series(folder: Place) -> Place:
     """Returns where an evaluation keeps what every query got.
 
     Raises:
@@ -122,13 +122,13 @@ def find_series(folder: Path) -> Path:
     return path
 
 
-def read_series(folder: Path) -> tuple[list[str], list[Series]]:
+def read_series(folder: Place) -> tuple[list[str], list[Series]]:
     """Returns (ids of the judged queries, what each system got).
 
     Raises:
         ValueError: As ``find_series``.
     """
-    table = pq.read_table(find_series(folder))
+    table = pq.read_table(storage.local(find_series(folder)))
     systems, dims = table.column("system").to_pylist(), table.column("dim").to_pylist()
     starts = [row for row in range(len(dims)) if row == 0 or (systems[row], dims[row]) != (systems[row - 1], dims[row - 1])]
     metrics = [name for name in table.column_names if name not in _COLUMNS]

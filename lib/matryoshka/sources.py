@@ -4,13 +4,13 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 from pyarrow import csv
 
-from matryoshka import corpus, units
+from matryoshka import corpus, storage, units
+from matryoshka.storage import Place
 
 PARQUET, CSV, JSONL = SUFFIXES = (".parquet", ".csv", ".jsonl")
 
@@ -65,7 +65,7 @@ def _row_in_words(path: str, place: int) -> str:
     return f"{'row' if path.endswith((PARQUET, CSV)) else 'line'} {place & (1 << _ROW_BITS) - 1}"
 
 
-def plan_slices(paths: Sequence[Path], columns: Sequence[Column]) -> list[Slice]:
+def plan_slices(paths: Sequence[Place], columns: Sequence[Column]) -> list[Slice]:
     """Returns the slices of files, every row of every file in one of them, after a look at what columns the files have.
 
     Raises:
@@ -96,7 +96,7 @@ def read(part: Slice, columns: Sequence[Column]) -> Iterator[tuple[int, list[Any
     Raises:
         ValueError: The file is not readable, not UTF-8, or a value is of another kind.
     """
-    path = Path(part.path)
+    path = storage.place(part.path)
     if path.suffix == JSONL:
         rows = _read_json(path, columns)
     else:
@@ -126,7 +126,7 @@ def _texts(value: Any) -> list[str]:
     return [text for text in (value if isinstance(value, list) else [value]) if text is not None and text != ""]
 
 
-def _read_parquet(path: Path, columns: Sequence[Column], start: int, stop: int | None) -> Batches:
+def _read_parquet(path: Place, columns: Sequence[Column], start: int, stop: int | None) -> Batches:
     batches = corpus.text_batches(
         path, list(dict.fromkeys(_names(columns))), _names(columns, "id"), start, stop, _names(columns, "texts")
     )
@@ -135,10 +135,10 @@ def _read_parquet(path: Path, columns: Sequence[Column], start: int, stop: int |
         start += batch.num_rows
 
 
-def _open_csv(path: Path, names: Sequence[str]) -> csv.CSVStreamingReader:
+def _open_csv(path: Place, names: Sequence[str]) -> csv.CSVStreamingReader:
     try:
         return csv.open_csv(
-            path,
+            path if storage.is_local(path) else path.open("rb"),
             csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
             csv.ParseOptions(newlines_in_values=True),
             csv.ConvertOptions(column_types=dict.fromkeys(names, pa.large_string()), include_columns=list(names)),
@@ -147,12 +147,12 @@ def _open_csv(path: Path, names: Sequence[str]) -> csv.CSVStreamingReader:
         raise _csv_fault(path, error) from None
 
 
-def _csv_fault(path: Path, error: Exception) -> ValueError:
+def _csv_fault(path: Place, error: Exception) -> ValueError:
     reason = str(error).splitlines()[0]
     return ValueError(f"{path}: not readable as CSV in UTF-8 ({reason}; the header is row 1). Mend it, or take it out.")
 
 
-def _csv_names(path: Path) -> list[str]:
+def _csv_names(path: Place) -> list[str]:
     try:
         names: list[str] = _open_csv(path, ()).schema.names
     except UnicodeDecodeError as error:
@@ -160,7 +160,7 @@ def _csv_names(path: Path) -> list[str]:
     return names
 
 
-def _read_csv(path: Path, columns: Sequence[Column]) -> Batches:
+def _read_csv(path: Place, columns: Sequence[Column]) -> Batches:
     row = 2
     reader = _open_csv(path, list(dict.fromkeys(_names(columns))))
     try:
@@ -171,13 +171,13 @@ def _read_csv(path: Path, columns: Sequence[Column]) -> Batches:
         raise _csv_fault(path, error) from None
 
 
-def _json_names(path: Path) -> list[str]:
+def _json_names(path: Place) -> list[str]:
     """Returns the keys that any of the first lines has: a line may lack those that have no value there."""
     lines = itertools.islice(corpus.text_lines(path), _LOOKED_AT)
     return list(dict.fromkeys(key for number, line in lines for key in _json_object(path, number, line)))
 
 
-def _json_object(path: Path, number: int, line: str) -> dict[str, Any]:
+def _json_object(path: Place, number: int, line: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -187,13 +187,13 @@ def _json_object(path: Path, number: int, line: str) -> dict[str, Any]:
     return value
 
 
-def _read_json(path: Path, columns: Sequence[Column]) -> Iterator[tuple[int, list[Any]]]:
+def _read_json(path: Place, columns: Sequence[Column]) -> Iterator[tuple[int, list[Any]]]:
     for number, line in corpus.text_lines(path):
         value = _json_object(path, number, line)
         yield number, [_json_value(path, number, column, value.get(column.name)) for column in columns]
 
 
-def _json_value(path: Path, number: int, column: Column, value: Any) -> Any:
+def _json_value(path: Place, number: int, column: Column, value: Any) -> Any:
     if column.kind == "id" and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     texts = _texts(value) if column.kind == "texts" else ["" if value is None else value]

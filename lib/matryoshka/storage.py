@@ -18,13 +18,12 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, overload
 
 from matryoshka import buckets, cache
 from matryoshka.buckets import BucketPath, ObjectInfo, UPath
 
 Place: TypeAlias = Path | UPath
-P = TypeVar("P", Path, UPath)
 
 TEMPORARY = ".partial-"
 """Begins the name of everything that is not finished; leftovers of killed writers are known by it."""
@@ -50,17 +49,6 @@ def place(text: str) -> Place:
     if not beginning[0].endswith("://") or text.startswith(_FILE):
         raise ValueError(f"{beginning[0]}: not the beginning of a place. Write {beginning[0].partition(':')[0]}://, or a path.")
     return buckets.parse(text)
-
-
-def local_path(text: str) -> Path:
-    """Returns the path that a setting names, where only a path will do.
-
-    Raises:
-        ValueError: It is a URL.
-    """
-    if "://" in text:
-        raise ValueError(f"{text}: only local and mounted folders are supported. Mount or copy it, and pass its path.")
-    return Path(text)
 
 
 def is_local(place: Place) -> bool:
@@ -95,14 +83,21 @@ def local(place: Place, digest: str | None = None) -> Path:
         return place
     own = _bucket(place)
     if digest:
-        key = digest_json(["sha256", digest])  # from a manifest: as it stands it is no name to be trusted
+        key = digest_json(["sha256", digest]) + own.suffix  # from a manifest: as it stands it is no name to be trusted
         return cache.hold(key, lambda: own.info_of().num_bytes, lambda target: _fetch(own, own.info_of(), target, digest))
     below = buckets.listing(own)
     if not below:
         info = own.info_of()
-        return cache.hold(_key(own, {"": info}), lambda: info.num_bytes, lambda target: _fetch(own, info, target))
+        return cache.hold(_key(own, {"": info}) + own.suffix, lambda: info.num_bytes, lambda target: _fetch(own, info, target))
     num_bytes = sum(info.num_bytes for info in below.values())
     return cache.hold(_key(own, below), lambda: num_bytes, lambda target: buckets.download_all(own, below, target))
+
+
+@contextlib.contextmanager
+def borrowing() -> Iterator[None]:
+    """Lets go at the end of the copies that ``local`` gave while the block ran: there may be more of them than there is room."""
+    with cache.borrowing():
+        yield
 
 
 def _key(place: BucketPath, infos: Mapping[str, ObjectInfo]) -> str:
@@ -113,6 +108,13 @@ def _fetch(place: BucketPath, info: ObjectInfo, target: Path, digest: str | None
     buckets.download(place, info, target)
     if digest and digest_file(target) != digest:
         raise ValueError(f"{place}: {ALTERED}. Run the job that made it again with --replace.")
+
+
+def names(folder: Place) -> list[str]:
+    """Returns the path of every file below a folder, from there."""
+    if isinstance(folder, Path):
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return [*buckets.listing(_bucket(folder))]
 
 
 def sizes(folder: Place) -> dict[str, int]:
@@ -195,17 +197,18 @@ def as_json(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def publish(path: Place) -> Iterator[Path]:
+def publish(path: Place, last: str | None = None) -> Iterator[Path]:
     """Yields a temporary path; what was written there appears at ``path`` at once, complete, or, after an error, not at all.
 
     The temporary path may become a file or a folder. It lies beside ``path``, so that the move is a rename on one disk; for a
     place in a bucket, on this node's temporary disk. A folder replaces a folder that is already there; in a bucket its files
-    appear one by one, so it must have a name that nobody reads before a manifest tells of it.
+    appear one by one, so it must have a name that nobody reads before a manifest tells of it, or before its ``last`` file is
+    there, which comes after all others and goes first.
     """
     if not isinstance(path, Path):
         with scratch() as folder:
             yield folder / path.name
-            buckets.upload(folder / path.name, _bucket(path))
+            buckets.upload(folder / path.name, _bucket(path), last)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (path.parent / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{path.name}" for _ in range(2))
@@ -271,21 +274,35 @@ def scratch(near: Place | None = None) -> Iterator[Path]:
         yield Path(name)
 
 
-@contextlib.contextmanager
-def workspace(folder: P, name: str) -> Iterator[P]:
+@overload
+def workspace(folder: Path, name: str) -> contextlib.AbstractContextManager[Path]: ...
+
+
+@overload
+def workspace(folder: Place, name: str) -> contextlib.AbstractContextManager[Place]: ...
+
+
+def workspace(folder: Place, name: str) -> contextlib.AbstractContextManager[Place]:
     """Yields an empty folder below another, with a path that no other run has; both are gone at the end if nothing else came.
 
     What runs that were killed left under the same name is removed. It is where the other folder is, so that workers see it.
     """
-    if not isinstance(folder, Path):
-        for leftover in folder.glob(f"{TEMPORARY}*-{name}"):
-            remove(leftover)
-        place = folder / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{name}"
-        try:
-            yield place
-        finally:
-            remove(place)
-        return
+    return _workspace(folder, name) if isinstance(folder, Path) else _workspace_in_bucket(_bucket(folder), name)
+
+
+@contextlib.contextmanager
+def _workspace_in_bucket(folder: BucketPath, name: str) -> Iterator[BucketPath]:
+    for leftover in folder.glob(f"{TEMPORARY}*-{name}"):
+        remove(leftover)
+    path = folder / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{name}"
+    try:
+        yield path
+    finally:
+        remove(path)
+
+
+@contextlib.contextmanager
+def _workspace(folder: Path, name: str) -> Iterator[Path]:
     is_first = not folder.exists()
     for leftover in folder.glob(f"{TEMPORARY}*-{name}"):
         remove(leftover)

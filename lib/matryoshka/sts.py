@@ -11,10 +11,10 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from matryoshka import corpus
+from matryoshka.storage import Place
 
 COLUMNS = ("score", "sentence1", "sentence2")
 
@@ -34,7 +34,7 @@ class ScoredPairs:
     num_unusable: int
 
 
-def read(path: Path) -> ScoredPairs:
+def read(path: Place) -> ScoredPairs:
     """Returns the pairs of a file.
 
     Raises:
@@ -50,7 +50,7 @@ def read(path: Path) -> ScoredPairs:
     return ScoredPairs(scores, firsts, seconds, len(rows) - len(pairs))
 
 
-def _fields(path: Path) -> Iterator[tuple[Any, ...]]:
+def _fields(path: Place) -> Iterator[tuple[Any, ...]]:
     try:
         with path.open("rb") as file:
             is_parquet = file.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC
@@ -58,7 +58,7 @@ def _fields(path: Path) -> Iterator[tuple[Any, ...]]:
             return _of_parquet(path)
         text = path.read_text("utf-8-sig")
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}). Pass an STS file.") from None
+        raise ValueError(f"{path}: cannot be read ({error.strerror or type(error).__name__}). Pass an STS file.") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}). Convert the file to UTF-8.") from None
     own = [tuple(line.split("\t")[_OWN_COLUMNS]) for line in text.split("\n") if line.strip()]
@@ -68,14 +68,14 @@ def _fields(path: Path) -> Iterator[tuple[Any, ...]]:
     return _of_named(path, text, "\t" if "\t" in header else ",")
 
 
-def _of_parquet(path: Path) -> Iterator[tuple[Any, ...]]:
+def _of_parquet(path: Place) -> Iterator[tuple[Any, ...]]:
     file = corpus.open_parquet(path)
     _check_names(path, file.schema_arrow.names)
     columns = file.read(columns=list(COLUMNS)).to_pydict()
     return zip(*(columns[name] for name in COLUMNS), strict=True)
 
 
-def _of_named(path: Path, text: str, delimiter: str) -> Iterator[tuple[Any, ...]]:
+def _of_named(path: Place, text: str, delimiter: str) -> Iterator[tuple[Any, ...]]:
     """Yields the rows of a file with a header: tabs are without quoting, as everywhere with these data; commas are CSV."""
     lines = io.StringIO(text, newline="")
     rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if delimiter == "\t" else csv.DictReader(lines)
@@ -86,7 +86,7 @@ def _of_named(path: Path, text: str, delimiter: str) -> Iterator[tuple[Any, ...]
         raise ValueError(f"{path}: line {rows.line_num} is not CSV ({error}). Mend it.") from None
 
 
-def _check_names(path: Path, found: Iterable[str]) -> None:
+def _check_names(path: Place, found: Iterable[str]) -> None:
     missing = [name for name in COLUMNS if name not in found]
     if missing:
         names = ", ".join(f"'{name}'" for name in found)[:200]

@@ -8,9 +8,9 @@ sentence-transformers' trainer steps; what it steps over (packed batches, fixed 
 import dataclasses
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, get_args
 
 import numpy as np
@@ -22,13 +22,14 @@ from sentence_transformers.sentence_transformer.training_args import SentenceTra
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
-from matryoshka import batches, checkpoints, examples, layers, losses, model
+from matryoshka import batches, checkpoints, examples, layers, losses, model, storage
 from matryoshka.batches import BatchPlan
 from matryoshka.dev import HEADLINE, DevEvaluator, DevSet
 from matryoshka.examples import Examples
 from matryoshka.forward import TrainingForward, features_of
 from matryoshka.rates import Precision
 from matryoshka.recipe import Recipe
+from matryoshka.storage import Place
 from matryoshka.stream import Fetch, put
 from matryoshka.tokens import Role, Tokeniser, Tokens
 
@@ -51,6 +52,9 @@ class Observer(Protocol):
     def wants_checkpoint(self, step: int) -> bool:
         """Returns whether the run, or a machine of it, is about to be lost; asked after every step."""
 
+    def before_writing(self) -> None:
+        """Returns if this process is still the one to write; raises if another has taken its place, as it was given up."""
+
     def checkpointed(self, step: int) -> None:
         """Learns that this rank has written the checkpoint of a step."""
 
@@ -72,14 +76,14 @@ class Job:
         dev: What the model is measured on while it is trained; None: the last step's weights are kept.
     """
 
-    base: Path
-    parts: tuple[Path, ...]
-    pair_files: tuple[Path, ...]
+    base: Place
+    parts: tuple[Place, ...]
+    pair_files: tuple[Place, ...]
     recipe: Recipe
     precision: Precision
     identity: str
-    output: Path
-    target: Path
+    output: Place
+    target: Place
     device: str = "cpu"
     dev: DevSet | None = None
 
@@ -88,7 +92,7 @@ class Job:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> Place:
         """Where checkpoints are."""
         return self.output / checkpoints.FOLDER
 
@@ -136,6 +140,7 @@ def train_rank(job: Job, observer: Observer) -> None:
     if not all(torch.isfinite(parameter).all() for parameter in network.parameters()):
         raise TrainingError("finetune: the weights are not finite after training. Pass a lower --learning-rate.")
     if run.is_first:
+        observer.before_writing()
         _save(network, job, run.summary())
     if num_ranks > 1:
         torch.distributed.barrier()
@@ -158,8 +163,11 @@ def _save(network: Any, job: Job, summary: Mapping[str, Any]) -> None:
     if job.recipe.lora_rank:
         layers.merge_low_rank(network)
     network[0].auto_model.config.update(model.dropout_rates(job.base))
-    network.save_pretrained(str(job.target), create_model_card=False, safe_serialization=True)
-    (job.target / LOG).write_text(json.dumps(summary, indent=1) + "\n")
+    with storage.publish(job.target) as temporary:
+        network.save_pretrained(str(temporary), create_model_card=False, safe_serialization=True)
+        (temporary / LOG).write_text(json.dumps(summary, indent=1) + "\n")
+        for path in temporary.rglob("*.safetensors"):
+            path.chmod(0o644)  # written for its owner only, but other users of the cluster load it
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,6 +318,7 @@ class _Run:
         """Writes a checkpoint, on the rank that writes."""
         self.check_loss()
         if self.is_first:
+            self.observer.before_writing()
             checkpoints.write_step(self.job.checkpoints, self.network, optimiser, step, self._notes())
             self.observer.checkpointed(step)
 
@@ -360,6 +369,7 @@ class _Run:
         if figures[DEV] > self.best_score:
             self.best_step, self.best_score, self.num_worse = step, figures[DEV], 0
             if self.is_first:
+                self.observer.before_writing()
                 checkpoints.write_best(self.job.checkpoints, self.network, step, self._notes())
         else:
             self.num_worse += 1
@@ -462,7 +472,7 @@ class _Watch(TrainerCallback):
 
 def _arguments(job: Job, num_steps: int, num_ranks: int) -> SentenceTransformerTrainingArguments:
     return SentenceTransformerTrainingArguments(
-        output_dir=str(job.target),
+        output_dir=tempfile.gettempdir(),  # nothing is written there
         max_steps=num_steps,
         per_device_train_batch_size=job.recipe.batch_size // num_ranks,
         bf16=job.precision == "bf16",

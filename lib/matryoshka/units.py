@@ -4,6 +4,7 @@ A plan depends on the corpus and the sizes asked for only, never on how many wor
 larger cluster finds the same units.
 """
 
+import bisect
 import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -69,6 +70,27 @@ def plan_units(files: Iterable[InputFile], unit_rows: int) -> list[Unit]:
         edges = [file.num_rows * i // count for i in range(count + 1)] if count else []
         units += [Unit(file.name, file.digest, start, stop) for start, stop in itertools.pairwise(edges)]
     return units
+
+
+def sample_units(files: Sequence[InputFile], num_parts: int, part_rows: int) -> list[Unit]:
+    """Returns places of a corpus to look at: one in each of ``num_parts`` equal stretches of it, anywhere there, always the same.
+
+    A place ends with its file. Of a corpus with no more rows than are to be looked at, all rows are.
+
+    >>> [unit.num_rows for unit in sample_units([InputFile("a", "0", 6)], num_parts=2, part_rows=3)]
+    [3, 3]
+    """
+    total = sum(file.num_rows for file in files)
+    if total <= num_parts * part_rows:
+        return plan_units(files, max(-(-total // num_parts), 1))
+    ends, places = list(itertools.accumulate(file.num_rows for file in files)), []
+    for part in range(num_parts):
+        first, room = total * part // num_parts, total // num_parts - part_rows
+        row = first + int.from_bytes(sample_rank(str(part), "place")[:8], "big") % (room + 1)
+        number = bisect.bisect_right(ends, row)
+        file, start = files[number], row - (ends[number] - files[number].num_rows)
+        places.append(Unit(file.name, file.digest, start, min(start + part_rows, file.num_rows)))
+    return places
 
 
 def assign_shards(rows_by_slot: Mapping[str, int], num_shards: int, previous: Mapping[str, int]) -> dict[str, int]:

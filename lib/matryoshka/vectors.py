@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from matryoshka import artifacts, shapes
+from matryoshka import artifacts, shapes, storage
 from matryoshka.shapes import ListOf
+from matryoshka.storage import Place
 
 Float16Array = npt.NDArray[np.float16]
 
@@ -36,8 +37,12 @@ def write_unit(path: Path, ids: Sequence[str], vectors: Float16Array) -> None:
     pq.write_table(table, path, use_dictionary=False, compression={"id": "zstd", EMBEDDING: "none"})
 
 
-def read_unit(path: Path) -> tuple[pa.Array, Float16Array]:
+def read_unit(file: Path | bytes, path: Place | None = None) -> tuple[pa.Array, Float16Array]:
     """Returns (ids, vectors) of one unit; rows stay in their order.
+
+    Args:
+        file: Where it is, or its bytes.
+        path: What errors call it, if not that.
 
     Shapes: ids [N], vectors [N, D].
 
@@ -45,23 +50,28 @@ def read_unit(path: Path) -> tuple[pa.Array, Float16Array]:
         ValueError: The file is not a unit of an embedding store.
     """
     try:
-        table = pq.read_table(path, memory_map=True)
+        table = pq.read_table(pa.BufferReader(file) if isinstance(file, bytes) else file, memory_map=True)
         embedding = table.column(EMBEDDING).combine_chunks()
         width = embedding.type.list_size
         vectors = embedding.flatten().to_numpy().reshape(-1, width)
         return table.column("id").combine_chunks(), vectors
     except (pa.ArrowException, OSError, KeyError, AttributeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a file of embeddings ({error}). Run python -m jobs.embed again.") from None
+        raise ValueError(f"{path or file!s}: not a file of embeddings ({error}). Run python -m jobs.embed again.") from None
 
 
-def read_ids(path: Path) -> pa.Array:
+def read_ids(path: Place) -> pa.Array:
     """Returns the ids of one unit; no vector is read.
 
     Raises:
         ValueError: The file is not a unit of an embedding store.
     """
     try:
-        return pq.read_table(path, columns=["id"], memory_map=True).column("id").combine_chunks().cast(pa.large_string())
+        return (
+            pq.read_table(storage.source(path), columns=["id"], memory_map=True)
+            .column("id")
+            .combine_chunks()
+            .cast(pa.large_string())
+        )
     except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a file of embeddings ({error}). Run python -m jobs.embed again.") from None
 
@@ -73,7 +83,7 @@ def mean_id_bytes(store: "EmbeddingStore") -> float:
     return float(pc.mean(pc.binary_length(ids)).as_py() or 0) + _END_BYTES
 
 
-def read_embeddings(paths: Sequence[Path], width: int) -> Float16Array:
+def read_embeddings(paths: Sequence[Place], width: int) -> Float16Array:
     """Returns the vectors of Parquet files that anybody may have written: a list of ``width`` numbers in column ``embedding``.
 
     Shapes: [N, width].
@@ -85,9 +95,9 @@ def read_embeddings(paths: Sequence[Path], width: int) -> Float16Array:
     return np.concatenate(parts)
 
 
-def _read_embeddings(path: Path, width: int) -> Float16Array:
+def _read_embeddings(path: Place, width: int) -> Float16Array:
     try:
-        column = pq.read_table(path, columns=["embedding"]).column("embedding").combine_chunks()
+        column = pq.read_table(storage.source(path), columns=["embedding"]).column("embedding").combine_chunks()
         lengths = set(pc.unique(pc.list_value_length(column)).to_pylist())
         numbers = column.flatten().cast(pa.float32()).to_numpy(zero_copy_only=False)
     except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
@@ -105,11 +115,11 @@ def _read_embeddings(path: Path, width: int) -> Float16Array:
 class EmbeddingStore:
     """A finished embeddings artifact."""
 
-    folder: Path
+    folder: Place
     manifest: artifacts.Manifest
 
     @classmethod
-    def open(cls, folder: Path) -> "EmbeddingStore":
+    def open(cls, folder: Place) -> "EmbeddingStore":
         """Returns the store in a folder.
 
         Raises:
@@ -140,7 +150,16 @@ class EmbeddingStore:
             ValueError: A file is missing or not what its receipt says.
         """
         for receipt in self.manifest.receipts:
-            yield read_unit(artifacts.check_file(self.folder, receipt.files[0]))
+            yield read_checked(self.folder, receipt.files[0])
+
+
+def read_checked(folder: Place, file: artifacts.FileRecord) -> tuple[pa.Array, Float16Array]:
+    """Returns (ids, vectors) of a file that is exactly what its receipt says; see ``read_unit``.
+
+    Raises:
+        ValueError: It is missing or not what its receipt says.
+    """
+    return read_unit(artifacts.read_file(folder, file), folder / file.path)
 
 
 def write_ids(path: Path, ids: Sequence[pa.Array]) -> None:

@@ -9,30 +9,31 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from matryoshka import artifacts, corpus, indexing, model, pairs, removals, vectors
+from matryoshka import artifacts, corpus, indexing, model, pairs, removals, storage, vectors
 from matryoshka.artifacts import Manifest
-from matryoshka.funnel import COARSE, DENSE, IDS, VECTORS
+from matryoshka.funnel import COARSE, DENSE, IDS, VECTORS, ShardFiles
 from matryoshka.index import CoarseIndex
 from matryoshka.indexing import IndexStore
+from matryoshka.storage import Place
 from matryoshka.topk import IntArray
 
 _BATCH_ROWS = 16_384
 _UNIT_TOLERANCE = 2e-3  # float16 rounding moves the norm of a unit vector by up to 2e-4; ten times that is a fault
 
 
-def find_artifacts(folder: Path) -> list[Path]:
+def find_artifacts(folder: Place) -> list[Place]:
     """Returns every artifact in a folder and below it.
 
     Raises:
         ValueError: There is none.
     """
-    found = sorted(path.parent for path in folder.rglob(artifacts.MANIFEST))
+    found: list[Place] = sorted(path.parent for path in folder.rglob(artifacts.MANIFEST))
     if not found:
         raise ValueError(f"{folder}: no artifacts here (no {artifacts.MANIFEST}). Pass the output of a job.")
     return found
 
 
-def verify(folder: Path) -> tuple[Manifest, list[str]]:
+def verify(folder: Place) -> tuple[Manifest, list[str]]:
     """Returns the manifest of an artifact and everything that is wrong with it, one line each.
 
     Files are compared with their receipts first; only where they agree is their content looked at.
@@ -49,49 +50,54 @@ def verify(folder: Path) -> tuple[Manifest, list[str]]:
         "run": _check_run,
     }
     if not faults and manifest.kind in check:
-        faults = list(check[manifest.kind](folder, manifest))
+        with storage.borrowing():
+            faults = list(check[manifest.kind](folder, manifest))
     return manifest, faults
 
 
-def _check_embeddings(folder: Path, manifest: Manifest) -> Iterator[str]:
+def _check_embeddings(folder: Place, manifest: Manifest) -> Iterator[str]:
     every_id = []
     for receipt in manifest.receipts:
         path = folder / receipt.files[0].path
-        ids, block = vectors.read_unit(path)
+        ids, block = vectors.read_unit(path if isinstance(path, Path) else path.read_bytes(), path)
         yield from _check_block(path, ids, block, receipt.num_rows, int(manifest.facts["width"]))
         every_id.append(ids)
     yield from _check_ids(folder, every_id)
 
 
-def _check_index(folder: Path, manifest: Manifest) -> Iterator[str]:
+def _check_index(folder: Place, manifest: Manifest) -> Iterator[str]:
     every_id = []
     index = IndexStore(folder, manifest)
     training, listed = indexing.training_of(index.training), removals.known_list(folder, manifest)
     for receipt, shard in zip(indexing.shard_receipts(manifest), index.shards, strict=True):
-        paths = {Path(file.path).name: folder / file.path for file in receipt.files}
-        ids = vectors.open_ids(paths[IDS])
-        full = np.load(paths[VECTORS], mmap_mode="r", allow_pickle=False)
-        yield from _check_block(paths[VECTORS], ids, full, receipt.num_rows, int(manifest.facts["width"]))
-        coarse = next((path for name, path in paths.items() if name in (COARSE, DENSE)), None)
-        ntotal = _count_coarse(coarse) if coarse else receipt.num_rows
-        if ntotal != receipt.num_rows:
-            yield f"{coarse}: {ntotal} documents, the receipt says {receipt.num_rows}"
-        if receipt.details.get("training") != training:
-            yield f"{shard.folder}: was built with another training than the other shards"
-        removed = np.load(shard.removed, allow_pickle=False) if shard.removed else np.empty(0, np.int64)
-        if listed and removals.find(ids, removals.open_list(folder, listed)).tolist() != removed.tolist():
-            yield f"{shard.removed or shard.folder}: does not leave out exactly the documents on the list of removed ones"
-        every_id.append(ids)
+        with storage.borrowing():
+            ids = vectors.open_ids(shard.path(IDS))
+            yield from _check_shard(shard, ids, receipt.num_rows, int(manifest.facts["width"]))
+            if receipt.details.get("training") != training:
+                yield f"{shard.folder}: was built with another training than the other shards"
+            if listed and removals.find(ids, removals.open_list(folder, listed)).tolist() != shard.read_removed().tolist():
+                place = folder / shard.removed.path if shard.removed else shard.folder
+                yield f"{place}: does not leave out exactly the documents on the list of removed ones"
+            every_id.append(ids)
     yield from _check_ids(folder, every_id)
 
 
-def _count_coarse(path: Path) -> int:
-    if path.name == DENSE:
-        return len(np.load(path, mmap_mode="r", allow_pickle=False))
-    return CoarseIndex.read(path).ntotal
+def _check_shard(shard: ShardFiles, ids: pa.Array, num_rows: int, width: int) -> Iterator[str]:
+    full = np.load(shard.path(VECTORS), mmap_mode="r", allow_pickle=False)
+    yield from _check_block(shard.folder / VECTORS, ids, full, num_rows, width)
+    for name in filter(shard.has, (COARSE, DENSE)):
+        ntotal = _count_coarse(shard, name)
+        if ntotal != num_rows:
+            yield f"{shard.folder / name}: {ntotal} documents, the receipt says {num_rows}"
 
 
-def _check_block(path: Path, ids: pa.Array, block: npt.NDArray[Any], num_rows: int, width: int) -> Iterator[str]:
+def _count_coarse(shard: ShardFiles, name: str) -> int:
+    if name == DENSE:
+        return len(np.load(shard.path(name), mmap_mode="r", allow_pickle=False))
+    return CoarseIndex.read(shard.path(name)).ntotal
+
+
+def _check_block(path: Place, ids: pa.Array, block: npt.NDArray[Any], num_rows: int, width: int) -> Iterator[str]:
     if len(ids) != num_rows or block.shape != (num_rows, width):
         yield f"{path}: {len(ids)} ids and vectors {block.shape}, the manifest says ({num_rows}, {width})"
         return
@@ -109,14 +115,14 @@ def _find_wrong(block: npt.NDArray[Any], first_row: int) -> IntArray:
     return first_row + np.flatnonzero(~(np.abs(np.sqrt(squares) - 1) < _UNIT_TOLERANCE))
 
 
-def _check_ids(folder: Path, parts: list[pa.Array]) -> Iterator[str]:
+def _check_ids(folder: Place, parts: list[pa.Array]) -> Iterator[str]:
     every_id = pa.chunked_array(parts, pa.large_string())
     num_repeated = len(every_id) - pc.count_distinct(every_id).as_py()
     if num_repeated:
         yield f"{folder}: {num_repeated} ids stand more than once"
 
 
-def _check_dataset(folder: Path, manifest: Manifest) -> Iterator[str]:
+def _check_dataset(folder: Place, manifest: Manifest) -> Iterator[str]:
     store = pairs.DatasetStore(folder, manifest)
     every_id = []
     for receipt in manifest.receipts:
@@ -135,7 +141,7 @@ def _check_dataset(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{folder}: split '{split}' judges {len(strangers)} queries that it does not have"
 
 
-def _check_negatives(folder: Path, manifest: Manifest) -> Iterator[str]:
+def _check_negatives(folder: Place, manifest: Manifest) -> Iterator[str]:
     yield from _check_results(folder, manifest)
     for receipt in manifest.receipts:
         path = folder / receipt.files[0].path
@@ -147,14 +153,14 @@ def _check_negatives(folder: Path, manifest: Manifest) -> Iterator[str]:
                 num_rows += 1
 
 
-def _check_results(folder: Path, manifest: Manifest) -> Iterator[str]:
+def _check_results(folder: Place, manifest: Manifest) -> Iterator[str]:
     for receipt in manifest.receipts:
         num_rows = corpus.open_parquet(folder / receipt.files[0].path).metadata.num_rows
         if num_rows != receipt.num_rows:
             yield f"{folder / receipt.files[0].path}: {num_rows} rows, the receipt says {receipt.num_rows}"
 
 
-def _check_run(folder: Path, manifest: Manifest) -> Iterator[str]:
+def _check_run(folder: Place, manifest: Manifest) -> Iterator[str]:
     for name, fingerprint in manifest.inputs.items():
         stage = artifacts.peek(folder / name)
         if stage is None:
@@ -163,7 +169,7 @@ def _check_run(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{folder / name}: is not what the report was made from"
 
 
-def _check_model(folder: Path, manifest: Manifest) -> Iterator[str]:
+def _check_model(folder: Place, manifest: Manifest) -> Iterator[str]:
     width = model.describe(str(folder)).width
     if max(manifest.identity["dims"]) > width:
         yield f"{folder}: trained for {max(manifest.identity['dims'])} dims, its vectors have {width}"

@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from matryoshka import storage
+from matryoshka.storage import Place
+
 EMBEDDINGS, HEAD = "embeddings", "head"
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)\.")
@@ -75,14 +78,14 @@ def in_order(layers: Sequence[str]) -> list[str]:
     return sorted(layers, key=lambda name: ends[name] if name in ends else int(name.rpartition(" ")[2]))
 
 
-def measure_changes(before: Path, after: Path) -> Changes:
+def measure_changes(before: Place, after: Place) -> Changes:
     """Returns how far each layer's weights moved between two model folders.
 
     Raises:
         ValueError: A file is not safetensors, or the models have no weight in common.
     """
     with contextlib.ExitStack() as stack:
-        old, new = (_open(folder, stack) for folder in (before, after))
+        old, new = (_open(storage.local(folder), stack) for folder in (before, after))
         names = _match(old, new)
         paired = {name: own for name, own in names.items() if old[own].shape == new[name].shape}
         if not paired:

@@ -80,3 +80,18 @@ def test_a_full_disk_met_anywhere_asks_for_room(
         main("embed", embed.Settings, run)
     assert ended.value.code == 1
     assert "No space left on device: 'manifest.json'. Make room, then run the same command again." in capsys.readouterr().err
+
+
+def test_an_output_in_the_copy_that_ray_makes_for_a_submission_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "working_dir_files" / "_ray_pkg_0"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    monkeypatch.setattr(sys, "argv", ["embed", "--output=runs/vectors", "--corpus=corpus"])
+    with pytest.raises(SystemExit) as ended:
+        main("embed", embed.Settings, embed.run)
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert "output: runs/vectors would lie in the copy that Ray made for this submission" in message
+    assert "Pass an absolute path on storage that every node mounts." in message

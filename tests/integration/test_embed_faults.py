@@ -1,4 +1,4 @@
-"""An embed run meets what a long run meets: killed workers, killed nodes, deadly and poisoned documents, a full disk."""
+"""An embed run meets what a long run meets: killed workers, deadly and poisoned documents, a full disk."""
 
 import json
 import os
@@ -257,44 +257,6 @@ def test_a_poisoned_document_is_named_and_costs_its_own_unit_until_it_is_replace
     after = folders.times(output / "units")
     kept = {name for name in after if after[name] == before.get(name)}
     assert len(kept) == _UNITS - _UNITS // _FILES
-    assert folders.vectors(output) == undisturbed
-    verify.run(verify.Settings(folder=str(output)))
-
-
-@pytest.fixture
-def two_nodes() -> Iterator[dict[str, Any]]:
-    """A cluster of two nodes with one CPU each; a node that is gone is missed after a second or two."""
-    checks = {"period": 500, "initial_delay": 500, "timeout": 500}
-    environment = {**os.environ, **{f"RAY_health_check_{name}_ms": str(value) for name, value in checks.items()}}
-    command = [sys.executable, Path(__file__).with_name("two_nodes.py")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True) as nodes:
-        assert nodes.stdin
-        assert nodes.stdout
-        yield json.loads(nodes.stdout.readline())
-        nodes.stdin.close()
-
-
-def test_a_machine_that_is_lost_with_all_it_was_doing_costs_nothing(
-    tmp_path: Path, corpus: Path, tiny: str, undisturbed: dict[str, bytes], two_nodes: dict[str, Any]
-) -> None:
-    output = tmp_path / "embeddings"
-    command = [sys.executable, "-m", "jobs.embed", *_flags(_settings(output, corpus, tiny, workers=2))]
-    log = tmp_path / "log.txt"
-    with log.open("wb") as sink:
-        driver = subprocess.Popen(command, stdout=sink, stderr=sink, env={**os.environ, "RAY_ADDRESS": two_nodes["address"]})
-    raylet = psutil.Process(two_nodes["raylet"])
-
-    def find_workers() -> list[psutil.Process]:
-        return [process for process in raylet.children(recursive=True) if "_EncoderActor" in _title(process)]
-
-    folders.wait_until(lambda: bool(find_workers()) or driver.poll() is not None)
-    family = [raylet, *raylet.children(recursive=True)]
-    folders.wait_until(lambda: folders.count_units(output) >= _UNITS // 10 or driver.poll() is not None)
-    assert find_workers(), log.read_text()
-    for process in family:
-        process.kill()
-    assert folders.count_units(output) < _UNITS, "the node was killed too late to matter"
-    assert driver.wait(folders.PATIENCE_SECONDS) == 0, log.read_text()
     assert folders.vectors(output) == undisturbed
     verify.run(verify.Settings(folder=str(output)))
 

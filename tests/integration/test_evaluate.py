@@ -274,3 +274,8 @@ def test_a_split_without_judgements_is_refused(ranked: evaluate.Settings, tiny: 
         with pytest.raises(ValueError, match=message):
             evaluate.run(settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_in_a_bucket_has_the_name_of_its_folder_or_the_one_that_it_is_given() -> None:
+    named = evaluate.named_models(("s3://bucket/night=1/minilm", "mine=s3://bucket/other", "far/away"))
+    assert named == {"minilm": "s3://bucket/night=1/minilm", "mine": "s3://bucket/other", "away": "far/away"}

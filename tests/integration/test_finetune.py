@@ -15,11 +15,12 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import ray
 import texts
 from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
 
-from jobs import finetune, prepare, verify
+from jobs import finetune, prepare, training_group, verify
 from matryoshka import artifacts
 
 ROOT = Path(__file__).parents[2]
@@ -199,6 +200,14 @@ def test_a_driver_that_is_told_to_end_leaves_a_checkpoint_that_the_same_command_
     assert step < 400
     finetune.run(settings)
     assert [entry["step"] for entry in _log(output)["entries"]] == list(range(8, 401, 8))
+
+
+def test_a_first_rank_that_was_given_up_for_lost_writes_no_more() -> None:
+    mailbox: Any = ray.remote(training_group._Mailbox).options(num_cpus=0).remote()
+    lost, successor = (training_group._Observer(mailbox, is_first=True) for _ in range(2))
+    successor.before_writing()
+    with pytest.raises(RuntimeError, match="another has taken its place"):
+        lost.before_writing()
 
 
 def test_an_error_of_the_run_itself_is_told_at_once_and_leaves_no_model(tmp_path: Path, data: Path, tiny: str) -> None:

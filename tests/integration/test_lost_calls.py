@@ -17,6 +17,7 @@ from ray import cloudpickle
 
 from jobs import cluster
 from jobs.cluster import Encoders, Outcome, ShardActors, ShardsLostError
+from matryoshka.artifacts import FileRecord
 from matryoshka.funnel import ShardFiles
 from matryoshka.units import Unit
 
@@ -142,6 +143,21 @@ def test_a_worker_that_is_killed_while_it_starts_starts_again(tmp_path: Path, po
     assert len(list(tmp_path.glob("start-*"))) == 2
 
 
+@pytest.mark.usefixtures("pool")
+def test_a_pool_begins_with_the_workers_that_have_a_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster, "_GATHER_SECONDS", 0.1)
+    encoders = Encoders((str(tmp_path),), {"num_cpus": cluster.capacity().num_cpus}, 2)
+    assert set(_embed(encoders, _units(*["fine"] * 10)).values()) == {"done"}
+    assert "1 of 2 workers are not there yet" in capsys.readouterr().out
+    calls = [actor.ready.remote() for actor in encoders._actors]
+    ((first,), _) = ray.wait(calls)
+    ray.kill(encoders._actors[calls.index(first)])
+    assert set(_embed(encoders, _units(*["fine"] * 10)).values()) == {"done"}, "the other does not join when there is room"
+    encoders.close()
+
+
 def test_a_worker_that_cannot_start_again_leaves_its_calls_to_the_others(tmp_path: Path, pool: Pool) -> None:
     encoders = pool(2)
     _embed(encoders, _units("fine"))
@@ -179,7 +195,9 @@ def test_a_shard_actor_that_does_not_come_back_is_waited_for_once(tmp_path: Path
             waits.append(number)
             return super()._is_back(number)
 
-    files = [ShardFiles(tmp_path / f"shard-{number}") for number in range(5)]
+    files = [
+        ShardFiles(tmp_path, f"shard-{number}", (FileRecord(f"shards/shard-{number}/vectors.npy", 0, ""),)) for number in range(5)
+    ]
     actors = Counted(files, 2)
     try:
         ray.kill(actors._actors[0])  # for good
@@ -189,5 +207,5 @@ def test_a_shard_actor_that_does_not_come_back_is_waited_for_once(tmp_path: Path
         actors.close()
     faults = caught.value.faults
     assert [name for name in sorted(faults) if "its worker was lost" in faults[name]] == ["shard-0", "shard-2", "shard-4"]
-    assert faults.keys() == {own.folder.name for own in files}  # the others are not there, which the other actor says
+    assert faults.keys() == {own.key for own in files}  # the others are not there, which the other actor says
     assert waits == [0]

@@ -14,7 +14,7 @@ import texts
 from small_data import pair_rows, write_dataset
 
 from jobs import embed, mine, pipeline, verify
-from matryoshka import mining
+from matryoshka import mining, storage
 from matryoshka.artifacts import Receipt
 from matryoshka.encode import Encoder
 from matryoshka.mining import NegativesStore
@@ -73,6 +73,17 @@ def test_relative_paths_are_those_of_whoever_began_the_run(
     monkeypatch.chdir(mined.parent)  # workers stay where they are
     mine.run(_settings(DatasetStore.open(Path(data.folder.name)), Path("relative"), tiny))
     assert _rows(Path("relative")) == _rows(mined)
+
+
+def test_negatives_mined_in_a_bucket_are_those_mined_on_a_disk(mined: Path, data: DatasetStore, tiny: str, bucket: str) -> None:
+    there = storage.place(bucket) / "night"
+    for name in storage.names(data.folder):
+        storage.publish_bytes(there / "data" / name, (data.folder / name).read_bytes())
+    for _ in range(2):  # the second time there is nothing to do
+        made = mine.run(mine.Settings(output=str(there / "negatives"), data=str(there / "data"), model=tiny, **_RULES))
+    assert made.fingerprint == NegativesStore.open(mined).manifest.fingerprint
+    assert [path.parent for path in NegativesStore.open(there / "negatives").pair_files()] == [there / "negatives" / "pairs"] * 2
+    assert not (there / "negatives" / "work").exists()
 
 
 def test_every_pair_comes_out_with_its_columns_in_its_file(mined: Path, data: DatasetStore) -> None:

@@ -13,6 +13,7 @@ from matryoshka.cleaning import PairColumns, Rules
 from matryoshka.pairs import DatasetStore
 from matryoshka.preparation import Finishing, Source
 from matryoshka.splits import SplitRule
+from matryoshka.storage import Place
 
 FRACTIONS = {"test": 0.3, "dev": 0.2, "train": 0.5}
 RULES = Rules(SplitRule("hash", FRACTIONS, "salt"))
@@ -55,7 +56,7 @@ def backwards(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]
 
 def prepare(
     source: Source,
-    folder: Path,
+    folder: Place,
     rules: Rules = RULES,
     finishing: Finishing = Finishing(),  # noqa: B008 - it is immutable
     run: preparation.RunTasks = in_turn,

@@ -90,6 +90,13 @@ def test_what_another_writer_adds_or_takes_is_seen_at_once(root: BucketPath) -> 
     assert not root.exists()
 
 
+def test_an_empty_folder_that_a_console_made_is_empty(root: BucketPath) -> None:
+    root.fs.call_s3("put_object", Bucket=root.parts[0].rstrip("/"), Key="run/empty/")
+    assert (root / "empty").is_dir()
+    assert list((root / "empty").iterdir()) == []
+    assert storage.sizes(root / "empty") == {}
+
+
 def test_a_file_reads_like_one_on_disk(anywhere: Any) -> None:
     fill(anywhere, lines="a\nb\n\ngr\u00f6\u00dfer")
     with (anywhere / "lines").open(encoding="utf-8", newline="\n") as lines:

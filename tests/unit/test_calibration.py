@@ -67,7 +67,7 @@ def test_compiling_must_pay_within_the_run(
 
 
 def test_what_kept_the_model_from_being_compiled_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(calibration, "_COMPILING_MAY_PAY_AFTER", 0.0)
+    monkeypatch.setattr(calibration, "COMPILING_MAY_PAY_AFTER", 0.0)
     with inductor.patch({"cpp.cxx": ("/no/compiler/here",)}), fresh_cache():
         best = calibration.calibrate(folder, "cpu", Choice("float32", 512), TEXTS, 10**9)
     assert not best.is_compiled

@@ -56,6 +56,22 @@ def test_units_may_begin_and_end_anywhere_in_a_large_file(tmp_path: Path):
     assert all(text == f"text {name}" for ids, found in read for name, text in zip(ids, found, strict=True))
 
 
+def test_a_survey_counts_the_rows_that_an_inspection_counts(tmp_path: Path):
+    write_two_files(tmp_path)
+    surveyed, inspected = corpus.survey(str(tmp_path), COLUMNS), corpus.inspect(str(tmp_path), COLUMNS)
+    assert [(file.name, file.num_rows) for file in surveyed.files] == [(file.name, file.num_rows) for file in inspected.files]
+    assert surveyed.stamps == inspected.stamps
+
+
+def test_a_survey_refuses_files_that_cannot_be_embedded(tmp_path: Path):
+    corpus.write_rows(tmp_path / "a.parquet", {"id": ["a"], "body": ["x"]})
+    with pytest.raises(ValueError, match=r"a\.parquet: no column 'text'.*Pass --text-column"):
+        corpus.survey(str(tmp_path), COLUMNS)
+    corpus.write_rows(tmp_path / "a.parquet", {"id": pa.array([], pa.string()), "text": pa.array([], pa.string())})
+    with pytest.raises(ValueError, match=r"no row with text \(rows: 0\)"):
+        corpus.survey(str(tmp_path), COLUMNS)
+
+
 def test_files_come_in_one_order_named_below_their_folder(tmp_path: Path):
     source = corpus.inspect(str(write_two_files(tmp_path)), COLUMNS)
     assert [(file.name, file.num_rows) for file in source.files] == [("a/0.parquet", 3), ("b.parquet", 2)]

@@ -1,12 +1,16 @@
+import random
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from matryoshka import partitions
+from matryoshka import partitions, storage
 from matryoshka.partitions import Dealer
+
+if TYPE_CHECKING:
+    from s3_server import Proxy
 
 
 class Row(NamedTuple):
@@ -54,6 +58,19 @@ def test_a_task_that_is_done_again_replaces_what_it_wrote_and_one_that_fails_wri
     failing.add(0, Row("b", 1, []))
     failing.__exit__(RuntimeError, RuntimeError("half way"), None)
     assert list(partitions.read(tmp_path, Row, 0)) == [Row("a", 2, [])]
+
+
+def test_of_a_large_file_in_a_bucket_only_the_partition_that_is_read_is_fetched(s3: "Proxy", bucket: str):
+    folder, noise = storage.place(bucket) / "rows", random.Random(7)
+    dealt = [Row(noise.randbytes(50_000).hex(), number, [str(number)]) for number in range(40)]
+    with Dealer(folder, "task", Row, 20) as dealer:
+        for row in dealt:
+            dealer.add(row.number % 20, row)
+    (num_bytes,) = storage.sizes(folder).values()
+    s3.requests.clear()
+    assert list(partitions.read(folder, Row, 3)) == [dealt[3], dealt[23]]
+    assert num_bytes > partitions._SMALL_BYTES
+    assert sum(request.num_bytes for request in s3.requests if request.method == "GET") < num_bytes / 5
 
 
 def test_an_id_made_from_text_is_the_same_for_ever():

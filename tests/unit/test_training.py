@@ -64,6 +64,29 @@ def test_a_checkpoint_is_written_when_it_is_wanted_and_when_it_is_due(whole: Job
     assert watch.checkpoints == [3, 4, 5]
 
 
+class _Replaced(small_runs.Observer):
+    """Of a run that was given up for lost after a few writes, though it goes on."""
+
+    def __init__(self, num_writes: int) -> None:
+        super().__init__()
+        self._num_left = num_writes
+
+    def before_writing(self) -> None:
+        if not self._num_left:
+            raise small_runs.KilledError
+        self._num_left -= 1
+
+
+@pytest.mark.parametrize("num_writes", range(4))
+def test_a_run_that_was_replaced_writes_nothing_more(tmp_path: Path, tiny: str, num_writes: int):
+    recipe = dataclasses.replace(small_runs.RECIPE, checkpoint_steps=2, evaluations=2)
+    job = small_runs.make_job(tmp_path, tiny, recipe=recipe, dev=small_runs.dev_set(4, 8))
+    with pytest.raises(small_runs.KilledError):
+        training.train_rank(job, _Replaced(num_writes))
+    assert len(list(job.checkpoints.glob("*"))) == num_writes
+    assert not job.target.exists()
+
+
 def test_a_long_log_is_short_and_the_same_wherever_a_run_was_taken_up(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Recipe, "log_steps", 3)
     recipe = dataclasses.replace(small_runs.RECIPE, num_steps=10, checkpoint_steps=4)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matryoshka.units import InputFile, assign_shards, choose_split, chunk_id, document_of, plan_units, sample_keys
+from matryoshka.units import InputFile, assign_shards, choose_split, chunk_id, document_of, plan_units, sample_keys, sample_units
 
 corpora = st.lists(st.integers(0, 300), max_size=5).map(
     lambda counts: [InputFile(f"{number}.parquet", f"{number:064x}"[::-1], count) for number, count in enumerate(counts)]
@@ -30,6 +30,26 @@ def test_no_unit_is_empty_or_above_unit_rows_or_a_small_rest(files: list[InputFi
     for file in files:
         sizes = [unit.num_rows for unit in units if unit.name == file.name]
         assert max(sizes, default=0) - min(sizes, default=0) <= 1
+
+
+@given(corpora, st.integers(1, 9), st.integers(1, 70))
+def test_a_sample_looks_at_no_row_twice_and_at_every_stretch_of_the_corpus(
+    files: list[InputFile], num_parts: int, part_rows: int
+):
+    places, total = sample_units(files, num_parts, part_rows), sum(file.num_rows for file in files)
+    firsts, row = {}, 0
+    for file in files:
+        firsts[file.name], row = row, row + file.num_rows
+    looked_at = [firsts[unit.name] + row for unit in places for row in range(unit.start, unit.stop)]
+    assert len(set(looked_at)) == len(looked_at)
+    assert all(unit.num_rows > 0 for unit in places)
+    if total <= num_parts * part_rows:
+        assert sorted(looked_at) == list(range(total))
+    else:
+        stretches = {row * num_parts // total for row in looked_at}
+        assert len(places) == num_parts
+        assert len(stretches) >= num_parts - 1, "rounding may move a place's first row across an edge"
+    assert sample_units(files, num_parts, part_rows) == places
 
 
 @given(corpora, st.integers(1, 70))

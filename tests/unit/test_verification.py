@@ -131,7 +131,7 @@ def _rewrite(index: IndexStore, **details: object) -> None:
 def test_tombstones_that_are_not_those_of_the_list_are_found(make_store: MakeStore, make_index: MakeIndex, random_vectors: Make):
     index = make_index(make_store(good_parts(random_vectors)), removed=["y"])
     assert verification.verify(index.folder)[1] == []
-    path = index.shards[0].removed
+    path = index.folder / index.shards[0].removed.path
     np.save(path, np.array([0]))
     _rewrite(index)
     assert verification.verify(index.folder)[1] == [

@@ -305,7 +305,8 @@ def _is_unfinished(path: Place) -> bool:
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     found, wanted = storage.as_json(dict(found)), storage.as_json(dict(wanted))
     keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-    return "; ".join(f"{key}: {_short(found.get(key))} there, {_short(wanted.get(key))} now" for key in keys)
+    text = "; ".join(f"{key}: {_short(found.get(key))} there, {_short(wanted.get(key))} now" for key in keys)
+    return text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be shown
 
 
 def _short(value: Any) -> str:

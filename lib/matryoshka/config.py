@@ -285,9 +285,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(Path(path).read_text("utf-8"))
+        _count(values, {})
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML file.") from None
-        _count(values, {})
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a plain ValueError
         raise ValueError(f"{path}: not YAML in UTF-8 ({' '.join(str(error).split())}). Mend it and run again.") from None
     if not isinstance(values, dict):

@@ -59,7 +59,7 @@ _DTYPES = {"float16": np.float16, "int8": np.int8}
 
 _ANEW = "Build the index anew: python -m jobs.index with --replace."
 _PLAN = {"plan": ListOf(str)}
-_POINT = {**_PLAN, **dict.fromkeys(("confirmed", "low", "high", "queries_per_second"), float)}
+_POINT = {**_PLAN, "queries_per_second": float, **dict.fromkeys(("confirmed", "low", "high"), object)}
 _TUNED = {
     "measure": str, "embeddings": str, "frontier": ListOf(_POINT), "plans": dict.fromkeys(("fast", "balanced", "high"), _PLAN)
 }  # fmt: skip
@@ -654,7 +654,7 @@ class IndexStore:
         points = [
             {
                 "plan": ",".join(one["plan"]), "name": names.get(tuple(one["plan"])), "quality": one["confirmed"],
-                "low": one["low"], "high": one["high"], "microseconds": round(1e6 / one["queries_per_second"], 2),
+                "low": one["low"], "high": one["high"], "microseconds": round(1e6 / max(one["queries_per_second"], 1e-9), 2),
             }
             for one in self.tuned["frontier"]
         ]  # fmt: skip
@@ -663,7 +663,7 @@ class IndexStore:
     @property
     def is_tuning_current(self) -> bool:
         """Whether the tuning is of the documents that are in the index now."""
-        return self.tuned is not None and self.tuned["embeddings"] == self.manifest.inputs["embeddings"]
+        return self.tuned is not None and self.tuned["embeddings"] == self.manifest.inputs.get("embeddings")
 
     @property
     def plan(self) -> FunnelPlan:

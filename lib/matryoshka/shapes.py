@@ -105,7 +105,7 @@ def _is_text(value: str) -> bool:
 
 
 def _find_in_list(value: Any, shape: ListOf | tuple[Shape, ...]) -> Fault:
-    if not isinstance(value, list):
+    if not isinstance(value, list | tuple):
         return _unlike("a list", value)
     if isinstance(shape, tuple) and len(value) != len(shape):
         return (f"has {len(value)} parts, not {len(shape)}",)

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from mutations import bytes_of, json_mutants, obeys, run
 
-from matryoshka import artifacts, corpus, indexing, leases, status, storage
+from matryoshka import artifacts, corpus, indexing, leases, model, status, storage
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.indexing import IndexStore
 from matryoshka.leases import HeldError, Holder, Lease
@@ -192,3 +193,86 @@ def test_an_index_whose_parts_lie_is_searched_or_refused(index: IndexStore):
         assert bytes_of(index.folder) == there
 
     run(300, json_mutants(value), check)
+
+
+def test_a_model_whose_parts_lie_is_described_or_refused(tmp_path: Path, tiny: str):
+    folder = Path(shutil.copytree(tiny, tmp_path / "model"))
+    names = ("modules.json", "config.json", "1_Pooling/config.json", "sentence_bert_config.json", "tokenizer_config.json")
+    for name in names:
+        path = folder / name
+        data = path.read_bytes() if path.is_file() else b'{"max_seq_length": 64}'
+
+        def check(mutant: bytes, path: Path = path) -> None:
+            path.write_bytes(mutant)
+            obeys(lambda: model.describe(str(folder)))
+            obeys(lambda: model.check_layers(folder, 2))
+            obeys(lambda: model.describe_architecture(folder))
+
+        run(60, json_mutants(json.loads(data)), check)
+        path.write_bytes(data)
+
+
+JOURNAL = "journal/00000001.json"
+FOUND = {
+    "a journal that is no list": (JOURNAL, "null", "no list of receipts"),
+    "a receipt without files": (JOURNAL, '[{"key": "a", "num_rows": 1, "details": {}}]', "receipt 0: files is missing"),
+    "very deep brackets": (JOURNAL, "[" * 100_000, "not JSON"),
+    "a kind that cannot be shown": ("manifest.json", r'{"kind": "\ud800", "format": 1, "fingerprint": 1}', "not a manifest"),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_once_is_refused_in_a_sentence(artifact: Path, name: str):
+    found = artifacts.read(artifact)
+    path, text, message = FOUND[name]
+    (artifact / path).parent.mkdir(exist_ok=True)
+    (artifact / path).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        artifacts.finished_receipts(artifact, found, ["a"]) and artifacts.check_owner(artifact, "index")
+
+
+def test_what_differs_can_be_shown_whatever_it_is(artifact: Path):
+    found = artifacts.read(artifact)
+    value = json.loads((artifact / artifacts.MANIFEST).read_bytes())
+    value |= {"identity": {"model": "\ud800", "dims": [4, 2]}, "is_complete": False}
+    (artifact / artifacts.MANIFEST).write_text(json.dumps(value))
+    with pytest.raises(ValueError, match=r"model: \? there, m now"):
+        artifacts.claim(artifact, "embeddings", found.identity, replace=False)
+
+
+@pytest.mark.parametrize("wrong", [{"since": "yesterday"}, {"since": 1e300}, {"renewed": "x"}, {"pid": "../../x"}, {"more": 1}])
+def test_a_lease_that_makes_no_sense_keeps_nobody_out(tmp_path: Path, wrong: dict[str, object]):
+    value = json.loads(dataclasses.replace(Holder.here("theirs", 60.0), machine="another").as_bytes())
+    (tmp_path / leases.NAME).write_text(json.dumps({**value, **wrong}))
+    assert not leases.is_held(tmp_path)
+    Lease.take(tmp_path, "mine")
+
+
+def test_a_status_that_makes_no_sense_is_none(tmp_path: Path):
+    Status("embed", "key", attempts=2).write(tmp_path)
+    value = json.loads((tmp_path / status.NAME).read_bytes())
+    (tmp_path / status.NAME).write_text(json.dumps({**value, "attempts": "two"}))
+    assert Status.read(tmp_path) is None
+    assert Status.begin(tmp_path, "embed", "key").attempts == 1
+
+
+HALF_TUNED = {"measure": "m", "embeddings": "e", "frontier": [], "plans": {"fast": {"plan": []}, "high": {"plan": []}}}
+LIES = {
+    "tuned.plans.balanced is missing": ("facts", {"tuned": HALF_TUNED}),
+    "plan is not a list": ("facts", {"plan": "4:5"}),
+    "funnel: .* is not dim:keep": ("facts", {"plan": ["4"]}),
+    "has dims that vectors of 8 dims do not have": ("facts", {"dims": [16]}),
+    "width is not a whole number": ("facts", {"width": 8.5}),
+    "filter_columns.year is not one of": ("facts", {"filter_columns": {"year": "years"}}),
+    "space is not one of": ("identity", {"space": "outer"}),
+    "dim is not a whole number": ("identity", {"dim": "4"}),
+}
+
+
+@pytest.mark.parametrize("message", LIES)
+def test_an_index_that_lies_is_refused_by_what_it_says(index: IndexStore, message: str):
+    part, changed = LIES[message]
+    own = {**getattr(index.manifest, part), **changed}
+    dataclasses.replace(index.manifest, **{part: own}).write(index.folder)
+    with pytest.raises(ValueError, match=message):
+        IndexStore.open(index.folder)

@@ -206,3 +206,15 @@ def test_a_damaged_beir_folder_is_read_or_refused(tmp_path: Path):
         assert bytes_of(folder) == before
 
     run(400, parts, check)
+
+
+def test_names_of_columns_that_are_not_utf_8_are_refused(tmp_path: Path):
+    data = parquet(pa.table({"id": ["a"], "embedding": pa.array([[1.0]], pa.list_(pa.float32()))}))
+    (tmp_path / "part.parquet").write_bytes(data.replace(b"embedding", b"embedd\xff\xffg"))
+    with pytest.raises(ValueError, match=r"part\.parquet: not a readable Parquet file"):
+        corpus.open_parquet(tmp_path / "part.parquet")
+    with pytest.raises(ValueError, match=r"part\.parquet: not a file of embeddings"):
+        vectors.read_unit(tmp_path / "part.parquet")
+    (tmp_path / "rows.csv").write_bytes(CSV.replace(b"query", b"quer\xff"))
+    with pytest.raises(ValueError, match=r"rows\.csv: not readable as CSV in UTF-8"):
+        sources.plan_slices([tmp_path / "rows.csv"], COLUMNS)

@@ -192,7 +192,8 @@ def test_a_tuning_survives_being_kept_and_leaves_the_index_as_it_is(build: Build
 
 def test_a_tuning_is_handed_on_unless_another_plan_is_asked_for(build: Build):
     index = build("Flat")
-    index.keep_tuning({"embeddings": "earlier", "plans": {}})
+    plans = {name: {"plan": ["16:10"]} for name in ("fast", "balanced", "high")}
+    index.keep_tuning({"measure": "recall", "embeddings": "earlier", "frontier": [], "plans": plans})
     again = IndexStore.open(index.folder)
     assert not again.is_tuning_current
     assert indexing.tuning_of(again.manifest, FunnelPlan.parse(["4:20", "16:10"])) == {"tuned": again.tuned}

@@ -1,13 +1,17 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 
 from matryoshka import checkpoints, storage
+from matryoshka.storage import Place
+
+if TYPE_CHECKING:
+    from s3_server import Proxy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,7 +38,7 @@ def step(network: Small, optimiser: torch.optim.Optimizer, number: int) -> None:
     optimiser.zero_grad()
 
 
-def write(folder: Path, number: int, identity: str = RUN, **notes: Any) -> None:
+def write(folder: Place, number: int, identity: str = RUN, **notes: Any) -> None:
     """Writes the checkpoint of a step of another model each."""
     network, optimiser = made(number)
     step(network, optimiser, number)
@@ -106,6 +110,25 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_it_is_taken(
     assert found is not None
     assert found.step == 1
     assert caplog.messages == [f"{tmp_path / 'step-00000002'}: a damaged checkpoint is passed over"]
+
+
+@pytest.mark.parametrize("missing", ["state.json", "weights.safetensors", "optimiser.safetensors"])
+def test_a_checkpoint_that_is_half_there_in_a_bucket_is_passed_over(
+    missing: str, s3: "Proxy", bucket: str, caplog: pytest.LogCaptureFixture
+):
+    folder = storage.place(bucket) / "checkpoints"
+    for number in (1, 2):
+        write(folder, number)
+    assert [request.path for request in s3.requests if request.method == "PUT"][-1].endswith("/step-00000002/state.json")
+    whole = checkpoints.latest(folder, RUN)
+    assert whole is not None
+    assert whole.step == 2
+    whole.load(*made())
+    storage.remove(folder / "step-00000002" / missing)
+    found = checkpoints.latest(folder, RUN)
+    assert found is not None
+    assert found.step == 1
+    assert caplog.messages == [f"{folder}/step-00000002: a damaged checkpoint is passed over"]
 
 
 def test_a_state_that_is_json_but_no_state_is_damaged(tmp_path: Path):

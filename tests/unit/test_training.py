@@ -83,8 +83,8 @@ def test_a_run_that_was_replaced_writes_nothing_more(tmp_path: Path, tiny: str, 
     job = small_runs.make_job(tmp_path, tiny, recipe=recipe, dev=small_runs.dev_set(4, 8))
     with pytest.raises(small_runs.KilledError):
         training.train_rank(job, _Replaced(num_writes))
-    assert len(list(job.checkpoints.glob("*"))) == num_writes
-    assert not job.target.exists()
+    assert len(list(job.checkpoints.glob("*"))) == min(num_writes, 2)  # the first, the best so far, makes room for a better one
+    assert not list(job.target.glob("*"))
 
 
 def test_a_long_log_is_short_and_the_same_wherever_a_run_was_taken_up(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch):

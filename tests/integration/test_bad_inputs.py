@@ -459,8 +459,8 @@ def test_an_output_with_an_artifact_of_another_kind_is_not_touched(dataset: Path
 
 @pytest.mark.usefixtures("no_workers")
 def test_a_url_is_refused_with_what_to_do(tmp_path: Path, tiny: str) -> None:
-    with pytest.raises(ValueError, match=r"s3://bucket/corpus: only local and mounted folders"):
-        embed.run(_embed(tmp_path, tiny).model_copy(update={"corpus": "s3://bucket/corpus"}))
+    with pytest.raises(ValueError, match=r"hf://: no such kind of storage \(known: s3://"):
+        embed.run(_embed(tmp_path, tiny).model_copy(update={"corpus": "hf://bucket/corpus"}))
 
 
 def _yaml(tmp_path: Path, text: str) -> list[str]:

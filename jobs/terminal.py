@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from matryoshka.config import without_secrets
+
 logger = logging.getLogger("jobs")
 
 
@@ -56,6 +58,7 @@ def begin_stage(stage: str) -> None:
 
 def report_failure(stage: str, part: str, error: str) -> None:
     """Says that a part of a stage failed, and why; the run goes on."""
+    error = without_secrets(error)
     say(f"{stage}: {part} failed: {error}")
     for listener in _listeners:
         listener.failed(f"{part}: {error}")

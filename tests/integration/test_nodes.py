@@ -81,9 +81,10 @@ def _cut_off(cluster: Nodes, node: Node) -> None:
         cluster.cut_off(node)
 
 
-def _reconnect(cluster: Nodes, node: Node) -> None:
-    """Brings back a node that was given up for lost: it learns that, and ends."""
+def _reconnect(cluster: Nodes, driver: Driver, node: Node) -> None:
+    """Brings back a node that was cut off, once it is given up for lost: it learns that, and ends."""
     if not cluster.why_no_cuts:
+        wait_until(lambda: node.name not in driver.names())
         cluster.reconnect(node)
         node.wait_for_end()
 
@@ -118,7 +119,7 @@ def embedded(cluster: Nodes, driver: Driver, root: Path, tiny: str) -> Path:
     _cut_off(cluster, second)
     driver.go_on()
     driver.finish()
-    _reconnect(cluster, second)
+    _reconnect(cluster, driver, second)
     return root / "embeddings"
 
 
@@ -156,7 +157,7 @@ def test_weights_are_the_same_whatever_becomes_of_the_ranks_nodes(three: Nodes, 
     second = next(node for node in _ranks(three) if node is not three.head)
     _cut_off(three, second)
     driver.finish()
-    _reconnect(three, second)
+    _reconnect(three, driver, second)
     assert small_runs.are_same(small_runs.weights(output), small_runs.weights(root / "at once"))
     logs = [artifacts.storage.read_json(folder / "training_log.json")["entries"] for folder in (output, root / "at once")]
     assert logs[0] == logs[1]
@@ -188,7 +189,7 @@ def test_an_index_is_the_same_whatever_becomes_of_the_nodes(three: Nodes, driver
     _cut_off(three, second)
     driver.go_on()
     driver.finish()
-    _reconnect(three, second)
+    _reconnect(three, driver, second)
     assert artifacts.read(root / "disturbed index").fingerprint == artifacts.read(indexed).fingerprint
     assert folders.contents(root / "disturbed index" / "shards") == folders.contents(indexed / "shards")
 

@@ -123,6 +123,7 @@ _STATES = {
     ExitCode.DONE: "success",
     ExitCode.NO_GAIN: "skipped",
     ExitCode.BAD_INPUT: "failed",
+    ExitCode.HOPELESS: "failed",
 }
 
 

@@ -365,7 +365,7 @@ _REMEMBERED = {
     "root": str,
     "id_column": str,
     "text_column": str,
-    "stamps": ListOf((str, int, int)),
+    "stamps": ListOf((str, int, int | str)),
     "files": ListOf({"name": str, "digest": str, "num_rows": int}),
     "num_empty": int,
 }

@@ -59,6 +59,7 @@ _DTYPES = {"float16": np.float16, "int8": np.int8}
 
 _ANEW = "Build the index anew: python -m jobs.index with --replace."
 _PLAN = {"plan": ListOf(str)}
+_DETAILS = {"num_documents?": int, "num_left_out?": int}
 _POINT = {**_PLAN, "queries_per_second": float, **dict.fromkeys(("confirmed", "low", "high"), object)}
 _TUNED = {
     "measure": str, "embeddings": str, "frontier": ListOf(_POINT), "plans": dict.fromkeys(("fast", "balanced", "high"), _PLAN)
@@ -513,11 +514,12 @@ def _read(folder: Place) -> Manifest:
 
 
 def _check_receipt(receipt: Receipt, layout: Layout, place: str) -> None:
-    """Checks that a receipt of an index names the files that its readers will look for, and no others.
+    """Checks that a receipt of an index names the files that its readers will look for, and no others; and what it counts.
 
     Raises:
         ValueError: It does not.
     """
+    shapes.check(receipt.details, _DETAILS, f"{place}: the receipt '{receipt.key}'", _ANEW)
     kind, found = receipt.key.partition("/")[0], {file.path for file in receipt.files}
     if kind == TRAINED:
         needed, folder = {SPACE, *([COARSE] if layout.has_faiss else [])}, TRAINED

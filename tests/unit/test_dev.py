@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matryoshka import dev, model, training, units
-from matryoshka.artifacts import Manifest
+from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.dev import DevEvaluator, DevSet
 from matryoshka.forward import TrainingForward, features_of
 from matryoshka.pairs import DatasetStore
@@ -28,16 +28,20 @@ def store(folder: Path, documents: dict[str, str], qrels: dict[str, list[str]], 
         texts.write_parquet(
             folder / "corpus" / f"part-{number:05d}.parquet", {"id": part, "text": [documents[name] for name in part]}
         )
-    texts.write_parquet(folder / "queries" / "dev.parquet", {"id": list(qrels), "text": [f"ask {name}" for name in qrels]})
+    queries = {"id": list(qrels), "text": [f"ask {name}" for name in qrels]}
     judged = [(query, name) for query, names in qrels.items() for name in names]
     columns = {
         "query_id": [query for query, _ in judged],
         "document_id": [name for _, name in judged],
         "grade": [1] * len(judged),
     }
-    texts.write_parquet(folder / "qrels" / "dev.parquet", columns)
+    receipts = [
+        Receipt(key, len(rows["grade" if "grade" in rows else "id"]), (FileRecord.of(folder, path),))
+        for key, rows in (("queries/dev", queries), ("qrels/dev", columns))
+        for path in [texts.write_parquet(folder / f"{key}.parquet", rows)]
+    ]
     facts = {"queries": {"dev": len(qrels)}, "is_chunked": is_chunked}
-    return DatasetStore(folder, Manifest("dataset", {}, {}, facts, (), is_complete=True))
+    return DatasetStore(folder, Manifest("dataset", {}, {}, facts, tuple(receipts), is_complete=True))
 
 
 def corpus_of(count: int) -> dict[str, str]:

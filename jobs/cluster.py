@@ -417,10 +417,14 @@ class Encoders:
     def _started(self) -> list[Any]:
         if not self._actors:
             start = ray.remote(_EncoderActor).options(**self._options).remote
-            actors: list[Any] = [start(*self._arguments) for _ in range(self._num_workers)]
-            for notice in self._gather(actors) - {""}:
+            self._actors = [start(*self._arguments) for _ in range(self._num_workers)]
+            try:
+                notices = self._gather(self._actors)
+            except BaseException:  # they would keep their CPUs for as long as anybody knows of them
+                self.close()
+                raise
+            for notice in notices - {""}:
                 say(notice)
-            self._actors = actors
         return self._actors
 
     def _gather(self, actors: Sequence[Any]) -> set[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from matryoshka import leases
+from matryoshka import leases, storage
 from matryoshka.leases import HeldError, Holder, Lease, LostError
 
 
@@ -112,3 +112,16 @@ def test_of_runs_that_begin_at_once_one_gets_the_output(tmp_path: Path, is_expir
         racer.join()
     assert sorted(results) == ["held"] * 5 + ["won"]
     assert [path.name for path in tmp_path.iterdir()] == [leases.NAME]
+
+
+def test_an_output_in_a_bucket_is_held_and_given_back_as_one_on_a_disk(bucket: str):
+    folder = storage.place(bucket) / "run"
+    lease = Lease.take(folder, "mine")
+    with pytest.raises(HeldError, match=r"^s3://.*/run: another run is writing to it \(run mine"):
+        Lease.take(folder, "yours")
+    lease.renew()
+    (folder / leases.NAME).write_bytes(dataclasses.replace(Holder.here("theirs", 60.0), renewed=time.time() - 61).as_bytes())
+    with pytest.raises(LostError):
+        lease.renew()
+    Lease.take(folder, "yours").release()
+    assert not folder.exists()

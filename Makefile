@@ -16,10 +16,10 @@ demo: .venv/ready  ## Runs the whole job on the documentation of the installed P
 test: .venv/ready  ## Runs the tests: those that wait for Ray, in two shares, beside those that compute.
 	$(MAKE) --jobs=2 --keep-going --output-sync=target test-integration test-unit
 
-test-unit:
+test-unit: .venv/ready
 	$(BIN)/python -m pytest lib tests/unit
 
-test-integration:
+test-integration: .venv/ready
 	$(BIN)/python -m pytest -n $(SHARES) --dist loadgroup tests/integration tests/gpu
 
 test-nodes: .venv/ready  ## Runs the tests on a cluster of several nodes on this machine, which take long: network namespaces need root.

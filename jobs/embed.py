@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from jobs import cluster
+from jobs import cluster, interruption
 from jobs.cluster import Encoders, Outcome, Session
 from jobs.entry import HopelessError, StageSettings, describe_run, main
 from jobs.terminal import Counter, report_failure, say
@@ -242,8 +242,9 @@ def _embed(
                     finished[outcome.key] = outcome.result
                     counter.advance(outcome.result.num_rows, unit=outcome.key, **outcome.result.details)
         except BaseException:
-            with contextlib.suppress(OSError):  # a full disk, perhaps: the first error is the one to tell
-                journal.flush()
+            with contextlib.suppress(OSError, RuntimeError):  # a full disk, perhaps: the first error is the one to tell
+                if not interruption.is_lost():
+                    journal.flush()
             raise
         journal.flush()
     return failures

@@ -54,7 +54,9 @@ class StageSettings(JobSettings):
 
     output: FolderPath = Field(description="Folder for the result; the same command again continues or does nothing.")
     replace: bool = Field(False, description="Discard what the output holds if it came from other inputs or settings.")
-    run_id: str | None = Field(None, description="Name of the run in logs and status.json; none: a key made from the settings.")
+    run_id: str | None = Field(
+        None, pattern=r"^\S+$", description="Name of the run in logs and status.json; none: a key made from the settings."
+    )
 
 
 def main(name: str, settings_class: type[S], run: Callable[[S], Any], writes: str | None = "output") -> None:
@@ -78,7 +80,7 @@ def _run(name: str, settings_class: type[S], run: Callable[[S], Any], writes: st
             folder = getattr(settings, writes) if writes else None
             _refuse_lost_output(folder)
             key = run_key(name, settings)
-            handler.setFormatter(logging.Formatter(_LINE.replace("%(message)s", f"run={key} %(message)s")))
+            handler.setFormatter(logging.Formatter(_LINE.replace("%(message)s", f"run={key.replace('%', '%%')} %(message)s")))
             watch = Watch.begin(storage.place(folder), name, key) if folder else None
         except (ValueError, RuntimeError, OSError, KeyboardInterrupt) as error:
             return _explain(name, error)[0]
@@ -86,11 +88,15 @@ def _run(name: str, settings_class: type[S], run: Callable[[S], Any], writes: st
             logger.info("event=begin job=%s", name)
         try:
             outcome = run(settings)
+            interruption.deafen()
             code, words = outcome if isinstance(outcome, ExitCode) else ExitCode.DONE, ""
         except BaseException as fault:
+            interruption.deafen()
             code, words = _explain(name, (watch and watch.loss) or fault)
         if watch:
             watch.end(code.state, code, words, is_refused=code == ExitCode.BAD_INPUT)
+            if watch.loss and code != ExitCode.HELD:
+                code, _ = _explain(name, watch.loss)
             word, seconds = code.state.replace(" ", "-"), time.perf_counter() - start
             logger.info("event=end job=%s state=%s exit_code=%d seconds=%.1f", name, word, code, seconds)
     if code == ExitCode.DONE and not isinstance(outcome, ExitCode):

@@ -16,7 +16,7 @@ TERMINATED = 143
 """The exit code of such a run, as a shell would say it: 128 and the number of the signal."""
 
 
-_told = threading.Event()
+_told, _lost = threading.Event(), threading.Event()
 
 
 class TerminatedError(KeyboardInterrupt):
@@ -27,8 +27,27 @@ class TerminatedError(KeyboardInterrupt):
 def heeded() -> Iterator[None]:
     """Has SIGTERM raise ``TerminatedError`` in the main thread for as long as the block runs, so that everything is closed."""
     _told.clear()
-    with on_terminate(terminate):
+    _lost.clear()
+    with kept_handler(signal.SIGINT), on_terminate(terminate):
         yield
+
+
+def deafen() -> None:
+    """Lets no signal disturb how a run ends, once it ends."""
+    if is_main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def leave() -> None:
+    """Ends the run, from any thread, and without a last word to its output: that is another run's by now."""
+    _lost.set()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def is_lost() -> bool:
+    """Returns whether the output is another run's by now: nothing may be written to it any more."""
+    return _lost.is_set()
 
 
 def is_told() -> bool:

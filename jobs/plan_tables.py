@@ -11,7 +11,6 @@ from matryoshka.estimates import SECONDS, Estimate, Interval, Line
 from matryoshka.storage import Place
 
 _HOUR, _DAY, _GB = 3_600.0, 86_400.0, 1e9
-_ENOUGH = 0.5  # of a limit
 
 
 def show(estimate: Estimate, by_dim: Mapping[int, Mapping[str, float]], layout: str, work: str) -> None:

@@ -25,6 +25,9 @@ def run(settings: Settings) -> ExitCode:
     if found is None:
         raise ValueError(f"{settings.folder}: no {status.NAME} here. Pass the output of a job that was run.")
     state = found.seen(is_held=leases.is_held(folder))
+    if state == status.DEAD:  # or it has ended between the two looks
+        found = Status.read(folder) or found
+        state = found.seen(is_held=leases.is_held(folder))
     tried = f", attempt {found.attempts}" if found.attempts > 1 else ""
     say(f"{found.job}, run {found.run}{tried}: {state} (process {found.pid} on {found.host}; began {found.started})")
     if found.stage:

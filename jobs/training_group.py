@@ -235,7 +235,7 @@ class _Listening:
 
     def _tell_to_end(self) -> None:
         """Answers SIGTERM: at first, the listener has a checkpoint written; when it has done so, or cannot, the run ends."""
-        if self._is_deaf.is_set() or self._is_leaving.is_set():
+        if self._is_deaf.is_set() or self._is_leaving.is_set() or interruption.is_lost():
             raise TerminatedError
         interruption.hurry()
         self._told_to_end.set()

@@ -2,13 +2,11 @@
 
 import contextlib
 import logging
-import os
-import signal
 import threading
 from pathlib import Path
 from typing import Self
 
-from jobs import terminal
+from jobs import interruption, terminal
 from matryoshka import artifacts, leases, status, storage
 from matryoshka.leases import Lease
 from matryoshka.status import Status
@@ -16,6 +14,7 @@ from matryoshka.storage import Place
 
 _BEAT_SECONDS = 10.0
 _MOST_LETTERS = 2_000  # of an error in the status
+_AWAY = (OSError, RuntimeError, ValueError)  # a disk, or a bucket, that cannot be written to for now
 
 logger = logging.getLogger("jobs")
 
@@ -32,7 +31,7 @@ class Watch:
 
     def __init__(self, folder: Place, lease: Lease, own: Status, *, is_new: bool) -> None:
         self._folder, self._lease, self._status, self._is_new = folder, lease, own, is_new
-        self._stamp_before = _stamp(folder)
+        self._stamp_before, self._status_before = _stamp(folder), Status.read(folder)
         self._did_parts = False
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
@@ -51,10 +50,21 @@ class Watch:
             return None
         is_new = not artifacts.is_artifact(folder)
         own = Status.begin(folder, job, run)
-        watch = cls(folder, Lease.take(folder, run, artifacts.find_related(folder)), own, is_new=is_new)
-        own.write(folder)
-        watch._stack.enter_context(terminal.heard_by(watch))
-        watch._thread.start()
+        was_there = folder.exists()
+        try:
+            watch = cls(folder, Lease.take(folder, run, artifacts.find_related(folder)), own, is_new=is_new)
+        except leases.HeldError:
+            if not was_there:
+                _remove_empty(folder)
+            raise
+        try:
+            own.write(folder)
+            watch._stack.enter_context(terminal.heard_by(watch))
+            watch._thread.start()
+        except BaseException:
+            watch._stack.close()
+            watch._vanish()
+            raise
         return watch
 
     def end(self, state: str, exit_code: int, error: str = "", *, is_refused: bool = False) -> None:
@@ -68,11 +78,14 @@ class Watch:
             if is_refused and self._is_new and not artifacts.is_artifact(self._folder):
                 self._vanish()
                 return
+            if is_refused and self._status_before and self._status_before.job != self._status.job:
+                self._status_before.write(self._folder)  # it is another job's output, and is left alone
+                return
             is_idle = state == status.DONE and not self._did_parts and _stamp(self._folder) == self._stamp_before
             self._status.state = status.NOTHING_TO_DO if is_idle else state
-            self._status.exit_code, self._status.last_error = exit_code, error[:_MOST_LETTERS]
+            self._status.exit_code, self._status.last_error = exit_code, _shown(error)
             self._status.write(self._folder)
-        except OSError as fault:
+        except _AWAY as fault:
             logger.warning("%s: the status could not be written: %s", self._folder, fault)
         finally:
             self._lease.release()
@@ -91,7 +104,7 @@ class Watch:
     def failed(self, error: str) -> None:
         """Notes what went wrong with a part."""
         with self._lock:
-            self._status.last_error = error[:_MOST_LETTERS]
+            self._status.last_error = _shown(error)
 
     def _beat(self) -> None:
         while not self._ended.wait(_BEAT_SECONDS):
@@ -101,17 +114,26 @@ class Watch:
                     self._status.write(self._folder)
             except leases.LostError as error:
                 self.loss = error
-                os.kill(os.getpid(), signal.SIGTERM)
+                interruption.leave()
                 return
-            except OSError as error:  # a full disk, storage that is away: the run itself will say so if it lasts
+            except _AWAY as error:  # a full disk, storage that is away: the run itself will say so if it lasts
                 logger.warning("%s: the status could not be written: %s", self._folder, error)
 
     def _vanish(self) -> None:
         storage.remove(self._folder / status.NAME)
         self._lease.release()
-        if isinstance(self._folder, Path):  # in a bucket, there are no folders
-            with contextlib.suppress(OSError):  # it holds something by now
-                self._folder.rmdir()
+        _remove_empty(self._folder)
+
+
+def _remove_empty(folder: Place) -> None:
+    if isinstance(folder, Path):  # in a bucket, there are no folders
+        with contextlib.suppress(OSError):  # it holds something by now
+            folder.rmdir()
+
+
+def _shown(error: str) -> str:
+    """Returns an error as it can be written down."""
+    return error[:_MOST_LETTERS].encode("utf-8", "replace").decode()
 
 
 def _stamp(folder: Place) -> tuple[int, float] | None:

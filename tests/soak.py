@@ -51,8 +51,8 @@ def main() -> None:
     shutil.rmtree(options.output, ignore_errors=True)
     soak = Soak(options)
     start = time.monotonic()
-    while time.monotonic() < start + 60 * options.minutes:
-        soak.night()
+    while time.monotonic() < start + 60 * options.minutes and soak.night():
+        pass
     soak.report(time.monotonic() - start)
 
 
@@ -79,15 +79,19 @@ class Nights:
             yield pa.table(texts.documents(first, first + self._num_rows, num_words=40))
             first += self._num_rows
 
-    def change(self) -> None:
-        """Brings the corpus to its next night; the files appear whole."""
+    def change(self) -> bool:
+        """Brings the corpus to its next night, unless no document is left for it; the files appear whole."""
+        added = next(self._batches, None)
+        if added is None:
+            return False
         there = sorted(self._folder.glob("*.parquet"))
         if len(there) > 3:
             there.pop(self._chance.randrange(len(there))).unlink()
             path = self._chance.choice(there)
             self._write(path, pq.read_table(path).slice(1))  # one document less
         self._number += 1
-        self._write(self._folder / f"night-{self._number:04d}.parquet", next(self._batches))
+        self._write(self._folder / f"night-{self._number:04d}.parquet", added)
+        return True
 
     def _write(self, path: Path, table: pa.Table) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,9 +119,10 @@ class Soak:
         self._num_nights = self._num_checked = 0
         self._next_fault = time.monotonic() + options.fault_seconds
 
-    def night(self) -> None:
-        """Changes the corpus, brings the outputs up to date against all odds, and checks them."""
-        self._nights.change()
+    def night(self) -> bool:
+        """Changes the corpus, brings the outputs up to date against all odds, and checks them; False: no document is left."""
+        if not self._nights.change():
+            return False
         embed = [
             "jobs.embed",
             "--corpus",
@@ -134,6 +139,7 @@ class Soak:
         self._check()
         self._num_nights += 1
         say(f"night {self._num_nights}: {len(self._known):,} documents, each once; faults so far: {self._faults.total()}")
+        return True
 
     def _until_done(self, arguments: list[str], output: Path) -> None:
         while (code := self._run(arguments, output)) != 0:

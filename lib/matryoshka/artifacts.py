@@ -21,10 +21,11 @@ from matryoshka.storage import Place
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+OF_THE_RUN = (leases.NAME, status.NAME)
+"""Files in an output that are not of the artifact: they are there before it, and change after it."""
 
 _JOURNAL = "journal"
-_LEVELS = 2  # the deepest artifact of a pipeline lies two folders below its output
-_OF_THE_RUN = (leases.NAME, status.NAME)  # they are there before and after the artifact
+_LEVELS = 3  # the deepest artifact of a pipeline lies three folders below its output
 _SEGMENTS = "[0-9]*.json"
 _FLUSH_SECONDS = 2.0
 _OUTSIDE = "leads out of the artifact's folder"
@@ -243,8 +244,8 @@ def may_use(folder: Place) -> bool:
 
 def find_related(folder: Place) -> Iterator[Place]:
     """Yields the outputs that may lie in an output, or that it may lie in: those of a pipeline and its stages."""
-    parents: list[Place] = [*folder.parents]
-    yield from parents[:_LEVELS]
+    parents: list[Place] = [*folder.resolve().parents]
+    yield from (parent for parent in parents[:_LEVELS] if parent.name)  # none is the root of a disk, or a whole bucket
     yield from _find_nested(folder, _LEVELS)
 
 
@@ -299,7 +300,7 @@ def _kind_of(folder: Place) -> str:
 
 def _is_unfinished(path: Place) -> bool:
     """Returns whether a path is something that a run may have left before it had a manifest."""
-    return path.name.startswith(storage.TEMPORARY) or path.name in _OF_THE_RUN
+    return path.name.startswith(storage.TEMPORARY) or path.name in OF_THE_RUN
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -323,7 +324,7 @@ def begin(folder: Place, manifest: Manifest, previous: Manifest | None, work: Pl
     """
     if previous is None:
         for entry in folder.iterdir() if folder.is_dir() else ():
-            if not is_artifact(entry) and entry.name not in (MANIFEST, *_OF_THE_RUN) and entry != work:
+            if not is_artifact(entry) and entry.name not in (MANIFEST, *OF_THE_RUN) and entry != work:
                 storage.remove(entry)
         storage.remove(folder / MANIFEST)  # last: until then the folder is known to be ours
     else:
@@ -444,7 +445,7 @@ def _fault(folder: Path, record: FileRecord, compare_digests: bool, root: str = 
 
 def _fault_in_bucket(folder: UPath, record: FileRecord, compare_digests: bool, num_bytes: int | None) -> str:
     """Returns what is wrong with an object of so many bytes (None: not there), or nothing."""
-    if _leads_out(record.path):
+    if shapes.leads_out(record.path):
         return f"{folder}/{record.path}: {_OUTSIDE}"
     if num_bytes is None:
         return f"{folder}/{record.path}: missing"
@@ -453,11 +454,6 @@ def _fault_in_bucket(folder: UPath, record: FileRecord, compare_digests: bool, n
     if compare_digests and storage.digest_file(folder / record.path) != record.digest:
         return f"{folder}/{record.path}: {storage.ALTERED}"
     return ""
-
-
-def _leads_out(path: str) -> bool:
-    parts = PurePosixPath(path)
-    return parts.is_absolute() or ".." in parts.parts
 
 
 def read_whole(folder: Place, kind: str) -> Manifest:
@@ -469,7 +465,7 @@ def read_whole(folder: Place, kind: str) -> Manifest:
     manifest = read_complete(folder, kind)
     faults = find_faults(folder, manifest)
     if faults:
-        raise ValueError(f"{faults[0]}. Run the job that made it again with --replace.")
+        raise ValueError(f"{faults[0]}. {_AGAIN}")
     return manifest
 
 
@@ -506,7 +502,7 @@ def read_file(folder: Place, record: FileRecord) -> Path | bytes:
 def _checked_place(folder: UPath, record: FileRecord) -> UPath:
     """Returns where an object is that is there, and in its artifact."""
     place = folder / record.path
-    fault = _OUTSIDE if _leads_out(record.path) else "" if place.is_file() else "missing"
+    fault = _OUTSIDE if shapes.leads_out(record.path) else "" if place.is_file() else "missing"
     if fault:
         raise ValueError(f"{folder}/{record.path}: {fault}. {_AGAIN}")
     return place

@@ -19,7 +19,24 @@ from typing import IO, Any, Self
 from upath import UPath
 from upath.implementations.cloud import S3Path
 
-__all__ = ["BucketPath", "ObjectInfo", "UPath", "download", "listing", "parse", "upload"]
+__all__ = [
+    "BucketPath",
+    "ObjectInfo",
+    "Ranges",
+    "UPath",
+    "blocks",
+    "copy",
+    "create",
+    "download",
+    "download_all",
+    "listing",
+    "parse",
+    "read_range",
+    "remove",
+    "remove_leftovers",
+    "swap",
+    "upload",
+]
 
 _EXTRAS = {"s3": "s3fs"}
 _RANGE_BYTES, _RANGES_AT_ONCE, _FILES_AT_ONCE = 16 << 20, 4, 8

@@ -148,7 +148,8 @@ class Lease:
         lease = cls(folder, holder)
         try:  # once the own lease stands: of two runs that begin at once, at least one sees the other
             for place in related:
-                _refuse(place, _read(place / NAME))
+                with contextlib.suppress(PermissionError, ValueError):  # what may not be read is nobody's business here
+                    _refuse(place, _read(place / NAME))
         except BaseException:
             lease.release()
             raise
@@ -162,14 +163,22 @@ class Lease:
         """
         renewed = replace(self._holder, renewed=time.time())
         if not storage.swap(self._path, renewed.as_bytes(), self._holder.as_bytes()):
-            raise LostError(f"{self._path.parent}: another run has taken the lease, which was not renewed in time.")
+            there = self._own()  # an earlier renewal may have been written without anybody hearing of it
+            if there is None or not storage.swap(self._path, renewed.as_bytes(), there):
+                raise LostError(f"{self._path.parent}: another run has taken the lease, which was not renewed in time.")
         self._holder = renewed
 
     def release(self) -> None:
-        """Gives the lease back, if it is still this one."""
-        with contextlib.suppress(OSError):
-            if _read(self._path) == self._holder.as_bytes():
+        """Gives the lease back, if it is still this one; if that cannot be done, it will run out."""
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            if self._own() is not None:
                 storage.remove(self._path)
+
+    def _own(self) -> bytes | None:
+        """Returns the lease as it stands, if it is this one."""
+        data = _read(self._path)
+        holder = Holder.from_bytes(data) if data else None
+        return data if holder and holder.token == self._holder.token else None
 
 
 def is_held(folder: Place) -> bool:

@@ -21,7 +21,8 @@ from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
 
 from jobs import finetune, prepare, training_group, verify
-from matryoshka import artifacts
+from jobs.entry import main
+from matryoshka import artifacts, model, status
 
 ROOT = Path(__file__).parents[2]
 DIMS = (64, 32, 8)
@@ -173,7 +174,7 @@ def test_a_run_that_loses_a_rank_ends_with_the_weights_of_one_that_does_not(
 
 
 def test_a_driver_that_is_told_to_end_leaves_a_checkpoint_that_the_same_command_goes_on_from(
-    tmp_path: Path, data: Path, tiny: str
+    tmp_path: Path, data: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "model"
     settings = _settings(output, data, tiny, max_steps=400, epochs=100, checkpoint_steps=10_000, evaluations=0, workers=1)
@@ -198,7 +199,14 @@ def test_a_driver_that_is_told_to_end_leaves_a_checkpoint_that_the_same_command_
     assert not artifacts.read(output).is_complete
     step = int(next((output / "checkpoints").glob("step-*")).name.removeprefix("step-"))
     assert step < 400
-    finetune.run(settings)
+    monkeypatch.setattr(sys, "argv", ["finetune", *flags])
+    for state in ("done", "nothing to do"):
+        with pytest.raises(SystemExit) as ended:
+            main("finetune", finetune.Settings, finetune.run)
+        assert ended.value.code == 0
+        assert status.Status.read(output).state == state  # type: ignore[union-attr]
+        assert model.describe(str(output)).is_tuned, "what the run left beside the model is not of the model"
+    verify.run(verify.Settings(folder=str(output)))
     assert [entry["step"] for entry in _log(output)["entries"]] == list(range(8, 401, 8))
 
 

@@ -125,3 +125,13 @@ def test_an_output_in_a_bucket_is_held_and_given_back_as_one_on_a_disk(bucket: s
         lease.renew()
     Lease.take(folder, "yours").release()
     assert not folder.exists()
+
+
+def test_a_renewal_that_was_written_without_being_heard_of_costs_nothing(tmp_path: Path):
+    lease = Lease.take(tmp_path, "mine")
+    own = Holder.from_bytes((tmp_path / leases.NAME).read_bytes())
+    assert own
+    (tmp_path / leases.NAME).write_bytes(dataclasses.replace(own, renewed=own.renewed + 10).as_bytes())
+    lease.renew()
+    lease.release()
+    assert not (tmp_path / leases.NAME).exists()

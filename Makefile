@@ -4,6 +4,7 @@ MINUTES ?= 30
 SHARES ?= 2
 HARDWARE ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n $(SHARES) --dist loadgroup
 PIP := $(BIN)/python -m pip install --quiet --constraint .constraints/$(HARDWARE).txt
 
 export HF_HUB_OFFLINE ?= 1
@@ -13,14 +14,14 @@ export HF_HUB_OFFLINE ?= 1
 demo: .venv/ready  ## Runs the whole job on the documentation of the installed Python packages.
 	$(BIN)/python -m jobs.pipeline --config jobs/demo.yaml --replace
 
-test: .venv/ready  ## Runs the tests: those that wait for Ray, in two shares, beside those that compute.
-	$(MAKE) --jobs=2 --keep-going --output-sync=target test-integration test-unit
+test:  ## Runs the tests: those that compute, then those that wait for Ray, both in two shares.
+	$(MAKE) --keep-going test-unit test-integration
 
 test-unit: .venv/ready
-	$(BIN)/python -m pytest lib tests/unit
+	$(PYTEST) lib tests/unit
 
 test-integration: .venv/ready
-	$(BIN)/python -m pytest -n $(SHARES) --dist loadgroup tests/integration tests/gpu
+	$(PYTEST) tests/integration tests/gpu
 
 test-nodes: .venv/ready  ## Runs the tests on a cluster of several nodes on this machine, which take long: network namespaces need root.
 	$(BIN)/python -m pytest tests/nodes

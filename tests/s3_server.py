@@ -120,14 +120,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            return self._read(int(self.headers.get("Content-Length", 0)))
         parts = []
-        while size := int(self.rfile.readline().partition(b";")[0], 16):
-            parts.append(self.rfile.read(size))
+        while size := int(self.rfile.readline().partition(b";")[0] or b"-1", 16):
+            parts.append(self._read(size))
             self.rfile.readline()
         while self.rfile.readline().strip():
             pass
         return b"".join(parts)
+
+    def _read(self, num_bytes: int) -> bytes:
+        """Returns part of a body; one that is cut off, as by a killed client, is one that no server would take."""
+        data = self.rfile.read(num_bytes)
+        if len(data) < num_bytes or num_bytes < 0:
+            raise ConnectionError("the client went away")
+        return data
 
     def _ask(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection(*self.proxy.server)

@@ -146,8 +146,10 @@ def test_the_first_documents_of_an_index_are_indexed_anew(report: dict[str, Any]
 
 def test_the_plans_that_tuning_found_are_measured_before_the_usual_ones(root: Path, tmp_path: Path):
     shutil.copytree(root / "index", tmp_path / "index")
-    points = [{"plan": ["4:30", "16:10"]}, {"plan": ["16:10"]}]
-    IndexStore.open(tmp_path / "index").keep_tuning({"frontier": points, "plans": {"balanced": points[0]}})
+    figures = {"queries_per_second": 1.0, "confirmed": 1.0, "low": 1.0, "high": 1.0}
+    points = [{"plan": ["4:30", "16:10"], **figures}, {"plan": ["16:10"], **figures}]
+    plans = dict.fromkeys(("fast", "balanced", "high"), points[0])
+    IndexStore.open(tmp_path / "index").keep_tuning({"measure": "recall", "embeddings": "", "frontier": points, "plans": plans})
     found = benchmark.run(_of_index(root, index=str(tmp_path / "index"), peers=("exact",)))
     settings = [point["setting"] for point in found["systems"]["ours"]["points"]]
     assert settings[:2] == ["4d keep 30 > 16d keep 10", "8d keep 10 > 16d keep 10"]

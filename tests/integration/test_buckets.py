@@ -60,8 +60,9 @@ class Home:
         search.run(self.search())
 
     def contents(self) -> dict[str, bytes]:
-        """Returns the bytes of all files but manifests, which name places and times."""
-        names = [name for name in storage.names(self.place) if not name.endswith(artifacts.MANIFEST)]
+        """Returns the bytes of all files but manifests, which name places and times, and what a run leaves of itself."""
+        apart = (artifacts.MANIFEST, *artifacts.OF_THE_RUN)
+        names = [name for name in storage.names(self.place) if not name.endswith(apart)]
         return {name: (self.place / name).read_bytes() for name in names}
 
     def stamps(self) -> dict[str, Any]:

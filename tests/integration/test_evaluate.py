@@ -275,6 +275,9 @@ def test_a_split_without_judgements_is_refused(ranked: evaluate.Settings, tiny: 
     for found, message in ({"a": 0}, "split 'test' is empty"), ({"stranger": 1}, "no query of split 'test' has judgements"):
         names = [name for name, count in found.items() if count]
         corpus.write_rows(path, {"query_id": names, "document_id": names, "grade": [1] * len(names)})
+        made, own = artifacts.read(data), Receipt("qrels/test", len(names), (FileRecord.of(data, path),))
+        receipts = tuple(own if receipt.key == own.key else receipt for receipt in made.receipts)
+        dataclasses.replace(made, receipts=receipts).write(data)
         with pytest.raises(ValueError, match=message):
             evaluate.run(settings)
     assert not (tmp_path / "out").exists()

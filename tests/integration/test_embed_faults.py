@@ -74,10 +74,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny: st
     return folders.vectors(output)
 
 
-def _find_workers(*, loading: bool = False) -> list[psutil.Process]:
-    """Returns the encoder workers of this process's Ray; those that are still loading, if asked for."""
+def _find_workers(parent: psutil.Process | None = None, *, loading: bool = False) -> list[psutil.Process]:
+    """Returns the encoder workers below a process (None: this one's Ray); those that are still loading, if asked for."""
     title = "_EncoderActor.__init__" if loading else "_EncoderActor"
-    return [process for process in psutil.Process().children(recursive=True) if title in _title(process)]
+    return [process for process in (parent or psutil.Process()).children(recursive=True) if title in _title(process)]
 
 
 def _title(process: psutil.Process) -> str:
@@ -283,14 +283,10 @@ def test_a_machine_that_is_lost_with_all_it_was_doing_costs_nothing(
     with log.open("wb") as sink:
         driver = subprocess.Popen(command, stdout=sink, stderr=sink, env={**os.environ, "RAY_ADDRESS": two_nodes["address"]})
     raylet = psutil.Process(two_nodes["raylet"])
-
-    def find_workers() -> list[psutil.Process]:
-        return [process for process in raylet.children(recursive=True) if "_EncoderActor" in _title(process)]
-
-    folders.wait_until(lambda: bool(find_workers()) or driver.poll() is not None)
+    folders.wait_until(lambda: bool(_find_workers(raylet)) or driver.poll() is not None)
     family = [raylet, *raylet.children(recursive=True)]
     folders.wait_until(lambda: folders.count_units(output) >= _UNITS // 10 or driver.poll() is not None)
-    assert find_workers(), log.read_text()
+    assert _find_workers(raylet), log.read_text()
     for process in family:
         process.kill()
     assert folders.count_units(output) < _UNITS, "the node was killed too late to matter"

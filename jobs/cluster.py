@@ -657,8 +657,9 @@ def run_on_actors(
             if storage.is_out_of_space(error.cause):
                 raise error.cause from None  # every other unit would fail as well
             if crew.tries[key] >= attempts or isinstance(error.cause, ValueError):
-                is_hopeless = isinstance(error.cause, ValueError)
-                yield Outcome(key, None, str(error.cause) if is_hopeless else _last_line(error), is_hopeless)
+                is_input = isinstance(error.cause, ValueError)
+                text = str(error.cause) if is_input else _last_line(error)
+                yield Outcome(key, None, text, is_input and not isinstance(error.cause, storage.ChangedError))
             else:
                 crew.waiting.append(key)
         except RayError as error:  # the worker was lost: killed, evicted for want of memory, or its node is gone

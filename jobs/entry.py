@@ -131,6 +131,7 @@ def _explain(name: str, error: BaseException) -> tuple[ExitCode, str]:
 
 
 _CODES: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], ExitCode], ...] = (
+    (storage.ChangedError, ExitCode.FAILED),
     (ValueError, ExitCode.BAD_INPUT),
     (NoGainError, ExitCode.NO_GAIN),
     ((leases.HeldError, leases.LostError), ExitCode.HELD),

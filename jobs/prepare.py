@@ -142,7 +142,7 @@ def run(settings: Settings) -> Manifest:
         with cluster.connected() as session:
             prepared = preparation.prepare(source, rules, finishing, work, session.run_tasks)
         if corpus.stamp(root, paths) != stamps:
-            raise ValueError(f"{source.files[0]}: the input changed while it was read. Run the same command again.")
+            raise storage.ChangedError(f"{source.files[0]}: the input changed while it was read. Run the same command again.")
         manifest = Manifest("dataset", identity, facts={**prepared.facts, "run": describe_run("prepare", settings)})
         finished = _publish(output, work, manifest, prepared)
     say(f"prepare: {_summary(finished.facts)}")

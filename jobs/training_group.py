@@ -363,6 +363,6 @@ def _train_loop(config: dict[str, Any]) -> None:
     try:
         training.train_rank(ray.get(config["job"]), observer)
     except (ValueError, training.TrainingError) as error:
-        if not isinstance(error.__cause__, OSError):  # a disk that was away for a moment
+        if not isinstance(error, storage.ChangedError) and not isinstance(error.__cause__, OSError):  # another try may help
             ray.get(mailbox.fail.remote("ValueError" if isinstance(error, ValueError) else "RuntimeError", str(error)))
         raise

@@ -21,6 +21,7 @@ from upath.implementations.cloud import S3Path
 
 __all__ = [
     "BucketPath",
+    "ChangedError",
     "ObjectInfo",
     "Ranges",
     "UPath",
@@ -42,6 +43,10 @@ _EXTRAS = {"s3": "s3fs"}
 _RANGE_BYTES, _RANGES_AT_ONCE, _FILES_AT_ONCE = 16 << 20, 4, 8
 _BUFFER_BYTES = 4 << 20
 _SECRET = re.compile(r"\?.*=")
+
+
+class ChangedError(ValueError):
+    """What is read is no longer what the run began with: the same command again begins with what is there now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +279,7 @@ def read_range(place: BucketPath, info: ObjectInfo, start: int, stop: int) -> by
     """Returns some bytes of an object that is still what it was.
 
     Raises:
-        ValueError: It has changed.
+        ChangedError: It has changed.
     """
     if start >= stop:
         return b""
@@ -283,7 +288,7 @@ def read_range(place: BucketPath, info: ObjectInfo, start: int, stop: int) -> by
     except Exception as error:
         if type(error).__name__ != "ConflictError":
             raise
-        raise ValueError(f"{place}: changed while it was read. Run the same command again.") from None
+        raise ChangedError(f"{place}: changed while it was read. Run the same command again.") from None
     return data
 
 

@@ -456,10 +456,11 @@ def read_unit(path: Place, columns: Columns, unit: Unit, stamp: str | None = Non
     """Returns (ids, texts) of the rows of one unit that have text, in the order of the file; see ``is_as_planned``.
 
     Raises:
-        ValueError: The file is not the one that was planned with, or not readable.
+        ChangedError: The file is not the one that was planned with.
+        ValueError: It is not readable.
     """
     if not is_as_planned(path, unit, stamp):
-        raise ValueError(f"{path}: changed since this run began. Run the same command again.")
+        raise storage.ChangedError(f"{path}: changed since this run began. Run the same command again.")
     return read_documents(path, columns, unit.start, unit.stop)
 
 
@@ -479,10 +480,11 @@ def read_columns(path: Place, unit: Unit, names: Sequence[str], stamp: str | Non
     """Returns columns of all rows of one unit, as they are stored; see ``is_as_planned``.
 
     Raises:
-        ValueError: The file is not the one that was planned with, or not readable, or lacks a column.
+        ChangedError: The file is not the one that was planned with.
+        ValueError: It is not readable, or lacks a column.
     """
     if not is_as_planned(path, unit, stamp):
-        raise ValueError(f"{path}: changed since this run began. Run the same command again.")
+        raise storage.ChangedError(f"{path}: changed since this run began. Run the same command again.")
     file = open_parquet(path)
     check_names(path, file.schema_arrow.names, names)
     parts = [batch for _, batch in _rows(path, file, names, unit.start, unit.stop)]

@@ -24,6 +24,7 @@ from matryoshka import buckets, cache
 from matryoshka.buckets import BucketPath, ObjectInfo, UPath
 
 Place: TypeAlias = Path | UPath
+ChangedError = buckets.ChangedError
 
 TEMPORARY = ".partial-"
 """Begins the name of everything that is not finished; leftovers of killed writers are known by it."""

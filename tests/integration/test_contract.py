@@ -130,6 +130,24 @@ def test_a_defect_of_the_program_is_told_from_what_a_retry_can_mend(
     assert "a defect of this program" in caplog.text
 
 
+def test_an_input_that_changes_under_a_run_is_no_bad_input_for_the_next(
+    tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = texts.write_corpus(tmp_path / "corpus", num_files=_FILES, rows_per_file=_ROWS, num_words=50)
+    flags = _flags(tmp_path / "embeddings", corpus, tiny)
+    calibrate = embed.calibrate
+
+    def change(*args: Any, **settings: Any) -> Any:
+        texts.write_parquet(max(corpus.glob("*.parquet")), {"id": ["new"], "text": ["something else"]})
+        return calibrate(*args, **settings)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(embed, "calibrate", change)
+        assert _exit_code(embed, flags, monkeypatch) == ExitCode.FAILED
+    assert "changed since this run began" in capsys.readouterr().err
+    assert _exit_code(embed, flags, monkeypatch) == ExitCode.DONE
+
+
 def test_the_readme_lists_every_exit_code() -> None:
     listed = re.findall(r"^\| (\d+) \|", (ROOT / "README.md").read_text("utf-8"), flags=re.MULTILINE)
     assert [int(code) for code in listed] == [code.value for code in ExitCode]

@@ -262,7 +262,7 @@ def _finish(output: Place, manifest: Manifest, inputs: _Inputs, seconds: float, 
 
 def _receipts(output: Place) -> tuple[Receipt, ...]:
     """Returns a receipt for every file of the model; its card, which people write to, and TensorBoard's files are not of it."""
-    apart = {artifacts.MANIFEST, card.NAME, curves.FOLDER, CHECKPOINTS, *artifacts.OF_THE_RUN}
+    apart = {artifacts.MANIFEST, card.NAME, curves.FOLDER, CHECKPOINTS, *storage.OF_THE_RUN}
     every = sorted(map(PurePosixPath, storage.names(output)))
     names = [str(path) for path in every if path.parts[0] not in apart and not path.name.startswith(storage.TEMPORARY)]
     return tuple(Receipt(name, 0, (FileRecord.named(name, output / name),)) for name in names)

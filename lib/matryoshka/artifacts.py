@@ -14,15 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
-from matryoshka import leases, shapes, status, storage
+from matryoshka import leases, shapes, storage
 from matryoshka.buckets import UPath
 from matryoshka.shapes import ListOf, MapOf
 from matryoshka.storage import Place
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-OF_THE_RUN = (leases.NAME, status.NAME)
-"""Files in an output that are not of the artifact: they are there before it, and change after it."""
 
 _JOURNAL = "journal"
 _LEVELS = 3  # the deepest artifact of a pipeline lies three folders below its output
@@ -300,7 +298,7 @@ def _kind_of(folder: Place) -> str:
 
 def _is_unfinished(path: Place) -> bool:
     """Returns whether a path is something that a run may have left before it had a manifest."""
-    return path.name.startswith(storage.TEMPORARY) or path.name in OF_THE_RUN
+    return path.name.startswith(storage.TEMPORARY) or path.name in storage.OF_THE_RUN
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -324,7 +322,7 @@ def begin(folder: Place, manifest: Manifest, previous: Manifest | None, work: Pl
     """
     if previous is None:
         for entry in folder.iterdir() if folder.is_dir() else ():
-            if not is_artifact(entry) and entry.name not in (MANIFEST, *OF_THE_RUN) and entry != work:
+            if not is_artifact(entry) and entry.name not in (MANIFEST, *storage.OF_THE_RUN) and entry != work:
                 storage.remove(entry)
         storage.remove(folder / MANIFEST)  # last: until then the folder is known to be ours
     else:

@@ -18,7 +18,7 @@ from typing import Self
 from matryoshka import shapes, storage
 from matryoshka.storage import Place
 
-NAME = "lease.json"
+NAME = storage.LEASE
 TERM_SECONDS = 60.0
 """How long a lease lasts without being renewed. Clocks of machines that share an output may differ by less than that."""
 

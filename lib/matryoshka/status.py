@@ -10,7 +10,7 @@ from typing import Self
 from matryoshka import shapes, storage
 from matryoshka.storage import Place
 
-NAME = "status.json"
+NAME = storage.STATUS
 RUNNING, DONE, NOTHING_TO_DO, DEAD = "running", "done", "nothing to do", "dead"
 
 

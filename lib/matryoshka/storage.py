@@ -29,6 +29,9 @@ ChangedError = buckets.ChangedError
 TEMPORARY = ".partial-"
 """Begins the name of everything that is not finished; leftovers of killed writers are known by it."""
 
+LEASE, STATUS = OF_THE_RUN = "lease.json", "status.json"
+"""What a run says of itself in its output: there before the artifact, changing after it, and no part of it."""
+
 ALTERED = "its bytes were altered (another SHA-256 than the receipt's)"
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/{1,2}")
@@ -72,7 +75,7 @@ def local(place: Place, digest: str | None = None) -> Path:
     process lives.
 
     Args:
-        place: A file, or a folder with all that is in it.
+        place: A file, or a folder with all that is in it, except what its run says of itself.
         digest: SHA-256 of the file, by which the copy is known, and checked when it is made; None: its ETags are looked up.
 
     Raises:
@@ -86,7 +89,7 @@ def local(place: Place, digest: str | None = None) -> Path:
     if digest:
         key = digest_json(["sha256", digest]) + own.suffix  # from a manifest: as it stands it is no name to be trusted
         return cache.hold(key, lambda: own.info_of().num_bytes, lambda target: _fetch(own, own.info_of(), target, digest))
-    below = buckets.listing(own)
+    below = {name: info for name, info in buckets.listing(own).items() if name not in OF_THE_RUN}
     if not below:
         info = own.info_of()
         return cache.hold(_key(own, {"": info}) + own.suffix, lambda: info.num_bytes, lambda target: _fetch(own, info, target))

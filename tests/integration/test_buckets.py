@@ -61,7 +61,7 @@ class Home:
 
     def contents(self) -> dict[str, bytes]:
         """Returns the bytes of all files but manifests, which name places and times, and what a run leaves of itself."""
-        apart = (artifacts.MANIFEST, *artifacts.OF_THE_RUN)
+        apart = (artifacts.MANIFEST, *storage.OF_THE_RUN)
         names = [name for name in storage.names(self.place) if not name.endswith(apart)]
         return {name: (self.place / name).read_bytes() for name in names}
 

@@ -1,17 +1,17 @@
 """Turns the documents of a corpus into vectors, unit by unit: what is finished stays finished, whatever happens."""
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from jobs import cluster, interruption
+from jobs import cluster
 from jobs.cluster import Encoders, Outcome, Session
 from jobs.entry import HopelessError, StageSettings, describe_run, main
 from jobs.terminal import Counter, report_failure, say
+from jobs.watch import journal_of
 from matryoshka import artifacts, corpus, embedding, model, storage
-from matryoshka.artifacts import Journal, Manifest, Receipt
+from matryoshka.artifacts import Manifest, Receipt
 from matryoshka.calibration import Calibration, Choice
 from matryoshka.config import Field, InputPath
 from matryoshka.corpus import Columns, Corpus
@@ -230,23 +230,15 @@ def _embed(
     output = storage.place(settings.output)
     failures: dict[str, Outcome[Receipt]] = {}
     titles = {unit.key: unit.title for unit in todo}
-    journal = Journal(output)
-    with Counter("embed", len(todo), "documents") as counter:
-        try:
-            for outcome in pool.embed(source, todo, output, settings.attempts):
-                if outcome.result is None:
-                    failures[outcome.key] = outcome
-                    report_failure("embed", titles[outcome.key], outcome.error)
-                else:
-                    journal.add(outcome.result)
-                    finished[outcome.key] = outcome.result
-                    counter.advance(outcome.result.num_rows, unit=outcome.key, **outcome.result.details)
-        except BaseException:
-            with contextlib.suppress(OSError, RuntimeError):  # a full disk, perhaps: the first error is the one to tell
-                if not interruption.is_lost():
-                    journal.flush()
-            raise
-        journal.flush()
+    with journal_of(output) as journal, Counter("embed", len(todo), "documents") as counter:
+        for outcome in pool.embed(source, todo, output, settings.attempts):
+            if outcome.result is None:
+                failures[outcome.key] = outcome
+                report_failure("embed", titles[outcome.key], outcome.error)
+            else:
+                journal.add(outcome.result)
+                finished[outcome.key] = outcome.result
+                counter.advance(outcome.result.num_rows, unit=outcome.key, **outcome.result.details)
     return failures
 
 

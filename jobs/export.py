@@ -5,8 +5,9 @@ import dataclasses
 from jobs import cluster
 from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import Counter, say
+from jobs.watch import journal_of
 from matryoshka import artifacts, indexing, storage
-from matryoshka.artifacts import Journal, Manifest
+from matryoshka.artifacts import Manifest
 from matryoshka.config import Field, FolderPath
 from matryoshka.indexing import SHARDS, IndexStore
 from matryoshka.nested import FunnelPlan
@@ -41,16 +42,12 @@ def run(settings: Settings) -> Manifest:
         return previous
     manifest = Manifest("export", identity, inputs, {"run": describe_run("export", settings)})
     artifacts.begin(output, manifest, previous)
-    journal = Journal(output)
     calls = [(index, number, plan, output.resolve(), keys[number]) for number in todo]
-    try:
-        with cluster.connected() as session, Counter("export", len(todo), "documents") as counter:
-            for receipt in session.run_tasks(indexing.export_shard, calls):
-                journal.add(receipt)
-                finished[receipt.key] = receipt
-                counter.advance(receipt.num_rows, shard=receipt.key)
-    finally:
-        journal.flush()
+    with cluster.connected() as session, journal_of(output) as journal, Counter("export", len(todo), "documents") as counter:
+        for receipt in session.run_tasks(indexing.export_shard, calls):
+            journal.add(receipt)
+            finished[receipt.key] = receipt
+            counter.advance(receipt.num_rows, shard=receipt.key)
     manifest = dataclasses.replace(manifest, receipts=tuple(finished[key] for key in keys), is_complete=True)
     manifest.write(output)
     artifacts.remove_strangers(output, SHARDS, manifest)

@@ -12,8 +12,9 @@ from jobs import cluster
 from jobs.cluster import Session
 from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import Counter, say
+from jobs.watch import journal_of
 from matryoshka import artifacts, corpus, filters, indexing, layouts, model, nested, removals, storage, vectors
-from matryoshka.artifacts import Journal, Manifest, Receipt
+from matryoshka.artifacts import Manifest, Receipt
 from matryoshka.config import Field, FolderPath, InputPath, check_settings
 from matryoshka.corpus import Columns
 from matryoshka.indexing import SHARDS, TRAINED, Layout, ShardPlan
@@ -304,10 +305,10 @@ def _build(
 ) -> Manifest:
     """Does what is left to do, with a receipt for each part on disk as soon as it is done; commits the manifest."""
     output = storage.place(settings.output).resolve()
-    journal, todo = Journal(output), state.todo
+    todo = state.todo
     if state.training:
         _tell_age(state.training, store.manifest.num_rows)
-    try:
+    with journal_of(output) as journal:
         listed = removals.remember(output, removed.ids) if len(removed.ids) else None
         for receipt in (listed, _train(session, settings, store, state, queries)):
             if receipt:
@@ -324,8 +325,6 @@ def _build(
             journal.add(receipt)
             state.finished[receipt.key] = receipt
         loss = _loss(session, store, state, todo)
-    finally:
-        journal.flush()
     facts = {**manifest.facts, **({"storage_loss": loss} if loss else {})}
     manifest = dataclasses.replace(manifest, facts=facts, receipts=state.receipts(listed), is_complete=True)
     num_removed = indexing.count_missing(manifest)

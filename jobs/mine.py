@@ -10,8 +10,9 @@ from jobs import cluster, embed, index
 from jobs.cluster import Encoders, Session
 from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import Counter, say
+from jobs.watch import journal_of
 from matryoshka import artifacts, corpus, indexing, mining, model, positives, storage
-from matryoshka.artifacts import Journal, Manifest, Receipt
+from matryoshka.artifacts import Manifest, Receipt
 from matryoshka.config import Field, FolderPath, check_settings
 from matryoshka.indexing import IndexStore
 from matryoshka.mining import Rules, Sampling, Sources
@@ -156,16 +157,12 @@ def _encode_queries(pool: Encoders, todo: Sequence[Place], work: Place, width: i
 
 def _mine(session: Session, sources: Sources, todo: Sequence[Place], output: Place, finished: dict[str, Receipt]) -> None:
     """Adds the receipts of files to ``finished`` and to the journal."""
-    journal = Journal(output)
     calls = [(sources, path, output) for path in todo]
-    try:
-        with Counter("mine", len(todo), "pairs") as counter:
-            for receipt in session.run_tasks(mining.mine_file, calls):
-                journal.add(receipt)
-                finished[receipt.key] = receipt
-                counter.advance(receipt.num_rows, file=receipt.key, **receipt.details)
-    finally:
-        journal.flush()
+    with journal_of(output) as journal, Counter("mine", len(todo), "pairs") as counter:
+        for receipt in session.run_tasks(mining.mine_file, calls):
+            journal.add(receipt)
+            finished[receipt.key] = receipt
+            counter.advance(receipt.num_rows, file=receipt.key, **receipt.details)
 
 
 def _finish(output: Place, manifest: Manifest, receipts: Sequence[Receipt]) -> Manifest:

@@ -3,11 +3,13 @@
 import contextlib
 import logging
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
 from jobs import interruption, terminal
 from matryoshka import artifacts, leases, status, storage
+from matryoshka.artifacts import Journal
 from matryoshka.leases import Lease
 from matryoshka.status import Status
 from matryoshka.storage import Place
@@ -123,6 +125,23 @@ class Watch:
         storage.remove(self._folder / status.NAME)
         self._lease.release()
         _remove_empty(self._folder)
+
+
+@contextlib.contextmanager
+def journal_of(output: Place) -> Iterator[Journal]:
+    """Yields a journal of what is finished in an output, which is written to the end however the block ends.
+
+    Nothing more is written once the output is another run's; of two errors, the first is the one that is told.
+    """
+    journal = Journal(output)
+    try:
+        yield journal
+    except BaseException:
+        with contextlib.suppress(OSError, RuntimeError):
+            if not interruption.is_lost():
+                journal.flush()
+        raise
+    journal.flush()
 
 
 def _remove_empty(folder: Place) -> None:

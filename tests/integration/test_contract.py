@@ -1,6 +1,7 @@
 """What a scheduler can rely on: exit codes, the status, one run per output, an end in order when it is told to end."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -94,6 +95,24 @@ def test_a_killed_run_is_recognised_as_dead(tmp_path: Path, corpus: Path, tiny: 
     assert _exit_code(status, [str(output)], monkeypatch, writes=None) == ExitCode.FAILED
     assert _exit_code(embed, _flags(output, corpus, tiny, "--run-id=key"), monkeypatch) == ExitCode.DONE
     assert (_status(output)["state"], _status(output)["attempts"]) == ("done", 2)
+
+
+@pytest.mark.parametrize(("end", "is_kept"), [("leave", False), ("terminate", True)])
+def test_what_is_finished_is_noted_unless_the_output_is_another_runs_by_now(tmp_path: Path, end: str, *, is_kept: bool) -> None:
+    code = f"""
+import contextlib, time
+from pathlib import Path
+from jobs import interruption, watch
+from matryoshka.artifacts import Receipt
+with contextlib.suppress(interruption.TerminatedError), interruption.heeded(), watch.journal_of(Path("out")) as journal:
+    journal.add(Receipt("unit", 1, (), {{}}))
+    interruption.{end}()
+    time.sleep(60)
+"""
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=50
+    )
+    assert [receipt.key for receipt in artifacts.read_journal(tmp_path / "out")] == ["unit"] * is_kept
 
 
 def test_bad_input_leaves_nothing_in_a_free_output_and_a_word_in_one_of_ours(

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 FOLDER, LIMIT = "MATRYOSHKA_CACHE", "MATRYOSHKA_CACHE_GB"
@@ -88,18 +88,9 @@ def borrowing() -> Iterator[None]:
     try:
         yield
     finally:
-        _release(set(_held) - before)
-
-
-def release_all() -> None:
-    """Keeps nothing any longer: what this process was given may be removed."""
-    _release(set(_held))
-
-
-def _release(entries: Collection[Path]) -> None:
-    with _holding:
-        for entry in entries:
-            os.close(_held.pop(entry))
+        with _holding:
+            for entry in set(_held) - before:
+                os.close(_held.pop(entry))
 
 
 def _lock(path: Path, kind: int) -> int:

@@ -21,9 +21,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     """A cache with room for three entries."""
     monkeypatch.setenv(cache.FOLDER, str(tmp_path / "cache"))
     monkeypatch.setenv(cache.LIMIT, str(3 * _SIZE / 1e9))
-    cache.release_all()
-    yield tmp_path / "cache"
-    cache.release_all()
+    with cache.borrowing():
+        yield tmp_path / "cache"
 
 
 def hold(key: str, made: list[str] | None = None, size: int = _SIZE) -> Path:
@@ -40,27 +39,27 @@ def entries(folder: Path) -> set[str]:
 
 def test_what_is_there_is_made_once(own_cache: Path) -> None:
     made: list[str] = []
-    assert hold("a", made) == hold("a", made) == own_cache / "a"
-    cache.release_all()
+    with cache.borrowing():
+        assert hold("a", made) == hold("a", made) == own_cache / "a"
     assert hold("a", made).stat().st_size == _SIZE
     assert made == ["a"]
 
 
 def test_what_was_not_used_for_longest_goes_first(own_cache: Path) -> None:
     for key in "abca":
-        hold(key)
-        cache.release_all()
+        with cache.borrowing():
+            hold(key)
     hold("d")
     assert entries(own_cache) == {"a", "c", "d"}
 
 
 def test_what_is_in_use_stays_and_what_finds_no_room_is_refused(own_cache: Path) -> None:
-    for key in "abc":
-        hold(key)
-    with pytest.raises(RuntimeError, match=r"cache: no room for .* GB beside what is in use .*Raise MATRYOSHKA_CACHE_GB"):
-        hold("d")
+    with cache.borrowing():
+        for key in "abc":
+            hold(key)
+        with pytest.raises(RuntimeError, match=r"cache: no room for .* GB beside what is in use .*Raise MATRYOSHKA_CACHE_GB"):
+            hold("d")
     assert entries(own_cache) == {"a", "b", "c"}
-    cache.release_all()
     hold("d")
     assert entries(own_cache) == {"b", "c", "d"}
 
@@ -76,8 +75,8 @@ def test_what_another_process_uses_stays(own_cache: Path) -> None:
     assert other.stdout
     assert other.stdout.readline() == b"held\n"
     for key in "bcde":
-        hold(key)
-        cache.release_all()
+        with cache.borrowing():
+            hold(key)
     assert entries(own_cache) == {"a", "d", "e"}
     other.kill()
     other.wait()

@@ -24,12 +24,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import jobs
 import matryoshka
-from jobs import interruption, measurement, placement
+from jobs import interruption, measurement, object_store, placement
 from jobs.placement import Machine
 from jobs.terminal import say
 from matryoshka import storage
 from matryoshka.artifacts import Receipt
 from matryoshka.clock import Clock
+from matryoshka.config import without_secrets
 from matryoshka.corpus import Corpus
 from matryoshka.funnel import CallShards, Shard, ShardFiles
 from matryoshka.model import ModelInfo
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from matryoshka.tokens import Long, Role
 
 T = TypeVar("T")
+
+logger = logging.getLogger("jobs")
 
 _IN_FLIGHT_PER_WORKER = 3  # one is read and tokenised, one computed, one written
 _LOSSES_IN_A_ROW = 10  # per worker: then it is not a unit's fault
@@ -212,7 +215,8 @@ def connected() -> Iterator[Session]:
             raise interruption.TerminatedError from None
     _session = Session()
     try:
-        yield _session
+        with object_store.measured():
+            yield _session
     except RayError as error:
         raise RuntimeError(f"Ray: {_last_line(error)} What is finished is kept. Run the same command again.") from error
     finally:
@@ -347,6 +351,9 @@ class _EncoderActor:
             name: metrics.Counter(f"matryoshka_embed_{name}", description=f"Embedding: {text}.")
             for name, text in _METRICS.items()
         }
+        self._memory = metrics.Gauge(
+            "matryoshka_embed_memory_bytes", description="Embedding: most memory that a worker took, of its GPU if it has one."
+        )
 
     def ready(self) -> str:
         """Returns, once the model is loaded, why it runs padded or not compiled, or nothing."""
@@ -366,6 +373,7 @@ class _EncoderActor:
         for name, counter in self._counters.items():
             if counts[name]:
                 counter.inc(counts[name])
+        self._memory.set(self._encoder.peak_bytes())
         return receipt
 
     def encode(self, texts: list[str], role: "Role") -> npt.NDArray[np.float16]:
@@ -648,6 +656,13 @@ def run_on_actors(
     """
     crew = _Crew(actors, method, calls)
     losses_in_a_row = 0
+    failures = metrics.Counter("matryoshka_failures", description="Calls of workers that failed for good.", tag_keys=("call",))
+    retries = metrics.Counter("matryoshka_retries", description="Calls of workers that are made again.", tag_keys=("call",))
+
+    def again(key: str, error: RayError) -> None:
+        retries.inc(tags={"call": method})
+        logger.info("event=retry call=%s part=%s reason=%r", method, key, without_secrets(_last_line(error)))
+
     while call := crew.next():
         key, number, is_alone, reference = call
         try:
@@ -657,10 +672,12 @@ def run_on_actors(
             if storage.is_out_of_space(error.cause):
                 raise error.cause from None  # every other unit would fail as well
             if crew.tries[key] >= attempts or isinstance(error.cause, ValueError):
+                failures.inc(tags={"call": method})
                 is_input = isinstance(error.cause, ValueError)
                 text = str(error.cause) if is_input else _last_line(error)
                 yield Outcome(key, None, text, is_input and not isinstance(error.cause, storage.ChangedError))
             else:
+                again(key, error)
                 crew.waiting.append(key)
         except RayError as error:  # the worker was lost: killed, evicted for want of memory, or its node is gone
             losses_in_a_row += crew.await_return(number)
@@ -668,8 +685,10 @@ def run_on_actors(
                 raise RuntimeError(f"{method}: workers are lost again and again ({_last_line(error)}).") from None
             crew.tries[key] -= not is_alone  # with others beside it, it may be innocent
             if crew.tries[key] >= attempts:
+                failures.inc(tags={"call": method})
                 yield Outcome(key, None, f"its worker was lost: {_last_line(error)}")
             else:
+                again(key, error)
                 crew.suspects.append(key)
     yield from (Outcome(key, None, "no worker is left") for key in (*crew.suspects, *crew.waiting))
 

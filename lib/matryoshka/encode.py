@@ -5,6 +5,7 @@ vectors of a call.
 """
 
 import itertools
+import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -149,6 +150,12 @@ class Encoder:
             self.tokens_per_step,
             time.perf_counter() - start,
         )
+
+    def peak_bytes(self) -> int:
+        """Returns the most memory that was taken so far: of the GPU by this process, or all of this process on a CPU."""
+        if torch.device(self._device).type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def close(self) -> None:
         """Ends the computing thread and the tokenising processes."""

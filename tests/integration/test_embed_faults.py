@@ -41,6 +41,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 _FILES, _ROWS, _UNIT_ROWS = 4, 100, 4
 _UNITS = _FILES * _ROWS // _UNIT_ROWS
 _DEADLY_SLOT = f"part-{_FILES - 1}.parquet:{_ROWS - _UNIT_ROWS}"
+_DOCUMENTS = "num_documents_total"
 
 
 @pytest.fixture(scope="module")
@@ -261,12 +262,12 @@ def test_a_poisoned_document_is_named_and_costs_its_own_unit_until_it_is_replace
     verify.run(verify.Settings(folder=str(output)))
 
 
-def _scrape_documents() -> dict[str, float]:
-    """Returns the documents that each worker says it has finished, as Prometheus would see them."""
+def _scrape(metric: str) -> dict[str, float]:
+    """Returns what each worker says of itself, as Prometheus would see it."""
     (node,) = ray.nodes()  # type: ignore[no-untyped-call]
     with urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics") as page:
         lines = page.read().decode().splitlines()
-    found = [line for line in lines if line.startswith("ray_matryoshka_embed_num_documents_total{")]
+    found = [line for line in lines if line.startswith(f"ray_matryoshka_embed_{metric}{{")]
     return {re.findall(r'WorkerId="(\w+)"', line)[0]: float(line.rpartition(" ")[2]) for line in found}
 
 
@@ -275,6 +276,8 @@ def test_a_running_cluster_can_be_asked_for_the_documents_done(
 ) -> None:
     pytest.importorskip("opencensus", reason="Ray exports metrics only where its extra 'default' is installed")
     local_ray.release()
-    before = _scrape_documents()
+    before = _scrape(_DOCUMENTS)
     embed.run(_settings(tmp_path / "embeddings", corpus, tiny))
-    folders.wait_until(lambda: sum(count for name, count in _scrape_documents().items() if name not in before) == _FILES * _ROWS)
+    folders.wait_until(lambda: sum(count for name, count in _scrape(_DOCUMENTS).items() if name not in before) == _FILES * _ROWS)
+    (worker,) = _scrape(_DOCUMENTS).keys() - before.keys()
+    assert _scrape("memory_bytes")[worker] > 2**26, "more than any Python with torch takes"

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -101,9 +102,14 @@ def _tries(tmp_path: Path, unit: Unit) -> list[int]:
     return [int(line) for line in (tmp_path / f"try-{unit.key}").read_text().splitlines()]
 
 
-def test_a_call_that_fails_is_tried_again_but_bad_input_is_not(tmp_path: Path, pool: Pool) -> None:
+def test_a_call_that_fails_is_tried_again_but_bad_input_is_not(
+    tmp_path: Path, pool: Pool, caplog: pytest.LogCaptureFixture
+) -> None:
     units = _units(*["fine"] * 5, "fail once", "bad input", "fail", "fine")
-    outcomes = _embed(pool(1), units)
+    with caplog.at_level("INFO", logger="jobs"):
+        outcomes = _embed(pool(1), units)
+    retried = re.findall(r"event=retry call=embed part=(.+) reason='.*the cause'", caplog.text)
+    assert sorted(retried) == sorted([units[5].key, *[units[7].key] * 2])
     assert [len(_tries(tmp_path, unit)) for unit in units] == [1] * 5 + [2, 1, 3, 1]
     assert "no such column" in outcomes.pop(units[6].key)
     assert "the cause" in outcomes.pop(units[7].key)

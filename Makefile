@@ -14,8 +14,8 @@ export HF_HUB_OFFLINE ?= 1
 demo: .venv/ready  ## Runs the whole job on the documentation of the installed Python packages.
 	$(BIN)/python -m jobs.pipeline --config jobs/demo.yaml --replace
 
-test:  ## Runs the tests: those that compute, then those that wait for Ray, both in two shares.
-	$(MAKE) --keep-going test-unit test-integration
+test:  ## Runs the tests: those that compute, then those that wait for Ray, both in two shares; then those on several nodes.
+	$(MAKE) --keep-going test-unit test-integration test-nodes
 
 test-unit: .venv/ready
 	$(PYTEST) lib tests/unit
@@ -23,7 +23,7 @@ test-unit: .venv/ready
 test-integration: .venv/ready
 	$(PYTEST) tests/integration tests/gpu
 
-test-nodes: .venv/ready  ## Runs the tests on a cluster of several nodes on this machine, which take long: network namespaces need root.
+test-nodes: .venv/ready  ## Runs the tests on clusters of several nodes on this machine; their network namespaces need root.
 	$(BIN)/python -m pytest tests/nodes
 
 soak: .venv/ready  ## Runs nights under fire for half an hour, a fault every 20 s: soak.json says what was done.

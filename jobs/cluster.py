@@ -633,7 +633,7 @@ class ShardActors:
 
 @dataclass(frozen=True, slots=True)
 class Outcome(Generic[T]):
-    """What became of one call: its result, or the last error after all attempts, and whether more of them would help."""
+    """What became of one call: its result, or the last error after all attempts, and whether the same call would fail again."""
 
     key: str
     result: T | None
@@ -656,13 +656,6 @@ def run_on_actors(
     """
     crew = _Crew(actors, method, calls)
     losses_in_a_row = 0
-    failures = metrics.Counter("matryoshka_failures", description="Calls of workers that failed for good.", tag_keys=("call",))
-    retries = metrics.Counter("matryoshka_retries", description="Calls of workers that are made again.", tag_keys=("call",))
-
-    def again(key: str, error: RayError) -> None:
-        retries.inc(tags={"call": method})
-        logger.info("event=retry call=%s part=%s reason=%r", method, key, without_secrets(_last_line(error)))
-
     while call := crew.next():
         key, number, is_alone, reference = call
         try:
@@ -671,26 +664,22 @@ def run_on_actors(
         except RayTaskError as error:
             if storage.is_out_of_space(error.cause):
                 raise error.cause from None  # every other unit would fail as well
-            if crew.tries[key] >= attempts or isinstance(error.cause, ValueError):
-                failures.inc(tags={"call": method})
-                is_input = isinstance(error.cause, ValueError)
-                text = str(error.cause) if is_input else _last_line(error)
-                yield Outcome(key, None, text, is_input and not isinstance(error.cause, storage.ChangedError))
+            if isinstance(error.cause, ValueError):
+                yield crew.give_up(key, str(error.cause), is_hopeless=not isinstance(error.cause, storage.ChangedError))
+            elif crew.tries[key] >= attempts:
+                yield crew.give_up(key, _last_line(error))
             else:
-                again(key, error)
-                crew.waiting.append(key)
+                crew.retry(key, error, crew.waiting)
         except RayError as error:  # the worker was lost: killed, evicted for want of memory, or its node is gone
             losses_in_a_row += crew.await_return(number)
             if losses_in_a_row > _LOSSES_IN_A_ROW * len(actors):
                 raise RuntimeError(f"{method}: workers are lost again and again ({_last_line(error)}).") from None
             crew.tries[key] -= not is_alone  # with others beside it, it may be innocent
             if crew.tries[key] >= attempts:
-                failures.inc(tags={"call": method})
-                yield Outcome(key, None, f"its worker was lost: {_last_line(error)}")
+                yield crew.give_up(key, f"its worker was lost: {_last_line(error)}")
             else:
-                again(key, error)
-                crew.suspects.append(key)
-    yield from (Outcome(key, None, "no worker is left") for key in (*crew.suspects, *crew.waiting))
+                crew.retry(key, error, crew.suspects)
+    yield from (crew.give_up(key, "no worker is left") for key in (*crew.suspects, *crew.waiting))
 
 
 class _Crew:
@@ -709,6 +698,21 @@ class _Crew:
         self._returning = {self._knock(number): number for number in range(len(actors))}  # one may have been lost meanwhile
         self.waiting, self.suspects = deque(calls), deque[str]()
         self.tries: collections.Counter[str] = collections.Counter()
+        self._retries, self._failures = (
+            metrics.Counter(f"matryoshka_{name}", description=f"Calls of encoders {text}.", tag_keys=("call",))
+            for name, text in (("retries", "that are made again"), ("failures", "that failed for good"))
+        )
+
+    def retry(self, key: str, error: RayError, queue: deque[str]) -> None:
+        """Has a call that failed made again, and says so."""
+        self._retries.inc(tags={"call": self._method})
+        logger.info("event=retry call=%s part=%s reason=%r", self._method, key, without_secrets(_last_line(error)))
+        queue.append(key)
+
+    def give_up(self, key: str, reason: str, *, is_hopeless: bool = False) -> Outcome[Any]:
+        """Returns the outcome of a call that failed for good."""
+        self._failures.inc(tags={"call": self._method})
+        return Outcome(key, None, reason, is_hopeless)
 
     def next(self) -> tuple[str, int, bool, Any] | None:
         """Makes the calls that there is room for, and returns one that has ended, or None where none is left to wait for.

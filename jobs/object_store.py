@@ -1,4 +1,4 @@
-"""How much of Ray's object store a run takes: plans, receipts and queries pass through it, no corpus and none of its vectors."""
+"""How much Ray's object stores hold while a run lasts: plans, receipts, queries and samples pass through them, no corpus."""
 
 import contextlib
 import logging
@@ -16,7 +16,7 @@ _SAMPLE_SECONDS = 2.0
 
 @dataclass(slots=True)
 class Use:
-    """What all nodes' object stores held at most, and what there is room for, in bytes."""
+    """What the stores of all nodes held at most when they were looked at (copies not counted), and their room, in bytes."""
 
     peak_bytes: int = 0
     limit_bytes: int = 0
@@ -24,7 +24,7 @@ class Use:
     def sample(self) -> None:
         """Looks at what is held now, by whatever runs on the cluster."""
         with contextlib.suppress(Exception):  # the cluster is going away: whoever needs it says so
-            there, free = (found.get(_RESOURCE, 0.0) for found in (ray.cluster_resources(), ray.available_resources()))  # type: ignore[no-untyped-call]
+            free, there = (found.get(_RESOURCE, 0.0) for found in (ray.available_resources(), ray.cluster_resources()))  # type: ignore[no-untyped-call]
             self.limit_bytes = int(there)
             self.peak_bytes = max(self.peak_bytes, int(there - free))
 
@@ -42,8 +42,9 @@ def measured(seconds: float = _SAMPLE_SECONDS) -> Iterator[Use]:
     thread.start()
     try:
         yield use
+        use.sample()
     finally:
         ended.set()
-        thread.join()
-        use.sample()
-        logger.info("event=object-store peak_bytes=%d limit_bytes=%d", use.peak_bytes, use.limit_bytes)
+        thread.join(_SAMPLE_SECONDS)  # where the head is gone, a look may never end
+        if use.limit_bytes:
+            logger.info("event=object-store peak_bytes=%d limit_bytes=%d", use.peak_bytes, use.limit_bytes)

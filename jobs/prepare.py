@@ -139,10 +139,14 @@ def run(settings: Settings) -> Manifest:
     finishing = Finishing(chunk_plan, settings.near_duplicates or None, settings.fail_on_empty)
     stamps = corpus.stamp(root, paths)
     with storage.workspace(output, "prepare") as work:
-        with cluster.connected() as session:
-            prepared = preparation.prepare(source, rules, finishing, work, session.run_tasks)
+        changed = storage.ChangedError(f"{source.files[0]}: the input changed while it was read. Run the same command again.")
+        try:
+            with cluster.connected() as session:
+                prepared = preparation.prepare(source, rules, finishing, work, session.run_tasks)
+        except ValueError as error:
+            raise (error if corpus.stamp(root, paths) == stamps else changed) from None
         if corpus.stamp(root, paths) != stamps:
-            raise storage.ChangedError(f"{source.files[0]}: the input changed while it was read. Run the same command again.")
+            raise changed
         manifest = Manifest("dataset", identity, facts={**prepared.facts, "run": describe_run("prepare", settings)})
         finished = _publish(output, work, manifest, prepared)
     say(f"prepare: {_summary(finished.facts)}")

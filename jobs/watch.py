@@ -137,7 +137,7 @@ def journal_of(output: Place) -> Iterator[Journal]:
     try:
         yield journal
     except BaseException:
-        with contextlib.suppress(OSError, RuntimeError):
+        with contextlib.suppress(*_AWAY):
             if not interruption.is_lost():
                 journal.flush()
         raise

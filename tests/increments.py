@@ -5,7 +5,6 @@ same two commands. Prints a row of a Markdown table per night: what was embedded
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
 import time
@@ -26,7 +25,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2_000, help="documents of a file")
     parser.add_argument("--shards", type=int, default=10)
     options = parser.parse_args()
-    shutil.rmtree(options.output, ignore_errors=True)
+    options.output.mkdir(parents=True)  # or else something is there already
+    num_wanted, num_there = (options.files + 2) * options.rows, sum(pq.read_metadata(path).num_rows for path in options.sources)
+    if num_there < num_wanted:
+        parser.error(f"{num_there:,} documents, and {num_wanted:,} are needed: pass more sources, or smaller --files or --rows")
     corpus = options.output / "corpus"
     tables = _tables(options.sources, options.rows)
     path_of = [corpus / f"part-{number:04d}.parquet" for number in range(options.files + 1)]

@@ -256,7 +256,7 @@ class Ranges(io.RawIOBase):
         """Returns the next bytes.
 
         Raises:
-            ValueError: The object has changed since it was opened.
+            ChangedError: The object has changed since it was opened.
         """
         most = max(self._info.num_bytes - self._position, 0)
         wanted = most if size is None or size < 0 else min(size, most)
@@ -318,7 +318,7 @@ def download(place: BucketPath, info: ObjectInfo, target: Path) -> None:
     """Copies an object to a local file.
 
     Raises:
-        ValueError: It is no longer what it was.
+        ChangedError: It is no longer what it was.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("wb") as file, ThreadPoolExecutor(_RANGES_AT_ONCE, "download") as pool:

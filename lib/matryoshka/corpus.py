@@ -459,9 +459,8 @@ def read_unit(path: Place, columns: Columns, unit: Unit, stamp: str | None = Non
         ChangedError: The file is not the one that was planned with.
         ValueError: It is not readable.
     """
-    if not is_as_planned(path, unit, stamp):
-        raise storage.ChangedError(f"{path}: changed since this run began. Run the same command again.")
-    return read_documents(path, columns, unit.start, unit.stop)
+    with _as_planned(path, unit, stamp):
+        return read_documents(path, columns, unit.start, unit.stop)
 
 
 def read_documents(path: Place, columns: Columns, start: int, stop: int) -> tuple[list[str], list[str]]:
@@ -483,13 +482,28 @@ def read_columns(path: Place, unit: Unit, names: Sequence[str], stamp: str | Non
         ChangedError: The file is not the one that was planned with.
         ValueError: It is not readable, or lacks a column.
     """
+    with _as_planned(path, unit, stamp):
+        file = open_parquet(path)
+        check_names(path, file.schema_arrow.names, names)
+        parts = [batch for _, batch in _rows(path, file, names, unit.start, unit.stop)]
+        schema = pa.schema([file.schema_arrow.field(name) for name in dict.fromkeys(names)])
+        return pa.Table.from_batches([batch.select(schema.names) for batch in parts], schema)
+
+
+@contextlib.contextmanager
+def _as_planned(path: Place, unit: Unit, stamp: str | None) -> Iterator[None]:
+    """Has a file that is not the one that was planned with, before it is read or once reading it fails, named as such.
+
+    Raises:
+        ChangedError: It is not.
+    """
+    changed = storage.ChangedError(f"{path}: changed since this run began. Run the same command again.")
     if not is_as_planned(path, unit, stamp):
-        raise storage.ChangedError(f"{path}: changed since this run began. Run the same command again.")
-    file = open_parquet(path)
-    check_names(path, file.schema_arrow.names, names)
-    parts = [batch for _, batch in _rows(path, file, names, unit.start, unit.stop)]
-    schema = pa.schema([file.schema_arrow.field(name) for name in dict.fromkeys(names)])
-    return pa.Table.from_batches([batch.select(schema.names) for batch in parts], schema)
+        raise changed
+    try:
+        yield
+    except ValueError as error:
+        raise (error if is_as_planned(path, unit, stamp) else changed) from None
 
 
 def is_as_planned(path: Place, unit: Unit, stamp: str | None = None) -> bool:

@@ -69,7 +69,8 @@ def embed_unit(encoder: Encoder, source: Corpus, unit: Unit, folder: Place, cloc
         clock: Counts what the worker does and waits for.
 
     Raises:
-        ValueError: The input changed since it was planned, or documents (named) have no finite vector.
+        ChangedError: The input changed since it was planned.
+        ValueError: Documents (named) have no finite vector.
     """
     start, clock = time.perf_counter(), clock or Clock()
     with clock.phase("read"):

@@ -154,7 +154,7 @@ class Encoder:
     def peak_bytes(self) -> int:
         """Returns the most memory that was taken so far: of the GPU by this process, or all of this process on a CPU."""
         if torch.device(self._device).type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
+            return torch.cuda.max_memory_reserved(self._device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def close(self) -> None:

@@ -287,9 +287,10 @@ def load(folder: Place, device: str, *, dropout: float | None = None) -> "Senten
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     own_rates = dropout_rates(folder) if dropout is not None else {}
+    own = storage.local(folder)  # what goes wrong here is no fault of the model's
     try:
         model = SentenceTransformer(
-            str(storage.local(folder)),
+            str(own),
             device=device,
             local_files_only=True,
             trust_remote_code=False,

@@ -80,7 +80,8 @@ def local(place: Place, digest: str | None = None) -> Path:
 
     Raises:
         FileNotFoundError: Nothing is there.
-        ValueError: A file's bytes are not those of the digest, or change meanwhile.
+        ValueError: A file's bytes are not those of the digest.
+        ChangedError: They change meanwhile.
         RuntimeError: There is no room for it.
     """
     if isinstance(place, Path):

@@ -14,7 +14,7 @@ import folders
 import pytest
 import texts
 
-from jobs import embed, interruption, status, verify
+from jobs import embed, interruption, status, verify, watch
 from jobs.entry import ExitCode, main
 from matryoshka import artifacts
 
@@ -113,6 +113,15 @@ with contextlib.suppress(interruption.TerminatedError), interruption.heeded(), w
         [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=50
     )
     assert [receipt.key for receipt in artifacts.read_journal(tmp_path / "out")] == ["unit"] * is_kept
+
+
+def test_of_two_errors_the_first_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: artifacts.Journal) -> None:
+        raise ValueError("access denied")
+
+    monkeypatch.setattr(artifacts.Journal, "flush", refuse)
+    with pytest.raises(interruption.TerminatedError), watch.journal_of(tmp_path):
+        raise interruption.TerminatedError
 
 
 def test_bad_input_leaves_nothing_in_a_free_output_and_a_word_in_one_of_ours(

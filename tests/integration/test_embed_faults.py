@@ -280,4 +280,4 @@ def test_a_running_cluster_can_be_asked_for_the_documents_done(
     embed.run(_settings(tmp_path / "embeddings", corpus, tiny))
     folders.wait_until(lambda: sum(count for name, count in _scrape(_DOCUMENTS).items() if name not in before) == _FILES * _ROWS)
     (worker,) = _scrape(_DOCUMENTS).keys() - before.keys()
-    assert _scrape("memory_bytes")[worker] > 2**26, "more than any Python with torch takes"
+    assert _scrape("memory_bytes")[worker] > 2**26, "any Python with torch takes more"

@@ -30,9 +30,9 @@ def test_neither_texts_nor_vectors_pass_through_it(tmp_path: Path, tiny: str) ->
     before = object_store.Use()
     before.sample()
     with object_store.measured(_LOOK_SECONDS) as use:
-        embed.run(embed.Settings(output=str(tmp_path / "vectors"), corpus=str(corpus), model=tiny, unit_rows=500))
+        embed.run(embed.Settings(output=str(tmp_path / "vectors"), corpus=str(corpus), model=tiny, unit_rows=2_000))
         index.run(index.Settings(output=str(tmp_path / "index"), embeddings=str(tmp_path / "vectors"), shards=2))
     num_text_bytes = sum(len(text) for text in texts.documents(0, 8_000, num_words=100)["text"])
     num_vector_bytes = sum(path.stat().st_size for path in (tmp_path / "vectors" / "units").iterdir())
-    assert min(num_text_bytes, num_vector_bytes) > _MIB
+    assert min(num_text_bytes, num_vector_bytes) > _MIB, "each unit's are more than Ray sends along with a call"
     assert use.peak_bytes - before.peak_bytes < _MIB // 4

@@ -259,7 +259,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(root: BucketPath) -> No
     with (root / "x").source() as file:
         assert file.read(2) == b"12"
         fill(root, x="abcdefgh")
-        with pytest.raises(ValueError, match=r"run/x: changed while it was read\. Run the same command again"):
+        with pytest.raises(storage.ChangedError, match=r"run/x: changed while it was read\. Run the same command again"):
             file.read(2)
 
 

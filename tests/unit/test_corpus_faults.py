@@ -1,11 +1,12 @@
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from matryoshka import corpus
+from matryoshka import corpus, storage
 from matryoshka.corpus import Columns
 from matryoshka.units import plan_units
 
@@ -125,7 +126,21 @@ def test_a_file_that_changed_after_the_plan_is_refused(tmp_path: Path):
     path = write_good(tmp_path)
     (unit,) = plan_units(corpus.inspect(str(path), Columns()).files, 10)
     write(path, id=["a", "b"], text=["x", "changed"])
-    with pytest.raises(ValueError, match=r"a\.parquet: changed since this run began\. Run the same command again"):
+    with pytest.raises(storage.ChangedError, match=r"a\.parquet: changed since this run began\. Run the same command again"):
+        corpus.read_unit(path, Columns(), unit)
+
+
+def test_a_file_that_changes_while_it_is_read_is_told_from_a_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write_good(tmp_path)
+    (unit,) = plan_units(corpus.inspect(str(path), Columns()).files, 10)
+    read = corpus.read_documents
+
+    def read_late(*arguments: Any) -> Any:
+        path.write_bytes(b"half of the next file")
+        return read(*arguments)
+
+    monkeypatch.setattr(corpus, "read_documents", read_late)
+    with pytest.raises(storage.ChangedError, match=r"a\.parquet: changed since this run began"):
         corpus.read_unit(path, Columns(), unit)
 
 

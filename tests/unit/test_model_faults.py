@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from matryoshka import model
+from matryoshka import model, storage
 
 Copy = Callable[..., Path]
 
@@ -34,6 +34,15 @@ def test_a_folder_that_is_no_usable_model_is_named(tmp_path: Path, fault: str):
     files, message = FAULTS[fault]
     with pytest.raises(ValueError, match=rf"{tmp_path}.*{message}" if message.startswith(":") else message):
         model.describe(str(write_folder(tmp_path, **files)))
+
+
+def test_a_model_that_changes_while_it_is_fetched_is_not_called_a_bad_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def change(place: Path) -> Path:
+        raise storage.ChangedError(f"{place}: changed while it was read.")
+
+    monkeypatch.setattr(storage, "local", change)
+    with pytest.raises(storage.ChangedError, match="changed while it was read"):
+        model.load(tmp_path, "cpu")
 
 
 def test_pickled_weights_are_not_loaded(tmp_path: Path):

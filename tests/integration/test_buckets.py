@@ -14,14 +14,14 @@ import pytest
 import ray
 import s3_server
 import texts
-from s3_server import Fault
+from faulty_proxy import Fault
 
 from jobs import embed, export, index, search, tune, verify
 from matryoshka import artifacts, storage
 from matryoshka.storage import Place
 
 if TYPE_CHECKING:
-    from s3_server import Proxy
+    from faulty_proxy import Proxy
 
     from jobs.cluster import Session
 

@@ -10,7 +10,7 @@ from matryoshka.artifacts import FileRecord, Journal, Manifest, Receipt
 from matryoshka.storage import Place
 
 if TYPE_CHECKING:
-    from s3_server import Proxy
+    from faulty_proxy import Proxy
 
 _MANIFEST = Manifest("embeddings", {"model": "m"}, {"corpus": "c"}, {"width": 3})
 

@@ -11,7 +11,7 @@ import pytest
 from matryoshka import cache, storage
 
 if TYPE_CHECKING:
-    from s3_server import Proxy
+    from faulty_proxy import Proxy
 
 _SIZE = 1_000
 

@@ -12,7 +12,7 @@ from matryoshka.corpus import Columns
 from matryoshka.units import plan_units
 
 if TYPE_CHECKING:
-    from s3_server import Proxy
+    from faulty_proxy import Proxy
 
 _ROWS, _GROUPS = 10, 8
 

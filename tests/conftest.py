@@ -81,11 +81,15 @@ def store(request: pytest.FixtureRequest) -> "Proxy":
 
 
 @pytest.fixture
-def bucket(s3: "Proxy") -> str:  # noqa: ARG001 - the server must be there
-    """The address of an empty bucket."""
-    import s3_server
+def any_bucket(store: "Proxy") -> str:
+    """The address of an empty bucket in each store."""
+    return store.make_bucket()
 
-    return s3_server.make_bucket()
+
+@pytest.fixture
+def bucket(s3: "Proxy") -> str:
+    """The address of an empty bucket of S3."""
+    return s3.make_bucket()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -269,7 +269,8 @@ def serve(listening: socket.socket) -> Iterator[Proxy]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"store": Store()}))
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-    errors = {status: json.dumps({"error": {"code": int(status), "message": "told to fail"}}) for status in ("401", "403", "429", "500", "503")}
+    error = json.dumps({"error": {"code": 0, "message": "told to fail"}})
+    errors = dict.fromkeys(("401", "403", "429", "500", "503"), error)
     try:
         with faulty_proxy.running(Proxy("gs", server.server_address[:2], "POST", errors, make_bucket), listening) as proxy:
             yield proxy

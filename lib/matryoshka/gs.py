@@ -105,7 +105,7 @@ class Client(GCSFileSystem):  # type: ignore[misc]
             return answer.status, answer.headers, await answer.read()
 
     def _explain(self, status: int, where: str, depth: int, body: bytes) -> Exception:
-        """Returns an error that says what is wrong with a place; ``depth`` is 1 where a bucket was asked for, 2 or more: an object."""
+        """Returns an error that says what is wrong with a place; ``depth``: 1 where a bucket was asked for, else more."""
         code = f"HTTP {status}"
         if status in _PASSING:
             return _PassingError(code)

@@ -54,9 +54,8 @@ def _explain(error: Exception, where: str) -> Exception:
         return stores.no_bucket(where, _ENDPOINT)
     if code in _EXPIRED:
         return stores.expired(where, code)
-    if isinstance(error, PermissionError):
-        return stores.denied(where, code)
-    return stores.unanswered(where, code or type(error.__cause__ or error).__name__, _ENDPOINT)
+    reason = code or type(error.__cause__ or error).__name__
+    return stores.denied(where, code) if isinstance(error, PermissionError) else stores.unanswered(where, reason, _ENDPOINT)
 
 
 def _code_of(error: BaseException) -> str:

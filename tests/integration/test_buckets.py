@@ -137,6 +137,27 @@ def test_a_run_in_a_bucket_does_nothing_the_second_time(finished: Home, s3: "Pro
     assert {request.method for request in s3.requests[num_requests:]} <= {"GET", "HEAD"}
 
 
+def test_vectors_from_and_to_google_are_those_of_a_run_on_a_disk(
+    gs: "Proxy", inputs: Path, on_disk: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = Home(f"{gs.make_bucket()}/run")
+    _upload(inputs, home.place)
+    faults = (
+        Fault("500", "POST", "units/"), Fault("lose answer", "POST", "manifest"), Fault("429", "POST", "lease"),
+        Fault("drop answer", "GET", "part-.*alt=media", times=3),
+    )  # fmt: skip
+    with gs.failing(*faults) as left:
+        embed.run(home.embed())
+    assert [fault for fault in left if fault.times] == []
+    assert home.contents().items() >= {own for own in on_disk.contents().items() if own[0].startswith("embeddings/")}
+    there, here = (artifacts.read(own.place / "embeddings") for own in (home, on_disk))
+    assert (there.fingerprint, there.num_rows, there.is_complete) == (here.fingerprint, here.num_rows, True)
+    num_requests = len(gs.requests)
+    embed.run(home.embed())
+    assert "nothing to do" in capsys.readouterr().out
+    assert {request.method for request in gs.requests[num_requests:]} == {"GET"}
+
+
 def test_what_a_run_in_a_bucket_made_is_exported_tuned_and_verified(finished: Home) -> None:
     export.run(export.Settings(index=f"{finished.root}/index", output=f"{finished.root}/export"))
     tune.run(tune.Settings(index=f"{finished.root}/index", queries=f"{finished.root}/queries.parquet", floor=0.5))

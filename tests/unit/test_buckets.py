@@ -445,7 +445,7 @@ def test_credentials_of_google_that_are_no_longer_valid_are_named(
     with gs.failing(Fault("401", "GET")), pytest.raises(RuntimeError, match=r"no longer valid \(HTTP 401\)") as caught:
         client.read_whole(f"{gs_root.path}/x")
     assert "shown" not in str(caught.value)
-    client.credentials.credentials = Credentials("not-to-be-shown", expiry=datetime(2020, 1, 1))  # noqa: DTZ001 - as google-auth has it
+    client.credentials.credentials = Credentials("not-to-be-shown", expiry=datetime(2020, 1, 1))
     with pytest.raises(RuntimeError, match=r"run/x: the credentials are no longer valid \(RefreshError\)\. Renew them"):
         client.read_whole(f"{gs_root.path}/x")
 
@@ -469,9 +469,7 @@ def test_a_right_that_is_missing_is_named_and_nothing_that_the_server_said(
 
 
 @pytest.mark.parametrize(("scheme", "variable"), [("s3", "AWS_ENDPOINT_URL"), ("gs", "STORAGE_EMULATOR_HOST")])
-def test_a_store_that_cannot_be_reached_is_the_worlds_fault(
-    scheme: str, variable: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_cannot_be_reached_is_the_worlds_fault(scheme: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("matryoshka.stores.REQUEST_ATTEMPTS", 1)
     monkeypatch.setenv(variable, "http://name:hidden@127.0.0.1:9")
     with pytest.raises(RuntimeError, match=rf"{scheme}://bucket/x: the object store does not answer.*{variable}") as caught:

@@ -143,7 +143,7 @@ def test_vectors_from_and_to_google_are_those_of_a_run_on_a_disk(
     home = Home(f"{gs.make_bucket()}/run")
     _upload(inputs, home.place)
     faults = (
-        Fault("500", "POST", "units/"), Fault("lose answer", "POST", "manifest"), Fault("429", "POST", "lease"),
+        Fault("500", "POST", "units/"), Fault("lose answer", "POST", "manifest"), Fault("429", "POST", "units/"),
         Fault("drop answer", "GET", "part-.*alt=media", times=3),
     )  # fmt: skip
     with gs.failing(*faults) as left:

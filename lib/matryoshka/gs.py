@@ -49,6 +49,11 @@ def connect() -> "Client":
         raise stores.no_credentials("gs://", type(error).__name__, _ADVICE) from None
 
 
+def _endpoint() -> str:
+    """Returns the variable that names the server, if it does: few have heard of it."""
+    return _ENDPOINT if os.environ.get(_ENDPOINT) else ""
+
+
 def _where(arguments: Sequence[str], parameters: Mapping[str, Any]) -> str:
     """Returns the address that a request is about."""
     key = arguments[1] if len(arguments) > 1 else parameters.get("name") or parameters.get("prefix")
@@ -86,7 +91,7 @@ class Client(GCSFileSystem):  # type: ignore[misc]
             except _PassingError as error:
                 reason = str(error)
                 await stores.pause(attempt)
-        raise stores.unanswered(where, reason, _ENDPOINT)
+        raise stores.unanswered(where, reason, _endpoint())
 
     async def _ask(
         self,
@@ -112,13 +117,13 @@ class Client(GCSFileSystem):  # type: ignore[misc]
         if status == 412:
             return ConflictError(where)
         if status == 404 and (depth == 1 or b"bucket does not exist" in body):
-            return stores.no_bucket(where, _ENDPOINT)
+            return stores.no_bucket(where, _endpoint())
         if status == 404 and depth > 1:
             return stores.not_found(where)
         if status == 401:
             is_nobody = self.credentials.credentials is None
             return stores.no_credentials(where, code, _ADVICE) if is_nobody else stores.expired(where, code)
-        return stores.denied(where, code) if status == 403 else stores.unanswered(where, code, _ENDPOINT)
+        return stores.denied(where, code) if status == 403 else stores.unanswered(where, code, _endpoint())
 
     async def _info(self, path: str, **_options: Any) -> Mapping[str, Any]:
         bucket, key, _ = self.split_path(path)
@@ -144,7 +149,7 @@ class Client(GCSFileSystem):  # type: ignore[misc]
         span = {"Range": f"bytes={start}-{stop - 1}"}
         _, data = await self._call("GET", "b/{}/o/{}", bucket, key, alt="media", headers=span, ifGenerationMatch=tag or None)
         if len(data) != stop - start:
-            raise stores.unanswered(f"gs://{path}", f"{len(data)} bytes instead of {stop - start}", _ENDPOINT)
+            raise stores.unanswered(f"gs://{path}", f"{len(data)} bytes instead of {stop - start}", _endpoint())
         own: bytes = data
         return own
 
@@ -192,7 +197,7 @@ class Client(GCSFileSystem):  # type: ignore[misc]
                 sent = await self._send_part(session, source, start, size)
                 num_stalls = 0 if sent > start else num_stalls + 1
                 if num_stalls == stores.BODY_ATTEMPTS:
-                    raise stores.unanswered(session["where"], "keeps nothing of an upload", _ENDPOINT)
+                    raise stores.unanswered(session["where"], "keeps nothing of an upload", _endpoint())
                 start = sent
         except BaseException:
             with contextlib.suppress(Exception):  # a session that is not ended is forgotten by itself

@@ -60,10 +60,14 @@ def no_credentials(where: str, reason: str, advice: str) -> ValueError:
     return ValueError(f"{where}: no credentials for this bucket ({reason}). {advice}")
 
 
+def _and(variable: str) -> str:
+    return f" and {variable}" if variable else ""
+
+
 def no_bucket(where: str, endpoint: str) -> ValueError:
-    """Returns the error for a place in a bucket that is not there; ``endpoint`` is the variable that names the server."""
+    """Returns the error for a place in a bucket that is not there; ``endpoint`` is the variable that may name another server."""
     name = where.partition("://")[2].partition("/")[0]
-    return ValueError(f"{where}: there is no bucket '{name}'. Check its name and {endpoint}, or create it.")
+    return ValueError(f"{where}: there is no bucket '{name}'. Check its name{_and(endpoint)}, or create it.")
 
 
 def denied(where: str, code: str) -> ValueError:
@@ -79,10 +83,10 @@ def expired(where: str, code: str) -> RuntimeError:
 
 
 def unanswered(where: str, reason: str, endpoint: str) -> RuntimeError:
-    """Returns the error for a server that was asked often enough; ``endpoint`` is the variable that names it."""
+    """Returns the error for a server that was asked often enough; ``endpoint`` is the variable that may name another."""
     return RuntimeError(
         f"{where}: the object store does not answer as it should, after {REQUEST_ATTEMPTS} attempts ({reason}). Check the"
-        f" network and {endpoint}, then run the same command again."
+        f" network{_and(endpoint)}, then run the same command again."
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 from faulty_proxy import Fault
 from google.oauth2.credentials import Credentials
 
-from matryoshka import buckets, storage
+from matryoshka import buckets, storage, stores
 from matryoshka.buckets import BucketPath
 
 if TYPE_CHECKING:
@@ -424,6 +424,11 @@ def test_a_bucket_that_is_not_there_is_named(store: "Proxy") -> None:
     for ask in asking:
         with pytest.raises(ValueError, match=r"://no-such-bucket.*: there is no bucket 'no-such-bucket'\. Check its name"):
             ask()
+
+
+def test_the_variable_for_another_server_is_named_where_there_is_one() -> None:
+    assert str(stores.no_bucket("gs://b/x", "")) == "gs://b/x: there is no bucket 'b'. Check its name, or create it."
+    assert "network and AWS_ENDPOINT_URL, then" in str(stores.unanswered("s3://b/x", "503", "AWS_ENDPOINT_URL"))
 
 
 def test_missing_credentials_for_google_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -149,7 +149,10 @@ class Client(GCSFileSystem):  # type: ignore[misc]
         span = {"Range": f"bytes={start}-{stop - 1}"}
         _, data = await self._call("GET", "b/{}/o/{}", bucket, key, alt="media", headers=span, ifGenerationMatch=tag or None)
         if len(data) != stop - start:
-            raise stores.unanswered(f"gs://{path}", f"{len(data)} bytes instead of {stop - start}", _endpoint())
+            raise ValueError(
+                f"gs://{path}: comes as other bytes than it has ({len(data)} for {stop - start}). Upload it without a"
+                " Content-Encoding: the store decompresses what has one."
+            )
         own: bytes = data
         return own
 
@@ -196,7 +199,7 @@ class Client(GCSFileSystem):  # type: ignore[misc]
             while start < size:
                 sent = await self._send_part(session, source, start, size)
                 num_stalls = 0 if sent > start else num_stalls + 1
-                if num_stalls == stores.BODY_ATTEMPTS:
+                if num_stalls == stores.REQUEST_ATTEMPTS:
                     raise stores.unanswered(session["where"], "keeps nothing of an upload", _endpoint())
                 start = sent
         except BaseException:

@@ -15,25 +15,27 @@ import texts
 import yaml
 
 if TYPE_CHECKING:
-    from s3_server import Proxy
+    from faulty_proxy import Proxy
 
     from jobs.cluster import Session
 
 PIPELINE_PAIRS = 240
 
 
-_LISTENING = pytest.StashKey[socket.socket]()
+_LISTENING = pytest.StashKey[dict[str, socket.socket]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keeps every process of the session off the network, on a Ray of its own, and with a bucket store of its own."""
+    """Keeps every process of the session off the network, on a Ray of its own, and with bucket stores of its own."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    listening = config.stash[_LISTENING] = socket.socket()
-    listening.bind(("127.0.0.1", 0))  # now, so that Ray's workers have the address, whenever the server starts
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
+    listening = config.stash[_LISTENING] = {scheme: socket.socket() for scheme in ("s3", "gs")}
+    for own in listening.values():
+        own.bind(("127.0.0.1", 0))  # now, so that Ray's workers have the address, whenever the server starts
+    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_"))]:
         del os.environ[name]
     os.environ |= {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{listening.getsockname()[1]}",
+        "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{listening['gs'].getsockname()[1]}",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{listening['s3'].getsockname()[1]}",
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "not-to-be-shown",
         "AWS_DEFAULT_REGION": "us-east-1",
@@ -58,16 +60,36 @@ def s3(pytestconfig: pytest.Config) -> "Iterator[Proxy]":
     import s3_server
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    with s3_server.serve(pytestconfig.stash[_LISTENING]) as proxy:
+    with s3_server.serve(pytestconfig.stash[_LISTENING]["s3"]) as proxy:
         yield proxy
 
 
-@pytest.fixture
-def bucket(s3: "Proxy") -> str:  # noqa: ARG001 - the server must be there
-    """The address of an empty bucket."""
-    import s3_server
+@pytest.fixture(scope="session")
+def gs(pytestconfig: pytest.Config) -> "Iterator[Proxy]":
+    """A server of Google's protocol; what comes is the proxy before it, which can be told to fail."""
+    import gs_server
 
-    return s3_server.make_bucket()
+    with gs_server.serve(pytestconfig.stash[_LISTENING]["gs"]) as proxy:
+        yield proxy
+
+
+@pytest.fixture(params=["s3", "gs"])
+def store(request: pytest.FixtureRequest) -> "Proxy":
+    """The proxy before each store: what holds of one must hold of the other."""
+    proxy: Proxy = request.getfixturevalue(request.param)
+    return proxy
+
+
+@pytest.fixture
+def any_bucket(store: "Proxy") -> str:
+    """The address of an empty bucket in each store."""
+    return store.make_bucket()
+
+
+@pytest.fixture
+def bucket(s3: "Proxy") -> str:
+    """The address of an empty bucket of S3."""
+    return s3.make_bucket()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

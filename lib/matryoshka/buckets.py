@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from upath import UPath
-from upath.implementations.cloud import S3Path
+from upath.implementations.cloud import CloudPath
+
+from matryoshka.stores import ConflictError
 
 __all__ = [
     "BucketPath",
@@ -39,7 +41,10 @@ __all__ = [
     "upload",
 ]
 
-_EXTRAS = {"s3": "s3fs"}
+_EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}
+_VARIABLES = {"s3": ("AWS_",), "gs": ("GOOGLE_", "GCE_", "CLOUDSDK_", "NO_GCE_CHECK", "STORAGE_EMULATOR_HOST")}
+"""How the variables begin by which the environment names credentials and server."""
+
 _RANGE_BYTES, _RANGES_AT_ONCE, _FILES_AT_ONCE = 16 << 20, 4, 8
 _BUFFER_BYTES = 4 << 20
 _SECRET = re.compile(r"\?.*=")
@@ -51,15 +56,15 @@ class ChangedError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """An object as a listing has it: its size, and the ETag that changes with its bytes."""
+    """An object as a listing has it: its size, and the tag that changes with its bytes (S3: ETag; Google: generation)."""
 
     num_bytes: int
-    etag: str
+    tag: str
 
     @classmethod
     def of(cls, info: Mapping[str, Any]) -> Self:
         """Returns what an entry of fsspec says."""
-        return cls(int(info["size"]), str(info.get("ETag", "")))
+        return cls(int(info["size"]), str(info.get("ETag") or info.get("generation", "")))
 
 
 def parse(text: str) -> "BucketPath":
@@ -85,7 +90,7 @@ def parse(text: str) -> "BucketPath":
 
 def _client(protocol: str) -> Any:
     """Returns the client of this process for what the environment names now."""
-    settings = frozenset((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
+    settings = frozenset((name, value) for name, value in os.environ.items() if name.startswith(_VARIABLES[protocol]))
     return _connect(protocol, settings, os.getpid())
 
 
@@ -94,7 +99,7 @@ def _connect(protocol: str, _settings: frozenset[tuple[str, str]], _process: int
     return importlib.import_module(f"matryoshka.{protocol}").connect()
 
 
-class BucketPath(S3Path):
+class BucketPath(CloudPath):
     """A path in a bucket; where ``pathlib`` has a method of the same name, it does the same."""
 
     __slots__ = ()
@@ -112,7 +117,7 @@ class BucketPath(S3Path):
         return found
 
     def info_of(self) -> ObjectInfo:
-        """Returns size and ETag of the object.
+        """Returns size and tag of the object.
 
         Raises:
             FileNotFoundError: There is none.
@@ -284,10 +289,8 @@ def read_range(place: BucketPath, info: ObjectInfo, start: int, stop: int) -> by
     if start >= stop:
         return b""
     try:
-        data: bytes = place.fs.read_range(place.path, start, stop, info.etag)
-    except Exception as error:
-        if type(error).__name__ != "ConflictError":
-            raise
+        data: bytes = place.fs.read_range(place.path, start, stop, info.tag)
+    except ConflictError:
         raise ChangedError(f"{place}: changed while it was read. Run the same command again.") from None
     return data
 
@@ -307,7 +310,7 @@ def blocks(place: BucketPath) -> Iterator[bytes]:
 
 
 def listing(folder: BucketPath) -> dict[str, ObjectInfo]:
-    """Returns size and ETag of every object below a folder, by its path there, in order; an empty one for none."""
+    """Returns size and tag of every object below a folder, by its path there, in order; an empty one for none."""
     prefix = folder.path.rstrip("/") + "/"
     found = folder.fs.find(folder.path.rstrip("/"), detail=True)
     names = sorted(name for name in found if name.startswith(prefix) and not name.endswith("/"))
@@ -389,13 +392,13 @@ def copy(place: BucketPath, target: BucketPath) -> None:
 
 def create(place: BucketPath, data: bytes) -> bool:
     """Writes an object if there is none, and returns whether it did."""
-    return bool(place.fs.put_if(place.path, data, {"IfNoneMatch": "*"}))
+    return bool(place.fs.put_if(place.path, data, None))
 
 
 def swap(place: BucketPath, data: bytes, seen: bytes) -> bool:
     """Writes an object if it still holds these bytes, and returns whether it did."""
     try:
-        there, etag = place.fs.read_whole(place.path)
+        there, tag = place.fs.read_whole(place.path)
     except FileNotFoundError:
         return False
-    return there == seen and bool(place.fs.put_if(place.path, data, {"IfMatch": etag}))
+    return there == seen and bool(place.fs.put_if(place.path, data, tag))

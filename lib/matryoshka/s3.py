@@ -1,14 +1,9 @@
 """The client for S3: requests are tried again after growing, random pauses, and what fails in the end is said in a sentence.
 
-The only room that knows s3fs and its botocore, which load when the first ``s3://`` is used. Nothing that a server says is
-repeated but its error code: answers, like addresses, may hold keys.
+The only room that knows s3fs and its botocore, which load when the first ``s3://`` is used.
 """
 
-import asyncio
-import errno
 import os
-import random
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,26 +20,24 @@ from botocore.exceptions import (
 from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
 
-_REQUEST_ATTEMPTS, _BODY_ATTEMPTS, _CONFLICT_ATTEMPTS = 8, 6, 5
-_LONGEST_PAUSE = 20.0  # seconds
-_CONNECT_SECONDS, _READ_SECONDS = 10, 60
-_PART_BYTES, _MOST_PARTS, _PARTS_AT_ONCE = 16 << 20, 10_000, 4
+from matryoshka import stores
+from matryoshka.stores import ConflictError
+
+_MOST_PARTS, _PARTS_AT_ONCE = 10_000, 4
 _DELETED_AT_ONCE = 1_000
 
 _BROKEN = (HTTPClientError, ConnectionFault, TimeoutError)
 _NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound, CredentialRetrievalError)
 _CONFLICTS = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 _EXPIRED = ("ExpiredToken", "RequestTimeTooSkewed", "TokenRefreshRequired")
-
-
-class ConflictError(Exception):
-    """A condition on a request does not hold: the object is there already, or is no longer what it was."""
+_ENDPOINT = "AWS_ENDPOINT_URL"
+_ADVICE = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the machine a role."
 
 
 def connect() -> "Client":
     """Returns a client for the endpoint, region and credentials that the environment names (``AWS_ENDPOINT_URL`` and so on)."""
-    retries = {"mode": "standard", "total_max_attempts": _REQUEST_ATTEMPTS}
-    config = {"retries": retries, "connect_timeout": _CONNECT_SECONDS, "read_timeout": _READ_SECONDS}
+    retries = {"mode": "standard", "total_max_attempts": stores.REQUEST_ATTEMPTS}
+    config = {"retries": retries, "connect_timeout": stores.CONNECT_SECONDS, "read_timeout": stores.READ_SECONDS}
     return Client(config_kwargs=config, use_listings_cache=False, max_concurrency=1, skip_instance_cache=True)
 
 
@@ -54,31 +47,15 @@ def _explain(error: Exception, where: str) -> Exception:
     if code in _CONFLICTS:
         return ConflictError(where)
     if isinstance(error, FileNotFoundError) and code != "NoSuchBucket":
-        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), where)
-    advice = _advice(error, code, where.removeprefix("s3://").partition("/")[0])
-    if advice:
-        return ValueError(f"{where}: {advice}")
-    if code in _EXPIRED:
-        return RuntimeError(f"{where}: the credentials are no longer valid ({code}). Renew them and run the same command again.")
-    reason = code or type(error.__cause__ or error).__name__
-    return RuntimeError(
-        f"{where}: the object store does not answer as it should, after {_REQUEST_ATTEMPTS} attempts ({reason}). Check the"
-        " network and AWS_ENDPOINT_URL, then run the same command again."
-    )
-
-
-def _advice(error: Exception, code: str, bucket: str) -> str:
-    """Returns what a person must change, or nothing where it may be the world's fault."""
+        return stores.not_found(where)
     if isinstance(error, _NO_CREDENTIALS):
-        return (
-            f"no credentials for this bucket ({type(error).__name__}). Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or"
-            " AWS_PROFILE, or give the machine a role."
-        )
+        return stores.no_credentials(where, type(error).__name__, _ADVICE)
     if code == "NoSuchBucket":
-        return f"there is no bucket '{bucket}'. Check its name and AWS_ENDPOINT_URL, or create it."
-    if isinstance(error, PermissionError) and code not in _EXPIRED:
-        return f"access denied ({code}). Check the credentials, and their rights to list, get, put and delete objects."
-    return ""
+        return stores.no_bucket(where, _ENDPOINT)
+    if code in _EXPIRED:
+        return stores.expired(where, code)
+    reason = code or type(error.__cause__ or error).__name__
+    return stores.denied(where, code) if isinstance(error, PermissionError) else stores.unanswered(where, reason, _ENDPOINT)
 
 
 def _code_of(error: BaseException) -> str:
@@ -87,10 +64,6 @@ def _code_of(error: BaseException) -> str:
         if isinstance(own, ClientError):
             return str(own.response.get("Error", {}).get("Code", ""))
     return ""
-
-
-async def _pause(attempt: int) -> None:
-    await asyncio.sleep(random.uniform(0, min(0.1 * 2**attempt, _LONGEST_PAUSE)))  # noqa: S311 - jitter
 
 
 class Client(S3FileSystem):  # type: ignore[misc]
@@ -105,10 +78,10 @@ class Client(S3FileSystem):  # type: ignore[misc]
             where = f"s3://{'/'.join(filter(None, (arguments.get('Bucket'), arguments.get('Key', arguments.get('Prefix')))))}"
             raise _explain(error, where) from None
 
-    async def _read_range(self, path: str, start: int, stop: int, etag: str | None = None) -> bytes:
+    async def _read_range(self, path: str, start: int, stop: int, tag: str | None = None) -> bytes:
         bucket, key, _ = self.split_path(path)
-        condition = {"IfMatch": etag} if etag else {}
-        for attempt in range(_BODY_ATTEMPTS):
+        condition = {"IfMatch": tag} if tag else {}
+        for attempt in range(stores.BODY_ATTEMPTS):
             answer = await self._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", **condition)
             try:
                 async with answer["Body"] as body:
@@ -117,38 +90,28 @@ class Client(S3FileSystem):  # type: ignore[misc]
                     return data
             except _BROKEN:  # in the middle of the body: nobody else tries again
                 pass
-            await _pause(attempt)
-        raise RuntimeError(
-            f"s3://{path}: the connection broke {_BODY_ATTEMPTS} times while it was read. Check the network, then run the same"
-            " command again."
-        )
+            await stores.pause(attempt)
+        raise stores.broken(f"s3://{path}")
 
     async def _read_whole(self, path: str) -> tuple[bytes, str]:
         bucket, key, _ = self.split_path(path)
-        for attempt in range(_BODY_ATTEMPTS):
+        for attempt in range(stores.BODY_ATTEMPTS):
             answer = await self._call_s3("get_object", Bucket=bucket, Key=key)
             try:
                 async with answer["Body"] as body:
                     return await body.read(), answer["ETag"]
             except _BROKEN:
-                await _pause(attempt)
-        raise RuntimeError(f"s3://{path}: the connection broke {_BODY_ATTEMPTS} times while it was read. Check the network.")
+                await stores.pause(attempt)
+        raise stores.broken(f"s3://{path}")
 
-    async def _put_if(self, path: str, data: bytes, condition: dict[str, str]) -> bool:
+    async def _put_if(self, path: str, data: bytes, tag: str | None) -> bool:
         bucket, key, _ = self.split_path(path)
-        writer = uuid.uuid4().hex
-        for attempt in range(_CONFLICT_ATTEMPTS):
-            try:
-                await self._call_s3("put_object", Bucket=bucket, Key=key, Body=data, Metadata={"writer": writer}, **condition)
-            except ConflictError:
-                # Where the answer to an attempt was lost, the next one meets what that one wrote.
-                there = await self._writer_of(bucket, key)
-                if there is not None:
-                    return there == writer
-                await _pause(attempt)
-            else:
-                return True
-        return False
+        condition = {"IfMatch": tag} if tag else {"IfNoneMatch": "*"}
+
+        async def put(writer: str) -> None:
+            await self._call_s3("put_object", Bucket=bucket, Key=key, Body=data, Metadata={"writer": writer}, **condition)
+
+        return await stores.put_once(put, lambda: self._writer_of(bucket, key))
 
     async def _writer_of(self, bucket: str, key: str) -> str | None:
         try:
@@ -187,16 +150,16 @@ class Client(S3FileSystem):  # type: ignore[misc]
 
     async def _upload(self, source: str, path: str) -> None:
         size = os.path.getsize(source)  # noqa: PTH202
-        part_bytes = max(_PART_BYTES, -(-size // _MOST_PARTS))
+        part_bytes = max(stores.PART_BYTES, -(-size // _MOST_PARTS))
         await self._put_file(source, path, chunksize=part_bytes, max_concurrency=_PARTS_AT_ONCE)
 
     call_s3 = sync_wrapper(_call_s3)
     read_range = sync_wrapper(_read_range)
-    """Returns bytes ``start`` to ``stop`` of an object; with an ETag, only if it still has it."""
+    """Returns bytes ``start`` to ``stop`` of an object; with a tag, only if it still has it."""
     read_whole = sync_wrapper(_read_whole)
-    """Returns an object's bytes and its ETag."""
+    """Returns an object's bytes and its tag, the ETag."""
     put_if = sync_wrapper(_put_if)
-    """Writes an object if a condition holds, and returns whether it did."""
+    """Writes an object if the one there has a tag, or with None if there is none, and returns whether it did."""
     delete = sync_wrapper(_delete)
     """Deletes objects of one bucket; one that is not there is no error."""
     abort_uploads = sync_wrapper(_abort_uploads)

@@ -40,7 +40,7 @@ _REQUESTS_AT_ONCE = 16
 
 
 def place(text: str) -> Place:
-    """Returns the place that a setting names: a path, ``file://``, or ``s3://bucket/folder``.
+    """Returns the place that a setting names: a path, ``file://``, or ``s3://bucket/folder`` (also ``gs://``).
 
     Raises:
         ValueError: It is a URL of another kind, or what its kind needs is not installed, or it holds a secret.
@@ -76,7 +76,7 @@ def local(place: Place, digest: str | None = None) -> Path:
 
     Args:
         place: A file, or a folder with all that is in it, except what its run says of itself.
-        digest: SHA-256 of the file, by which the copy is known, and checked when it is made; None: its ETags are looked up.
+        digest: SHA-256 of the file, by which the copy is known, and checked when it is made; None: its tags are looked up.
 
     Raises:
         FileNotFoundError: Nothing is there.
@@ -106,7 +106,7 @@ def borrowing() -> Iterator[None]:
 
 
 def _key(place: BucketPath, infos: Mapping[str, ObjectInfo]) -> str:
-    return digest_json([str(place), [[name, info.etag, info.num_bytes] for name, info in infos.items()]])
+    return digest_json([str(place), [[name, info.tag, info.num_bytes] for name, info in infos.items()]])
 
 
 def _fetch(place: BucketPath, info: ObjectInfo, target: Path, digest: str | None = None) -> None:
@@ -131,7 +131,7 @@ def sizes(folder: Place) -> dict[str, int]:
 
 
 def stamps(root: Place, names: Sequence[str]) -> list[tuple[int, int | str] | None]:
-    """Returns, for each file below a folder, its size and what changes with its bytes (time, or ETag); None: not there."""
+    """Returns, for each file below a folder, its size and what changes with its bytes (time, or tag); None: not there."""
     if isinstance(root, Path):
         return [_stamp(root / name) for name in names]
     own = _bucket(root)
@@ -142,7 +142,7 @@ def stamps(root: Place, names: Sequence[str]) -> list[tuple[int, int | str] | No
             infos = {}
     else:
         infos = buckets.listing(own)
-    return [(infos[name].num_bytes, infos[name].etag) if name in infos else None for name in names]
+    return [(infos[name].num_bytes, infos[name].tag) if name in infos else None for name in names]
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -14,14 +14,14 @@ import pytest
 import ray
 import s3_server
 import texts
-from s3_server import Fault
+from faulty_proxy import Fault
 
 from jobs import embed, export, index, search, tune, verify
 from matryoshka import artifacts, storage
 from matryoshka.storage import Place
 
 if TYPE_CHECKING:
-    from s3_server import Proxy
+    from faulty_proxy import Proxy
 
     from jobs.cluster import Session
 
@@ -135,6 +135,27 @@ def test_a_run_in_a_bucket_does_nothing_the_second_time(finished: Home, s3: "Pro
     assert capsys.readouterr().out.count("nothing to do") == 3
     assert finished.stamps() == before
     assert {request.method for request in s3.requests[num_requests:]} <= {"GET", "HEAD"}
+
+
+def test_vectors_from_and_to_google_are_those_of_a_run_on_a_disk(
+    gs: "Proxy", inputs: Path, on_disk: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = Home(f"{gs.make_bucket()}/run")
+    _upload(inputs, home.place)
+    faults = (
+        Fault("500", "POST", "units/"), Fault("lose answer", "POST", "manifest"), Fault("429", "POST", "units/"),
+        Fault("drop answer", "GET", "part-.*alt=media", times=3),
+    )  # fmt: skip
+    with gs.failing(*faults) as left:
+        embed.run(home.embed())
+    assert [fault for fault in left if fault.times] == []
+    assert home.contents().items() >= {own for own in on_disk.contents().items() if own[0].startswith("embeddings/")}
+    there, here = (artifacts.read(own.place / "embeddings") for own in (home, on_disk))
+    assert (there.fingerprint, there.num_rows, there.is_complete) == (here.fingerprint, here.num_rows, True)
+    num_requests = len(gs.requests)
+    embed.run(home.embed())
+    assert "nothing to do" in capsys.readouterr().out
+    assert {request.method for request in gs.requests[num_requests:]} == {"GET"}
 
 
 def test_what_a_run_in_a_bucket_made_is_exported_tuned_and_verified(finished: Home) -> None:

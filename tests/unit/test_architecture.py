@@ -21,7 +21,9 @@ DOORS = {
     "vl_convert": ("lib/matryoshka/charts.py",),
     "jinja2": ("lib/matryoshka/page.py",),
     "upath": ("lib/matryoshka/buckets.py",),
-    **dict.fromkeys(("s3fs", "botocore", "fsspec", "aiohttp"), ("lib/matryoshka/s3.py",)),
+    **dict.fromkeys(("s3fs", "botocore"), ("lib/matryoshka/s3.py",)),
+    **dict.fromkeys(("gcsfs", "google"), ("lib/matryoshka/gs.py",)),
+    **dict.fromkeys(("fsspec", "aiohttp"), ("lib/matryoshka/s3.py", "lib/matryoshka/gs.py")),
     "pydantic": ("lib/matryoshka/config.py",),
     "yaml": ("lib/matryoshka/config.py",),
     "huggingface_hub": ("lib/matryoshka/model.py",),
@@ -53,7 +55,7 @@ LAYERS = [
     | {"geometry", "reading", "estimates", "shapes"},
     {"storage", "corpus", "index", "metrics", "docstrings", "recipe", "stream", "curves", "charts", "figures"}
     | {"splits", "sources", "partitions", "leaks", "chunks", "rates", "kernels", "lexical", "maps", "weights"}
-    | {"buckets", "s3", "cache"},
+    | {"buckets", "s3", "gs", "stores", "cache"},
     {"artifacts", "model", "pairs", "positives", "sts", "encode", "tokens", "packed", "vectors", "scans", "products", "spaces"}
     | {"funnel"}
     | {"examples", "losses", "layers", "forward", "checkpoints", "dev", "assembly", "cleaning", "labelled", "beir"}

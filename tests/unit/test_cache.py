@@ -11,7 +11,7 @@ import pytest
 from matryoshka import cache, storage
 
 if TYPE_CHECKING:
-    from s3_server import Proxy
+    from faulty_proxy import Proxy
 
 _SIZE = 1_000
 
@@ -111,20 +111,20 @@ def test_a_limit_that_is_no_size_is_refused(monkeypatch: pytest.MonkeyPatch, tex
         hold("a")
 
 
-def test_a_file_is_fetched_once_by_its_digest_and_an_altered_one_is_refused(bucket: str, s3: "Proxy") -> None:
-    place, digest = storage.place(f"{bucket}/x"), storage.digest_of([b"right"])
+def test_a_file_is_fetched_once_by_its_digest_and_an_altered_one_is_refused(any_bucket: str, store: "Proxy") -> None:
+    place, digest = storage.place(f"{any_bucket}/x"), storage.digest_of([b"right"])
     storage.publish_bytes(place, b"right")
     assert storage.local(place, digest).read_bytes() == b"right"
-    before = len(s3.requests)
+    before = len(store.requests)
     assert storage.local(place, digest).read_bytes() == b"right"
-    assert len(s3.requests) == before
+    assert len(store.requests) == before
     with pytest.raises(ValueError, match=r"x: its bytes were altered .*--replace"):
         storage.local(place, "0" * 64)
 
 
-def test_a_folder_is_fetched_whole_and_anew_once_something_changes(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_fetched_whole_and_anew_once_something_changes(any_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(cache.LIMIT)
-    folder = storage.place(f"{bucket}/model")
+    folder = storage.place(f"{any_bucket}/model")
     for name, text in (("config.json", "1"), ("1_Pooling/config.json", "2")):
         storage.publish_bytes(folder / name, text.encode())
     first = storage.local(folder)
@@ -134,4 +134,4 @@ def test_a_folder_is_fetched_whole_and_anew_once_something_changes(bucket: str, 
     storage.publish_bytes(folder / "config.json", b"3")
     assert (storage.local(folder) / "config.json").read_text() == "3"
     with pytest.raises(FileNotFoundError):
-        storage.local(storage.place(f"{bucket}/nothing"))
+        storage.local(storage.place(f"{any_bucket}/nothing"))

@@ -11,7 +11,7 @@ from matryoshka import checkpoints, storage
 from matryoshka.storage import Place
 
 if TYPE_CHECKING:
-    from s3_server import Proxy
+    from faulty_proxy import Proxy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,7 @@ from matryoshka.corpus import Columns
 from matryoshka.units import plan_units
 
 if TYPE_CHECKING:
-    from s3_server import Proxy
+    from faulty_proxy import Proxy
 
 _ROWS, _GROUPS = 10, 8
 
@@ -35,11 +35,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def in_bucket(folder: Path, bucket: str) -> str:
+def in_bucket(folder: Path, any_bucket: str) -> str:
     """The same files in a bucket."""
     for name in storage.names(folder):
-        storage.publish_bytes(storage.place(f"{bucket}/a") / name, (folder / name).read_bytes())
-    return f"{bucket}/a"
+        storage.publish_bytes(storage.place(f"{any_bucket}/a") / name, (folder / name).read_bytes())
+    return f"{any_bucket}/a"
 
 
 def test_a_corpus_in_a_bucket_has_the_fingerprint_it_has_on_disk(folder: Path, in_bucket: str) -> None:
@@ -51,20 +51,20 @@ def test_a_corpus_in_a_bucket_has_the_fingerprint_it_has_on_disk(folder: Path, i
         assert (here.fingerprint, here.files) == (there.fingerprint, there.files)
 
 
-def test_a_corpus_that_did_not_change_is_not_read_again(in_bucket: str, s3: "Proxy") -> None:
+def test_a_corpus_that_did_not_change_is_not_read_again(in_bucket: str, store: "Proxy") -> None:
     known = corpus.remember(corpus.inspect(in_bucket, Columns()))
-    before = len(s3.requests)
+    before = len(store.requests)
     assert corpus.inspect(in_bucket, Columns(), known) == corpus.recall(known)
-    assert not [request for request in s3.requests[before:] if request.path.endswith(".parquet")]
+    assert not [request for request in store.requests[before:] if request.path.endswith(".parquet")]
 
 
-def test_a_worker_reads_the_columns_and_row_groups_of_its_unit_only(in_bucket: str, s3: "Proxy") -> None:
+def test_a_worker_reads_the_columns_and_row_groups_of_its_unit_only(in_bucket: str, store: "Proxy") -> None:
     source = corpus.inspect(in_bucket, Columns())
     unit = plan_units(source.files, _ROWS)[_GROUPS + 3]
-    before = len(s3.requests)
+    before = len(store.requests)
     ids, _ = source.read(unit)
     assert ids == [f"d0-{row}" for row in range(30, 40)]
-    num_bytes = sum(request.num_bytes for request in s3.requests[before:])
+    num_bytes = sum(request.num_bytes for request in store.requests[before:])
     assert num_bytes < 3 * _ROWS * 6_000  # a row group's text, and the end of the file, which says where it is
 
 
@@ -75,7 +75,7 @@ def test_a_file_that_changed_in_a_bucket_is_refused(in_bucket: str) -> None:
     assert corpus.is_unchanged(source)
     storage.publish_bytes(path, (source.path_of(source.files[1].name)).read_bytes())
     assert not corpus.is_unchanged(source)
-    with pytest.raises(ValueError, match=r"s3://.*\.parquet: changed since this run began\. Run the same command again"):
+    with pytest.raises(ValueError, match=r"://.*\.parquet: changed since this run began\. Run the same command again"):
         source.read(unit)
     storage.remove(path)
     assert not corpus.is_unchanged(source)

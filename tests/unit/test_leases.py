@@ -114,10 +114,10 @@ def test_of_runs_that_begin_at_once_one_gets_the_output(tmp_path: Path, is_expir
     assert [path.name for path in tmp_path.iterdir()] == [leases.NAME]
 
 
-def test_an_output_in_a_bucket_is_held_and_given_back_as_one_on_a_disk(bucket: str):
-    folder = storage.place(bucket) / "run"
+def test_an_output_in_a_bucket_is_held_and_given_back_as_one_on_a_disk(any_bucket: str):
+    folder = storage.place(any_bucket) / "run"
     lease = Lease.take(folder, "mine")
-    with pytest.raises(HeldError, match=r"^s3://.*/run: another run is writing to it \(run mine"):
+    with pytest.raises(HeldError, match=r"^(s3|gs)://.*/run: another run is writing to it \(run mine"):
         Lease.take(folder, "yours")
     lease.renew()
     (folder / leases.NAME).write_bytes(dataclasses.replace(Holder.here("theirs", 60.0), renewed=time.time() - 61).as_bytes())

@@ -10,7 +10,7 @@ from matryoshka import partitions, storage
 from matryoshka.partitions import Dealer
 
 if TYPE_CHECKING:
-    from s3_server import Proxy
+    from faulty_proxy import Proxy
 
 
 class Row(NamedTuple):

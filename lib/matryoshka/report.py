@@ -270,9 +270,10 @@ def describe_verdict(found: Verdict) -> str:
         parts.append(f"Fine-tuning took {own.device_hours:.2f} {DEVICES.get(own.device, own.device)}-hours.")
     if found.saving:
         saving = found.saving
+        kept = f"{saving.retained:.1%}" if saving.retained < 1 else "all"
         share = 1 - saving.bytes_per_million / saving.bytes_per_million_before
         parts.append(
-            f"{saving.dim} dims keep {saving.retained:.1%} of full width's {found.metric} and save {share:.0%} of the bytes:"
+            f"{saving.dim} dims keep {kept} of full width's {found.metric} and save {share:.0%} of the bytes:"
             f" {_megabytes(saving.bytes_per_million)} a million documents, not {_megabytes(saving.bytes_per_million_before)}."
         )
     return " ".join(parts)

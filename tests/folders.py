@@ -1,6 +1,6 @@
 """What a folder holds, seen without the library that wrote it: times, digests, vectors, manifests; and ways to damage it.
 
-And the patience to watch it grow.
+And the patience to watch it grow, and who is at work on it.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 
 PATIENCE_SECONDS = 120
@@ -83,3 +84,11 @@ def wait_until(holds: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> 
 
 
 Damage = Callable[[Path], None]
+
+
+def title_of(process: psutil.Process) -> str:
+    """Returns what a process calls itself, or nothing if it has ended."""
+    try:
+        return " ".join(process.cmdline()) if process.status() != psutil.STATUS_ZOMBIE else ""
+    except psutil.Error:  # it ended while we looked
+        return ""

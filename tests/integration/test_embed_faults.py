@@ -78,14 +78,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny: st
 def _find_workers(*, loading: bool = False) -> list[psutil.Process]:
     """Returns the encoder workers of this process's Ray; those that are still loading, if asked for."""
     title = "_EncoderActor.__init__" if loading else "_EncoderActor"
-    return [process for process in psutil.Process().children(recursive=True) if title in _title(process)]
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline()) if process.status() != psutil.STATUS_ZOMBIE else ""
-    except psutil.Error:  # it ended while we looked
-        return ""
+    return [process for process in psutil.Process().children(recursive=True) if title in folders.title_of(process)]
 
 
 def _kill_while_starting(times: int, chance: random.Random) -> None:
@@ -100,7 +93,7 @@ def _kill_the_worker() -> None:
     folders.wait_until(lambda: bool(_find_workers()))  # a process that writes its title has none for a moment
     (worker,) = _find_workers()
     worker.kill()
-    folders.wait_until(lambda: not _title(worker))
+    folders.wait_until(lambda: not folders.title_of(worker))
 
 
 def _embed_while_killing(settings: embed.Settings, num_starting: int, monkeypatch: pytest.MonkeyPatch) -> None:

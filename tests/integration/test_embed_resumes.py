@@ -52,7 +52,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny: str) ->
 
     folders.wait_until(has_recorded)
     family = psutil.Process(driver.pid).children(recursive=True)
-    workers = [process for process in family if "_EncoderActor" in _title(process)]
+    workers = [process for process in family if "_EncoderActor" in folders.title_of(process)]
     assert workers
     driver.kill()
     driver.wait()
@@ -91,7 +91,9 @@ def test_a_killed_worker_costs_no_document(
     output = tmp_path / "embeddings"
 
     def kill_a_worker() -> None:
-        workers = [process for process in psutil.Process().children(recursive=True) if "_EncoderActor" in _title(process)]
+        workers = [
+            process for process in psutil.Process().children(recursive=True) if "_EncoderActor" in folders.title_of(process)
+        ]
         workers[0].kill()
 
     moments = progress.interrupt(monkeypatch, {_UNITS // 20: kill_a_worker})
@@ -100,13 +102,6 @@ def test_a_killed_worker_costs_no_document(
     assert not moments, "no worker was killed"
     assert folders.vectors(output) == undisturbed
     verify.run(verify.Settings(folder=str(output)))
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:  # it ended while we looked
-        return ""
 
 
 def test_finished_embeddings_are_left_alone(tmp_path: Path, tiny: str) -> None:

@@ -176,7 +176,7 @@ class Node:
 
     def find(self, title: str) -> list[psutil.Process]:
         """Returns the processes of the node whose title has these words."""
-        return [own for own in self._family() if title in _title(own)]
+        return [own for own in self._family() if title in folders.title_of(own)]
 
     def freeze(self, title: str) -> None:
         """Has such processes do nothing more."""
@@ -190,7 +190,7 @@ class Node:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
-        wait_until(lambda: not any(map(_title, family)))
+        wait_until(lambda: not any(map(folders.title_of, family)))
 
     def wait_for_end(self) -> None:
         """Returns once the node has ended by itself."""
@@ -202,13 +202,6 @@ class Node:
             return [own, *own.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline()) if process.status() != psutil.STATUS_ZOMBIE else ""
-    except psutil.Error:  # it ended while we looked
-        return ""
 
 
 class Nodes:

@@ -144,7 +144,7 @@ class Soak:
     def _until_done(self, arguments: list[str], output: Path) -> None:
         while (code := self._run(arguments, output)) != 0:
             self._ends[code] += 1
-            if code not in (-signal.SIGKILL, _TERMINATED, _RETRY):
+            if code not in (-signal.SIGKILL, -signal.SIGTERM, _TERMINATED, _RETRY):  # the second: before it had begun
                 sys.exit(f"soak: {arguments[0]} ended with {code}, which no fault explains")
 
     def _run(self, arguments: list[str], output: Path) -> int:

@@ -14,8 +14,8 @@ export HF_HUB_OFFLINE ?= 1
 demo: .venv/ready  ## Runs the whole job on the documentation of the installed Python packages.
 	$(BIN)/python -m jobs.pipeline --config jobs/demo.yaml --replace
 
-test:  ## Runs the tests: those that compute, then those that wait for Ray, both in two shares; then those on several nodes.
-	$(MAKE) --keep-going test-unit test-integration test-nodes
+test:  ## Runs the tests: those that compute, then those that wait for Ray, both in two shares.
+	$(MAKE) --keep-going test-unit test-integration
 
 test-unit: .venv/ready
 	$(PYTEST) lib tests/unit

@@ -92,6 +92,7 @@ def bucket(s3: "Proxy") -> str:
     return s3.make_bucket()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist writes the groups down
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests are shared among processes, keeps those of a file together, and all that look at the finished pipeline."""
     looking = {item.path for item in items if "finished_pipeline" in getattr(item, "fixturenames", ())}

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from matryoshka import corpus
+from matryoshka import corpus, storage
 from matryoshka.conditions import (
     Absence,
     Comparison,
@@ -124,10 +124,10 @@ def read_columns(origin: Origin, position: int, ids: pa.Array) -> pa.Table:
         ValueError: The file changed since it was embedded, or a value is out of range.
     """
     path, unit = origin.units[position]
-    stamp = origin.stamps.get(unit.name)
-    if not corpus.is_as_planned(path, unit, stamp):
-        raise ValueError(f"{path}: is gone, or changed since it was embedded. Run python -m jobs.embed again.")
-    table = corpus.read_columns(path, unit, [origin.columns.id, *origin.kinds], stamp)
+    try:
+        table = corpus.read_columns(path, unit, [origin.columns.id, *origin.kinds], origin.stamps.get(unit.name))
+    except storage.ChangedError:
+        raise ValueError(f"{path}: is gone, or changed since it was embedded. Run python -m jobs.embed again.") from None
     table = table.take(pc.index_in(ids, pc.cast(table.column(origin.columns.id), ids.type)))  # rows without text have no vector
     try:
         arrays = [pc.cast(table.column(name), _STORED[kind], safe=kind == "integer") for name, kind in origin.kinds.items()]

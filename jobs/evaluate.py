@@ -483,8 +483,7 @@ def _training(info: ModelInfo) -> Training | None:
 
 def _keep(output: Place, previous: Manifest) -> Manifest:
     """Returns the manifest of an evaluation that is complete; its page, which no manifest names, is made if it is missing."""
-    if not (output / page.HTML).is_file():
-        page.write(output)
+    page.restore(output)
     say(f"evaluate: nothing to do, {output} is complete")
     return previous
 

@@ -314,8 +314,8 @@ def _finish(output: Place, previous: Manifest | None, settings: Settings, stages
         page.write(output)
         records = tuple(FileRecord.of(output, output / name) for name in (report.JSON, report.MARKDOWN))
         dataclasses.replace(manifest, receipts=(Receipt("report", len(made.rows), records),)).write(output)
-    elif not (output / page.HTML).is_file():
-        page.write(output)
+    else:
+        page.restore(output)
     for metric, table in report.tables(made.rows, report.SHOWN).items():
         show_table(metric, table)
     for name, rows in made.elsewhere.items():

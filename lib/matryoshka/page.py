@@ -91,6 +91,12 @@ def write(folder: Place, output: Place | None = None) -> Place:
     return path
 
 
+def restore(folder: Place) -> None:
+    """Makes the page of a report that is kept as it is, if the page is missing."""
+    if not (folder / HTML).is_file():
+        write(folder)
+
+
 def render(value: Json) -> str:
     """Returns the page of a report, given as the value of its JSON."""
     reading = Reading(_tame(value))

@@ -52,7 +52,7 @@ _IN_FLIGHT_PER_WORKER = 3  # one is read and tokenised, one computed, one writte
 _LOSSES_IN_A_ROW = 10  # per worker: then it is not a unit's fault
 _RETURN_SECONDS = 600.0  # how long to wait for a lost worker where there is no other
 _GATHER_SECONDS = 60.0  # how long the first worker waits for the others: machines may still be on their way
-_TEXTS_PER_CALL = 1024
+TEXTS_PER_CALL = 1024
 _SHARD_ATTEMPTS = 3
 _MOST_CPUS_PER_GPU = 16
 
@@ -400,12 +400,12 @@ _METRICS = {
 
 
 class Encoders:
-    """A pool of encoder actors; they start when there is first something to do.
+    """A pool of encoder actors; each starts when there is first something to do for it.
 
     Args:
         arguments: Of ``_EncoderActor``.
         resources: What each of them takes.
-        num_workers: How many to start.
+        num_workers: How many at most.
     """
 
     def __init__(self, arguments: tuple[Any, ...], resources: Mapping[str, float], num_workers: int) -> None:
@@ -422,12 +422,16 @@ class Encoders:
             ray.kill(actor)
         self._actors = []
 
-    def _started(self) -> list[Any]:
-        if not self._actors:
+    def _started(self, num_calls: int | None) -> list[Any]:
+        """Returns the workers, after starting those that so many calls need and that are not there yet."""
+        num_wanted = self._num_workers if num_calls is None else min(num_calls, self._num_workers)
+        num_missing = num_wanted - len(self._actors)
+        if num_missing > 0:
             start = ray.remote(_EncoderActor).options(**self._options).remote
-            self._actors = [start(*self._arguments) for _ in range(self._num_workers)]
+            added = [start(*self._arguments) for _ in range(num_missing)]
+            self._actors += added
             try:
-                notices = self._gather(self._actors)
+                notices = self._gather(added)
             except BaseException:  # they would keep their CPUs for as long as anybody knows of them
                 self.close()
                 raise
@@ -451,17 +455,17 @@ class Encoders:
         except RayActorError as error:
             raise RuntimeError(f"encoder: no worker could load the model ({_last_line(error)}). Mend that first.") from None
 
-    def start(self) -> int:
-        """Starts the workers, if they have not started yet; returns how many there are."""
-        return len(self._started())
+    def start(self, num_calls: int | None = None) -> int:
+        """Starts the workers that so many calls need, or all of them, if they are not there yet; returns how many are."""
+        return len(self._started(num_calls))
 
     def embed(self, source: Corpus, todo: Sequence[Unit], folder: Place, attempts: int) -> "Iterator[Outcome[Receipt]]":
         """Yields the outcome of each unit as it is finished, or has failed every time."""
         shared = ray.put(source)  # once: a corpus of many files is large
         calls = {unit.key: (shared, unit, str(folder.resolve())) for unit in todo}
-        return run_on_actors(self._started(), "embed", calls, attempts)
+        return run_on_actors(self._started(len(calls)), "embed", calls, attempts)
 
-    def encode(self, texts: Sequence[str], role: "Role", texts_per_call: int = _TEXTS_PER_CALL) -> npt.NDArray[np.float16]:
+    def encode(self, texts: Sequence[str], role: "Role", texts_per_call: int = TEXTS_PER_CALL) -> npt.NDArray[np.float16]:
         """Returns the vectors of texts, in their order.
 
         Shapes: [N, D].
@@ -483,7 +487,7 @@ class Encoders:
     def _ask(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Returns the results of calls that any worker may answer, in the order of the calls."""
         calls, results = {str(number): own for number, own in enumerate(arguments)}, {}
-        for outcome in run_on_actors(self._started(), method, calls, attempts=2):
+        for outcome in run_on_actors(self._started(len(calls)), method, calls, attempts=2):
             if outcome.result is None:
                 raise RuntimeError(f"encoder: texts could not be encoded ({outcome.error}).")
             results[outcome.key] = outcome.result

@@ -100,9 +100,8 @@ def run(settings: Settings) -> Manifest:
         manifest = embedding.make_manifest(source, info, identity, describe_run("embed", settings))
         artifacts.begin(output, manifest, previous)
         budget = embedding.tokens_per_step_that_fit(finished.values(), best.tokens_per_step)
-        pool = session.encoders(info, best.precision, budget, num_workers, settings.long, is_compiled=best.is_compiled)
-        if todo:
-            pool.start()
+        pool = session.encoders(info, best.precision, budget, settings.workers, settings.long, is_compiled=best.is_compiled)
+        pool.start(len(todo))
         start = time.perf_counter()
         failures = _embed(pool, source, todo, settings, finished)
         seconds = time.perf_counter() - start

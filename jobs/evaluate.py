@@ -1,6 +1,7 @@
 """Says how good models are, at every dim, beside words, through an index's funnel, quantised; and whether tuning is worth it."""
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -430,7 +431,7 @@ class _Similarity:
 
 def _encode(pool: Encoders, texts: list[str], role: Role) -> tuple[Float16Array, float]:
     """Returns the vectors of texts, and how many were done in a second, once the workers had started."""
-    pool.start()
+    pool.start(math.ceil(len(texts) / cluster.TEXTS_PER_CALL))
     start = time.perf_counter()
     vectors = pool.encode(texts, role)
     return vectors, round(len(texts) / max(time.perf_counter() - start, 1e-9), 1)

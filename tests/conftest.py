@@ -162,7 +162,7 @@ def pipeline_config(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path
             "precision": "float32",
             "workers": 1,
         },
-        "embed": {"unit_rows": 40, "precision": "float32"},
+        "embed": {"unit_rows": 40, "precision": "float32", "workers": 1},
         "index": {"shards": 2, "plan": ["16:100", "64:20"], "coarse_index": "Flat"},
     }
     path = root / "pipeline.yaml"

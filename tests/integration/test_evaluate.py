@@ -51,7 +51,7 @@ def _halving() -> Any:
 @pytest.fixture(scope="module")
 def ranked(tmp_path_factory: pytest.TempPathFactory, beir: Path, tiny: str, narrow: Path) -> evaluate.Settings:
     output = tmp_path_factory.mktemp("ranked") / "out"
-    settings = evaluate.Settings(output=str(output), beir=str(beir), models=(tiny, str(narrow)))
+    settings = evaluate.Settings(output=str(output), beir=str(beir), models=(tiny, str(narrow)), workers=1)
     evaluate.run(settings)
     return settings
 

@@ -31,7 +31,12 @@ def root(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path:
             texts.write_parquet(root / name / f"part-{number}.parquet", texts.documents(start, min(start + 40, num_documents)))
         embed.run(
             embed.Settings(
-                output=str(root / f"{name}-vectors"), corpus=str(root / name), model=tiny, unit_rows=20, precision="float32"
+                output=str(root / f"{name}-vectors"),
+                corpus=str(root / name),
+                model=tiny,
+                unit_rows=20,
+                precision="float32",
+                workers=1,
             )
         )
     questions = [" ".join(text.split()[:6]) for text in texts.documents(0, 30)["text"]]

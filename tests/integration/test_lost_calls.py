@@ -166,14 +166,14 @@ def test_a_pool_begins_with_the_workers_that_have_a_place(
 
 def test_a_worker_that_cannot_start_again_leaves_its_calls_to_the_others(tmp_path: Path, pool: Pool) -> None:
     encoders = pool(2)
-    _embed(encoders, _units("fine"))
+    encoders.start()
     (tmp_path / "cannot start").touch()
     assert set(_embed(encoders, _units("kill once", *["fine"] * 20)).values()) == {"done"}
 
 
 def test_nobody_waits_for_a_worker_that_is_away_when_nothing_is_left_to_do(tmp_path: Path, pool: Pool) -> None:
     encoders = pool(2)
-    _embed(encoders, _units("fine"))
+    encoders.start()
     (tmp_path / "hangs").touch()  # as on a cluster that lost the machine and has no room for the worker elsewhere
     end_of_patience = threading.Timer(_PATIENCE_SECONDS, (tmp_path / "hangs").unlink)
     end_of_patience.start()
@@ -185,7 +185,7 @@ def test_nobody_waits_for_a_worker_that_is_away_when_nothing_is_left_to_do(tmp_p
 
 def test_where_no_worker_is_left_every_other_call_has_failed(tmp_path: Path, pool: Pool) -> None:
     encoders = pool(1)
-    _embed(encoders, _units("fine"))
+    encoders.start()
     (tmp_path / "cannot start").touch()
     outcomes = _embed(encoders, _units("kill", *["fine"] * 5))
     assert list(outcomes.values()).count("done") <= 2, "those beside the first call may have been quicker"

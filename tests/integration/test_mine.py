@@ -53,7 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DatasetStore:
 
 
 def _settings(data: DatasetStore, output: Path, model: str, **more: Any) -> mine.Settings:
-    return mine.Settings(output=str(output), data=str(data.folder), model=model, **{**_RULES, **more})
+    return mine.Settings(output=str(output), data=str(data.folder), model=model, **{"workers": 1, **_RULES, **more})
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,8 @@ def nights(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> dict[str, Nig
     root = tmp_path_factory.mktemp("nights")
     corpus, output, built = root / "corpus", root / "embeddings", root / "index"
     part = [corpus / f"part-{number}.parquet" for number in range(4)]
-    settings = embed.Settings(output=str(output), corpus=str(corpus), model=tiny, unit_rows=_UNIT_ROWS, precision="float32")
+    own = {"unit_rows": _UNIT_ROWS, "precision": "float32", "workers": 1}
+    settings = embed.Settings(output=str(output), corpus=str(corpus), model=tiny, **own)
 
     def embed_tonight(night: str) -> Path:
         embed.run(settings)

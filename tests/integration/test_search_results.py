@@ -34,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path:
     texts.write_parquet(root / "queries.parquet", {"id": [f"q{number}" for number in range(_QUERIES)], "text": questions})
     embed.run(
         embed.Settings(
-            output=str(root / "embeddings"), corpus=str(root / "corpus"), model=tiny, unit_rows=20, precision="float32"
+            output=str(root / "embeddings"), corpus=str(root / "corpus"), model=tiny, unit_rows=20, precision="float32", workers=1
         )
     )
     columns = {"id": ["[bold]a[/bold]", "b:key:c"], "text": ["bada [red] bife :smile: [/]", "geva"]}

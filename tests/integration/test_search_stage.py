@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path:
     columns |= {"year": [_YEARS[row % 3] for row in range(_DOCUMENTS)], "kind": ["ab"[row % 2] for row in range(_DOCUMENTS)]}
     texts.write_parquet(root / "corpus" / "part-0.parquet", columns)
     files = {"output": str(root / "embeddings"), "corpus": str(root / "corpus")}
-    embed.run(embed.Settings(**files, model=tiny, unit_rows=20, precision="float32"))
+    embed.run(embed.Settings(**files, model=tiny, unit_rows=20, precision="float32", workers=1))
     plan, kept = ("16:20", "64:10"), ("year", "kind")
     files = {"output": str(root / "index"), "embeddings": str(root / "embeddings")}
     index.run(index.Settings(**files, shards=_SHARDS, plan=plan, coarse_index="Flat", filter_columns=kept))

@@ -305,11 +305,10 @@ def check_workers(num_workers: int | None, device: str | None = None) -> int | N
     Raises:
         ValueError: Ray runs on this machine only, and it has fewer GPUs or CPUs. They would be waited for in vain.
     """
-    device = device or capacity().device
-    there = capacity().num_gpus if device == "cuda" else capacity().num_cpus
-    if num_workers and num_workers > there and not os.environ.get("RAY_ADDRESS"):
-        kind = "GPUs" if device == "cuda" else "CPUs"
-        raise ValueError(f"--workers {num_workers}: this machine has {there} {kind}. Pass at most {there}.")
+    there = capacity()
+    most, kind = (there.num_gpus, "GPUs") if (device or there.device) == "cuda" else (there.num_cpus, "CPUs")
+    if num_workers and num_workers > most and not os.environ.get("RAY_ADDRESS"):
+        raise ValueError(f"--workers {num_workers}: this machine has {most} {kind}. Pass at most {most}.")
     return num_workers
 
 

@@ -85,7 +85,7 @@ def expired(where: str, code: str) -> RuntimeError:
 def unanswered(where: str, reason: str, endpoint: str) -> RuntimeError:
     """Returns the error for a server that was asked often enough; ``endpoint`` is the variable that may name another."""
     return RuntimeError(
-        f"{where}: the object store does not answer as it should, after {REQUEST_ATTEMPTS} attempts ({reason}). Check the"
+        f"{where}: the object store does not answer as it should, asked up to {REQUEST_ATTEMPTS} times ({reason}). Check the"
         f" network{_and(endpoint)}, then run the same command again."
     )
 

@@ -177,7 +177,7 @@ class Session:
 
 
 def _study(*call: Any) -> Any:
-    """Returns what ``hidden.study`` does: a driver that hands itself over need not import what brings torch."""
+    """Returns what ``hidden.study`` returns; the driver that hands this to a worker need not import what brings torch."""
     from matryoshka import hidden
 
     return hidden.study(*call)

@@ -166,12 +166,12 @@ def _qrels_of(folder: Place, split: str) -> Place:
 def _encode(settings: "Settings", index: "IndexStore", texts: list[str]) -> Float32Array:
     """Returns the vectors of queries by the index's own model."""
     from matryoshka import model
-    from matryoshka.encode import TOKENS_PER_STEP, Encoder
+    from matryoshka.encode import Encoder
 
     moved_to = settings.model if "model" in settings.model_fields_set else None
     info = model.describe_maker(index.folder, index.manifest, moved_to)
     model.quieten()
-    encoder = Encoder(info.folder, "cpu", index.manifest.facts["precision"], TOKENS_PER_STEP["cpu"])
+    encoder = Encoder(info.folder, "cpu", index.manifest.facts["precision"])
     return shrink(encoder.encode(texts, "query").vectors, index.width)
 
 

@@ -27,22 +27,22 @@ import matryoshka
 from jobs import interruption, measurement, object_store, placement
 from jobs.placement import Machine
 from jobs.terminal import say
-from matryoshka import storage
+from matryoshka import calibration, rates, storage
 from matryoshka.artifacts import Receipt
+from matryoshka.calibration import Calibration, Choice
 from matryoshka.clock import Clock
 from matryoshka.config import without_secrets
 from matryoshka.corpus import Corpus
 from matryoshka.funnel import CallShards, Shard, ShardFiles
 from matryoshka.model import ModelInfo
 from matryoshka.nested import Float32Array
+from matryoshka.rates import TOKENS_PER_STEP, Precision
 from matryoshka.storage import Place
+from matryoshka.tokens import Long, Role
 from matryoshka.units import Unit
 
 if TYPE_CHECKING:
     from matryoshka.anatomy import Sample, Vectors
-    from matryoshka.calibration import Calibration, Choice
-    from matryoshka.rates import Precision
-    from matryoshka.tokens import Long, Role
 
 T = TypeVar("T")
 
@@ -71,10 +71,10 @@ class Session:
     def encoders(
         self,
         info: ModelInfo,
-        precision: "Precision",
+        precision: Precision,
         tokens_per_step: int,
         num_workers: int | None,
-        long: "Long" = "truncate",
+        long: Long = "truncate",
         *,
         is_compiled: bool = False,
     ) -> "Encoders":
@@ -90,7 +90,7 @@ class Session:
         return self._pool
 
     def encode_queries(
-        self, info: ModelInfo, precision: "Precision", texts: Sequence[str], num_workers: int | None
+        self, info: ModelInfo, precision: Precision, texts: Sequence[str], num_workers: int | None
     ) -> npt.NDArray[np.float16]:
         """Returns the vectors of queries, by the pool for this model.
 
@@ -99,8 +99,6 @@ class Session:
         Raises:
             RuntimeError: A part failed every time.
         """
-        from matryoshka.encode import TOKENS_PER_STEP
-
         return self.encoders(info, precision, TOKENS_PER_STEP[capacity().device], num_workers).encode(texts, "query")
 
     def release(self) -> None:
@@ -109,21 +107,17 @@ class Session:
             self._pool.close()
         self._pool = None
 
-    def choose_precision(self, wanted: str) -> "Precision":
+    def choose_precision(self, wanted: str) -> Precision:
         """Returns the precision that was asked for, or for ``auto`` what a measurement on a worker said once."""
         if wanted != "auto":
             return "bf16" if wanted == "bf16" else "float32"
         if self._precision is None:
-            from matryoshka import rates
-
             measured: Precision = self._on_worker(rates.best_precision, capacity().device)
             self._precision = measured
         return self._precision
 
-    def calibrate(self, info: ModelInfo, choice: "Choice", texts: Sequence[str], num_documents: int) -> "Calibration":
+    def calibrate(self, info: ModelInfo, choice: Choice, texts: Sequence[str], num_documents: int) -> Calibration:
         """Returns how a worker should run the model; see ``calibration.calibrate``."""
-        from matryoshka import calibration
-
         return self._on_worker(calibration.calibrate, info.folder, capacity().device, choice, list(texts), num_documents)
 
     def describe_worker(self) -> dict[str, Any]:
@@ -137,11 +131,9 @@ class Session:
         self, folders: Sequence[Place], sample: "Sample", num_documents: int, max_tokens: int
     ) -> "list[tuple[Vectors, dict[str, Float32Array]]]":
         """Returns what each model makes of a sample, each on a worker of its own; see ``hidden.study``."""
-        from matryoshka import hidden
-
         precision, device = self.choose_precision("auto"), capacity().device
         calls = [(folder, device, precision, sample, num_documents, max_tokens) for folder in folders]
-        return self._on_workers(hidden.study, calls)
+        return self._on_workers(_study, calls)
 
     def _on_worker(self, function: Callable[..., T], *arguments: Any) -> T:
         return self._on_workers(function, [arguments])[0]
@@ -182,6 +174,13 @@ class Session:
             yield actors
         finally:
             actors.close()
+
+
+def _study(*call: Any) -> Any:
+    """Returns what ``hidden.study`` returns; the driver that hands this to a worker need not import what brings torch."""
+    from matryoshka import hidden
+
+    return hidden.study(*call)
 
 
 def _lets_go(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -331,9 +330,9 @@ class _EncoderActor:
         self,
         folder: str,
         device: str,
-        precision: "Precision",
+        precision: Precision,
         tokens_per_step: int,
-        long: "Long",
+        long: Long,
         num_tokenisers: int,
         is_compiled: bool,
     ) -> None:
@@ -375,7 +374,7 @@ class _EncoderActor:
         self._memory.set(self._encoder.peak_bytes())
         return receipt
 
-    def encode(self, texts: list[str], role: "Role") -> npt.NDArray[np.float16]:
+    def encode(self, texts: list[str], role: Role) -> npt.NDArray[np.float16]:
         """Returns the vectors of a few texts."""
         return self._encoder.encode(texts, role).vectors
 
@@ -464,7 +463,7 @@ class Encoders:
         calls = {unit.key: (shared, unit, str(folder.resolve())) for unit in todo}
         return run_on_actors(self._started(len(calls)), "embed", calls, attempts)
 
-    def encode(self, texts: Sequence[str], role: "Role", texts_per_call: int = TEXTS_PER_CALL) -> npt.NDArray[np.float16]:
+    def encode(self, texts: Sequence[str], role: Role, texts_per_call: int = TEXTS_PER_CALL) -> npt.NDArray[np.float16]:
         """Returns the vectors of texts, in their order.
 
         Shapes: [N, D].

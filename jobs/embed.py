@@ -15,10 +15,10 @@ from matryoshka.artifacts import Manifest, Receipt
 from matryoshka.calibration import Calibration, Choice
 from matryoshka.config import Field, InputPath
 from matryoshka.corpus import Columns, Corpus
-from matryoshka.encode import TOKENS_PER_STEP
 from matryoshka.indexing import IndexStore
 from matryoshka.model import ModelInfo
 from matryoshka.pairs import DatasetStore
+from matryoshka.rates import TOKENS_PER_STEP
 from matryoshka.storage import Place
 from matryoshka.tokens import Long
 from matryoshka.units import Unit, plan_units

@@ -19,11 +19,11 @@ from matryoshka import artifacts, evaluation, lexical, model, nested, page, repo
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.comparison import FLOOR
 from matryoshka.config import Field, FolderPath, InputPath, check_settings
-from matryoshka.encode import TOKENS_PER_STEP
 from matryoshka.evaluation import Profile, Row
 from matryoshka.indexing import IndexStore
 from matryoshka.model import ModelInfo
 from matryoshka.pairs import DatasetStore
+from matryoshka.rates import TOKENS_PER_STEP
 from matryoshka.report import Report
 from matryoshka.retrieval import Findings, Task
 from matryoshka.storage import Place

@@ -5,14 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from jobs import cluster, training_group
+from jobs import cluster
 from jobs.cluster import Session
 from jobs.entry import StageSettings, describe_run, main
 from jobs.terminal import say
-from matryoshka import artifacts, card, corpus, curves, dev, examples, layers, model, nested, storage, training
+from matryoshka import artifacts, card, corpus, curves, dev, examples, model, nested, storage
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.batches import BatchPlan
-from matryoshka.checkpoints import FOLDER as CHECKPOINTS
 from matryoshka.config import Field, FolderPath, check_settings
 from matryoshka.dev import DevSet
 from matryoshka.mining import NegativesStore
@@ -20,7 +19,6 @@ from matryoshka.model import ModelInfo
 from matryoshka.pairs import DatasetStore
 from matryoshka.recipe import Recipe, count_steps
 from matryoshka.storage import Place
-from matryoshka.training import Job
 
 _PARTS = f"{storage.TEMPORARY}pairs"
 _APART = {"output", "replace", "data", "model", "dims", "negatives"}
@@ -106,6 +104,10 @@ def run(settings: Settings) -> Manifest:
     num_steps = plan_steps(settings, inputs.data.num_pairs, inputs.pair_files)
     inputs = dataclasses.replace(inputs, recipe=dataclasses.replace(inputs.recipe, num_steps=num_steps))
     dev_set = _choose_dev(settings, inputs.data)
+    # These bring torch and sentence-transformers, which take seconds: whoever has nothing to train does without.
+    from jobs import training_group
+    from matryoshka.training import Job
+
     with cluster.connected() as session:
         session.release()
         capacity = cluster.capacity()
@@ -184,6 +186,8 @@ def check_recipe(settings: Settings, info: ModelInfo) -> None:
     """
     model.check_layers(info.folder, settings.top_layers)
     if settings.lora_rank:
+        from matryoshka import layers
+
         layers.check_low_rank()
     if settings.lora_rank and settings.top_layers == 0:
         raise ValueError("--top-layers 0 leaves --lora-rank no layer to add to. Pass at least 1, or leave one of them out.")
@@ -230,6 +234,8 @@ def _tokenise(session: Session, inputs: _Inputs, output: Place) -> tuple[Place, 
 
 
 def _tokenise_file(path: Place, part: Place, folder: Place, max_tokens: int | None, num_negatives: int) -> int:
+    from matryoshka import training
+
     model.quieten()
     tokeniser = training.make_tokeniser(model.load(folder, "cpu"), max_tokens)
     return examples.tokenise_part(path, part, tokeniser, num_negatives)
@@ -244,12 +250,14 @@ def _announce(recipe: Recipe, workers: int, precision: str) -> None:
 
 
 def _finish(output: Place, manifest: Manifest, inputs: _Inputs, seconds: float, cost: Mapping[str, Any]) -> Manifest:
-    record = storage.read_json(output / training.LOG)
+    from matryoshka import checkpoints
+
+    record = storage.read_json(output / model.TRAINING_LOG)
     summary = {**record["summary"], "train_seconds": round(seconds, 1)}
     card.write(output / card.NAME, inputs.info, inputs.data.manifest, inputs.recipe, record["entries"], summary)
     facts = {**manifest.facts, **summary, **cost}
     manifest = dataclasses.replace(manifest, receipts=_receipts(output), facts=facts, is_complete=True)
-    storage.remove(output / CHECKPOINTS)  # not before: hashing a large model takes a while
+    storage.remove(output / checkpoints.FOLDER)  # not before: hashing a large model takes a while
     manifest.write(output)
     for notice in summary["notices"]:
         say(f"finetune: {notice}")
@@ -262,7 +270,9 @@ def _finish(output: Place, manifest: Manifest, inputs: _Inputs, seconds: float, 
 
 def _receipts(output: Place) -> tuple[Receipt, ...]:
     """Returns a receipt for every file of the model; its card, which people write to, and TensorBoard's files are not of it."""
-    apart = {artifacts.MANIFEST, card.NAME, curves.FOLDER, CHECKPOINTS, *storage.OF_THE_RUN}
+    from matryoshka import checkpoints
+
+    apart = {artifacts.MANIFEST, card.NAME, curves.FOLDER, checkpoints.FOLDER, *storage.OF_THE_RUN}
     every = sorted(map(PurePosixPath, storage.names(output)))
     names = [str(path) for path in every if path.parts[0] not in apart and not path.name.startswith(storage.TEMPORARY)]
     return tuple(Receipt(name, 0, (FileRecord.named(name, output / name),)) for name in names)

@@ -131,16 +131,20 @@ def free_bytes() -> int:
 
 def describe_hardware(device: str) -> dict[str, Any]:
     """Returns what this process computes on."""
-    import torch
-
     lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "cpu": names[0] if names else "unknown",
         "cores": num_cores(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "gpu": _gpu_name() if device == "cuda" else None,
         "device": device,
     }
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()
 
 
 def place_of(report: Mapping[str, Any]) -> str:

@@ -15,9 +15,9 @@ from jobs.cluster import Encoders, Session
 from matryoshka import corpus
 from matryoshka.calibration import COMPILING_MAY_PAY_AFTER, Calibration, Choice
 from matryoshka.corpus import Corpus
-from matryoshka.encode import TOKENS_PER_STEP
 from matryoshka.estimates import Pace, Part, Size, size_up
 from matryoshka.model import ModelInfo
+from matryoshka.rates import TOKENS_PER_STEP
 from matryoshka.units import plan_units, sample_units
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from matryoshka import artifacts, corpus, model, queries, results, storage, vect
 from matryoshka.artifacts import Manifest
 from matryoshka.config import Field, FolderPath, InputPath, JobSettings, check_settings
 from matryoshka.corpus import Columns, Corpus
-from matryoshka.encode import TOKENS_PER_STEP, Encoder
 from matryoshka.funnel import Ranking
 from matryoshka.indexing import IndexStore, Quality
 from matryoshka.model import ModelInfo
@@ -90,9 +89,11 @@ def run(settings: Settings) -> None:
 
 
 def _answer(query: str, index: IndexStore, info: ModelInfo, plan: FunnelPlan, settings: Settings) -> None:
+    from matryoshka.encode import Encoder  # of this process; the file's queries are computed by workers
+
     model.quieten()
     searcher = index.searcher(plan)
-    encoder = Encoder(info.folder, "cpu", "float32", TOKENS_PER_STEP["cpu"])
+    encoder = Encoder(info.folder, "cpu", "float32")
     ranking = searcher.search(encoder.encode([query], "query").vectors, settings.results, settings.where)
     texts = _texts(index, ranking)
     rows = [

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
@@ -26,7 +26,9 @@ from jobs.interruption import TerminatedError
 from jobs.terminal import Counter, say
 from matryoshka import storage
 from matryoshka.recipe import Recipe
-from matryoshka.training import Job
+
+if TYPE_CHECKING:
+    from matryoshka.training import Job
 
 _POLL_SECONDS = 1.0
 _FAREWELL_SECONDS = 15.0  # less than a run that was told to end may take altogether
@@ -115,7 +117,7 @@ class Group:
         """GPUs that are taken, or, where there are none, CPUs."""
         return self.num_ranks * self._cpus_per_rank
 
-    def train(self, job: Job, listener: Listener) -> float:
+    def train(self, job: "Job", listener: Listener) -> float:
         """Trains, moves the model into the output, and returns the seconds that training took.
 
         Args:
@@ -145,7 +147,7 @@ class Group:
         _adopt(job)
         return seconds
 
-    def _trainer(self, job: Job, mailbox: Any, notes: str) -> TorchTrainer:
+    def _trainer(self, job: "Job", mailbox: Any, notes: str) -> TorchTrainer:
         """Returns a trainer; what Ray Train writes down goes to a folder of this machine, as nobody reads it."""
         use_gpu = self.capacity.device == "cuda"
         cpus = self._cpus_per_rank
@@ -184,7 +186,7 @@ def _fit(trainer: TorchTrainer) -> None:
             raise KeyboardInterrupt from None
 
 
-def _adopt(job: Job) -> None:
+def _adopt(job: "Job") -> None:
     """Moves the model to where it belongs, and removes what only an unfinished run needs."""
     if not (job.target / "modules.json").is_file():
         raise RuntimeError(f"finetune: no model came out at {job.target}. Is {job.output} on a disk that all nodes mount?")

@@ -153,7 +153,7 @@ def open_pairs(job: Job) -> Examples:
 
 def log(job: Job) -> dict[str, Any]:
     """Returns the log that a run left beside its model, but for where its last process began."""
-    found: dict[str, Any] = json.loads((job.target / training.LOG).read_text())
+    found: dict[str, Any] = json.loads((job.target / model.TRAINING_LOG).read_text())
     found["summary"].pop("first_step")
     return found
 

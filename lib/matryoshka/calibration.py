@@ -1,17 +1,22 @@
-"""What pays on this machine, by small measurements: which precision, which size of step, whether to compile."""
+"""What pays on this machine, by small measurements: which precision, which size of step, whether to compile.
+
+Drivers import this room too, for what is chosen: the encoder, with its libraries, is imported where there is one to be measured.
+"""
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from matryoshka import rates
-from matryoshka.encode import TOKENS_PER_STEP, Encoder
-from matryoshka.rates import Precision
+from matryoshka.rates import TOKENS_PER_STEP, Precision
 from matryoshka.storage import Place
 from matryoshka.tokens import Tokens
+
+if TYPE_CHECKING:
+    from matryoshka.encode import Encoder
 
 W = TypeVar("W")
 
@@ -68,6 +73,8 @@ def calibrate(folder: Place, device: str, choice: Choice, texts: Sequence[str], 
         texts: A sample of the documents.
         num_documents: How many of them a worker will have to do.
     """
+    from matryoshka.encode import Encoder
+
     precision = choice.precision or rates.best_precision(device)
     budget, is_compiled, notice = choice.tokens_per_step, choice.is_compiled, ""
     texts = [texts[number] for number in np.random.default_rng(0).permutation(len(texts))]  # a file may be sorted by length
@@ -83,7 +90,7 @@ def calibrate(folder: Place, device: str, choice: Choice, texts: Sequence[str], 
     return Calibration(precision, budget, is_compiled, rates.matrix_rate(device, precision), notice)
 
 
-def best_budget(encoder: Encoder, device: str, texts: Sequence[str]) -> int:
+def best_budget(encoder: "Encoder", device: str, texts: Sequence[str]) -> int:
     """Returns the tokens per step with which a sample of documents is encoded fastest; without any, the usual ones.
 
     Raises:
@@ -103,7 +110,7 @@ def best_budget(encoder: Encoder, device: str, texts: Sequence[str]) -> int:
 
 
 def pays_to_compile(
-    encoder: Encoder, folder: Place, device: str, precision: Precision, texts: Sequence[str], num_documents: int
+    encoder: "Encoder", folder: Place, device: str, precision: Precision, texts: Sequence[str], num_documents: int
 ) -> tuple[bool, str]:
     """Returns whether so many documents are done sooner by a compiled model, and why it could not be compiled.
 
@@ -120,6 +127,8 @@ def pays_to_compile(
     Raises:
         ValueError: The model gives no finite vector for a document of the sample.
     """
+    from matryoshka.encode import Encoder
+
     if not texts:
         return False, ""
     sample = _sample(encoder.tokenise(list(texts), "document"), 4 * _BUDGETS[device][-1])

@@ -5,11 +5,10 @@ from typing import Any
 
 from matryoshka import storage
 from matryoshka.artifacts import Manifest
-from matryoshka.dev import HEADLINE
+from matryoshka.dev import DEV, HEADLINE
 from matryoshka.model import ModelInfo
 from matryoshka.recipe import Recipe
 from matryoshka.storage import Place
-from matryoshka.training import DEV
 
 NAME = "README.md"
 

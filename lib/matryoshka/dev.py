@@ -1,16 +1,16 @@
-"""Retrieval quality on the dev split while a model is trained: some queries, their documents and others, shared among ranks."""
+"""Retrieval quality on the dev split while a model is trained: some queries, their documents and others, shared among ranks.
+
+A driver chooses what is looked at; torch is imported by the ranks.
+"""
 
 import hashlib
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.distributed
-from torch import Tensor
 
 from matryoshka import corpus, metrics, units
 from matryoshka.corpus import Columns
@@ -18,7 +18,11 @@ from matryoshka.nested import shrink
 from matryoshka.pairs import DatasetStore
 from matryoshka.tokens import Role, Tokeniser, Tokens
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 HEADLINE = "nDCG@10"
+DEV = f"dev_{HEADLINE}"
 
 _RELEVANT_PER_QUERY = 10
 
@@ -102,13 +106,15 @@ class DevEvaluator:
         self,
         dev: DevSet,
         tokeniser: Tokeniser,
-        embed: Callable[[Tokens, Role], Tensor],
+        embed: "Callable[[Tokens, Role], Tensor]",
         dims: Sequence[int],
         texts_at_once: int = 512,
     ) -> None:
+        from torch import distributed
+
         self._dev, self._embed, self._dims, self._size = dev, embed, tuple(dims), texts_at_once
-        is_group = torch.distributed.is_initialized()
-        self._rank, self._num_ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_group else (0, 1)
+        is_group = distributed.is_initialized()
+        self._rank, self._num_ranks = (distributed.get_rank(), distributed.get_world_size()) if is_group else (0, 1)
         roles: dict[Role, Sequence[str]] = {"query": list(dev.queries.values()), "document": list(dev.documents.values())}
         self._tokens = {role: self._tokenise(tokeniser, texts, role) for role, texts in roles.items()}
         owners = [_owner(name, is_chunked=dev.is_chunked) for name in dev.documents]
@@ -122,12 +128,14 @@ class DevEvaluator:
 
     def measure(self) -> dict[str, float]:
         """Returns nDCG@10 at each dim (``dev_nDCG@10_64`` and so on) and their mean (``dev_nDCG@10``), the same on every rank."""
+        from torch import distributed
+
         queries, documents = (self._vectors(role) for role in ("query", "document"))
-        figures = {f"dev_{HEADLINE}_{dim}": self._measure(queries, documents, dim) for dim in self._dims if not self._rank}
-        figures |= {f"dev_{HEADLINE}": float(np.mean(list(figures.values())))} if figures else {}
+        figures = {f"{DEV}_{dim}": self._measure(queries, documents, dim) for dim in self._dims if not self._rank}
+        figures |= {DEV: float(np.mean(list(figures.values())))} if figures else {}
         shared = [figures]
         if self._num_ranks > 1:
-            torch.distributed.broadcast_object_list(shared)
+            distributed.broadcast_object_list(shared)
         return shared[0]
 
     def _vectors(self, role: Role) -> npt.NDArray[np.float32]:
@@ -135,11 +143,13 @@ class DevEvaluator:
 
         Shapes: [N, D].
         """
+        from torch import distributed
+
         own = [self._embed(tokens, role).float().cpu().numpy() for tokens in self._tokens[role]]
         gathered: list[Any] = [own]
         if self._num_ranks > 1:
             gathered = [None] * self._num_ranks
-            torch.distributed.all_gather_object(gathered, own)
+            distributed.all_gather_object(gathered, own)
         width = gathered[0][0].shape[1]
         # A rank without texts has no part at all.
         shares = [np.concatenate([np.empty((0, width), np.float32), *parts]) for parts in gathered]

@@ -3,17 +3,19 @@
 import dataclasses
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matryoshka import artifacts, corpus, storage, vectors
 from matryoshka.calibration import Choice
 from matryoshka.clock import PHASES, Clock
 from matryoshka.corpus import Columns, Corpus
-from matryoshka.encode import Encoder
 from matryoshka.model import ModelInfo
 from matryoshka.storage import Place
 from matryoshka.tokens import Long
 from matryoshka.units import Unit
+
+if TYPE_CHECKING:
+    from matryoshka.encode import Encoder
 
 UNITS = "units"
 
@@ -56,7 +58,7 @@ def place(receipt: artifacts.Receipt, unit: Unit) -> artifacts.Receipt:
     return dataclasses.replace(receipt, details={**receipt.details, "slot": unit.slot})
 
 
-def embed_unit(encoder: Encoder, source: Corpus, unit: Unit, folder: Place, clock: Clock | None = None) -> artifacts.Receipt:
+def embed_unit(encoder: "Encoder", source: Corpus, unit: Unit, folder: Place, clock: Clock | None = None) -> artifacts.Receipt:
     """Embeds one unit, publishes its file, and returns its receipt.
 
     Several threads of a worker may each be at a unit of their own: one reads while another computes and a third writes.

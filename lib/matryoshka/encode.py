@@ -18,13 +18,10 @@ from torch import Tensor
 
 from matryoshka import model
 from matryoshka.packed import Attention, CannotPackError, PackedModel
-from matryoshka.rates import Precision
+from matryoshka.rates import TOKENS_PER_STEP, Precision
 from matryoshka.storage import Place
 from matryoshka.stream import Fetch, Stream, end_of_step
 from matryoshka.tokens import Long, Role, Tokeniser, TokeniserPool, Tokens
-
-# Tokens per step where nothing was measured. CPU: larger steps fall out of the caches.
-TOKENS_PER_STEP = {"cpu": 2_048, "cuda": 65_536}
 
 _CHECK_LENGTHS = (130, 60, 33, 16, 12, 5)
 _ROUNDING = 1e-5  # least difference of cosines that float32 itself explains

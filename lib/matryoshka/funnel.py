@@ -4,6 +4,8 @@ Each cut is made over all shards together, by score, with everything that ties w
 (score, id). So the outcome is that of one unsharded search with the same plan, for every kind of coarse index whose scores are
 a function of query and document: all but graphs, which are another graph in every shard. Shards may live anywhere: ``Searcher``
 only needs a way to call a method on each of them.
+
+Drivers import this room: torch, and what else computes products, is imported by the process that opens a shard.
 """
 
 import dataclasses
@@ -12,7 +14,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +26,12 @@ from matryoshka.conditions import Condition
 from matryoshka.filters import COLUMNS
 from matryoshka.index import CoarseIndex
 from matryoshka.nested import Float32Array, FunnelPlan, Step, shrink
-from matryoshka.products import StoredVectors
-from matryoshka.scans import Mask
 from matryoshka.spaces import Space
 from matryoshka.storage import Place
-from matryoshka.topk import IntArray
+from matryoshka.topk import IntArray, Mask
+
+if TYPE_CHECKING:
+    from matryoshka.products import StoredVectors
 
 COARSE, DENSE, VECTORS, IDS = "coarse.faiss", "coarse.npy", "vectors.npy", "ids.arrow"
 
@@ -114,11 +117,13 @@ class Shard:
     def __init__(
         self,
         stored: npt.NDArray[Any],
-        coarse: CoarseIndex | StoredVectors | None = None,
+        coarse: "CoarseIndex | StoredVectors | None" = None,
         removed: IntArray | None = None,
         device: str = "cpu",
         columns: pa.RecordBatch | None = None,
     ) -> None:
+        from matryoshka.products import StoredVectors
+
         self._coarse, self._columns = coarse, columns
         self._asked: tuple[Condition, Mask] | None = None
         self._vectors = StoredVectors(stored, device)
@@ -130,6 +135,8 @@ class Shard:
     @classmethod
     def open(cls, files: ShardFiles, device: str = "cpu") -> "Shard":
         """Returns the shard in a folder; vectors stay on disk until they are looked at."""
+        from matryoshka.products import StoredVectors
+
         stored = np.load(files.path(VECTORS), mmap_mode="c", allow_pickle=False)
         columns = filters.open_columns(files.path(COLUMNS)) if files.has(COLUMNS) else None
         coarse: CoarseIndex | StoredVectors | None = None
@@ -165,7 +172,7 @@ class Shard:
         """
         assert self._coarse is not None
         allowed, num_allowed = self._allowed(condition), self.num_allowed(condition)
-        if isinstance(self._coarse, StoredVectors):
+        if not isinstance(self._coarse, CoarseIndex):
             return _best(self._coarse, queries, step.keep, allowed)
         if not num_allowed:
             return _nothing(len(queries))
@@ -226,7 +233,7 @@ def _nothing(num_queries: int) -> tuple[Float32Array, IntArray]:
     return np.empty((num_queries, 0), np.float32), np.empty((num_queries, 0), np.int64)
 
 
-def _best(stored: StoredVectors, queries: Float32Array, num_kept: int, allowed: Mask | None) -> tuple[Float32Array, IntArray]:
+def _best(stored: "StoredVectors", queries: Float32Array, num_kept: int, allowed: Mask | None) -> tuple[Float32Array, IntArray]:
     """Returns the best of the vectors that may be found; where these are few, no other is looked at."""
     num_allowed = len(stored) if allowed is None else int(np.count_nonzero(allowed))
     if allowed is not None and num_allowed < _GATHERED_SHARE * len(stored):

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,6 @@ from matryoshka import (
     filters,
     funnel,
     nested,
-    products,
     removals,
     shapes,
     spaces,
@@ -33,7 +32,6 @@ from matryoshka.filters import COLUMNS, Kinds, Origin
 from matryoshka.funnel import COARSE, DENSE, IDS, VECTORS, CallShards, Searcher, Shard, ShardFiles
 from matryoshka.index import CoarseIndex, check_factory, check_gpu_shortlist, check_parameters, is_trained
 from matryoshka.nested import FunnelPlan, shrink
-from matryoshka.products import CoarseVectors
 from matryoshka.removals import REMOVED
 from matryoshka.shapes import ListOf, MapOf
 from matryoshka.spaces import Kind, Space
@@ -41,6 +39,9 @@ from matryoshka.storage import Place
 from matryoshka.topk import IntArray
 from matryoshka.units import Unit
 from matryoshka.vectors import EmbeddingStore, Float16Array
+
+if TYPE_CHECKING:
+    from matryoshka.products import CoarseVectors
 
 SHARDS, TRAINED, SPACE = "shards", "trained", "space.npz"
 PLAIN, PLAIN_IDS = "index.faiss", "ids.parquet"
@@ -376,12 +377,14 @@ def training_of(training: Receipt | None) -> str | None:
     return storage.digest_json([file.digest for file in training.files]) if training else None
 
 
-def open_trained(folder: Place, layout: Layout, training: Receipt | None) -> tuple[Space, CoarseIndex | CoarseVectors | None]:
+def open_trained(folder: Place, layout: Layout, training: Receipt | None) -> "tuple[Space, CoarseIndex | CoarseVectors | None]":
     """Returns the coarse space of an index, and an empty coarse index; what needs no training is made here.
 
     Raises:
         ValueError: What was trained is missing or not what its receipt says.
     """
+    from matryoshka.products import CoarseVectors
+
     space = open_space(folder, layout, training)
     if not layout.has_faiss:
         return space, CoarseVectors() if layout.has_index else None
@@ -420,6 +423,8 @@ def export_shard(index: "IndexStore", number: int, plan: FunnelPlan, folder: Pla
     Row for row, the ids stand in a Parquet file beside it. Removed documents are not among them. Memory holds the vectors of
     the shard as float32.
     """
+    from matryoshka import products
+
     shard, layout = index.shards[number], index.layout
     removed = shard.read_removed()
     stored = np.load(shard.path(VECTORS), mmap_mode="r", allow_pickle=False)
@@ -428,7 +433,7 @@ def export_shard(index: "IndexStore", number: int, plan: FunnelPlan, folder: Pla
     space, coarse = open_trained(index.folder, layout, index.training)
     if coarse is None or plan.shortlist.dim != layout.dim:  # the plan scans a prefix
         space, coarse = Space("prefix", plan.shortlist.dim), CoarseIndex.build(shrink(full, plan.shortlist.dim), "Flat")
-    elif isinstance(coarse, CoarseVectors):
+    elif isinstance(coarse, products.CoarseVectors):
         coarse = CoarseIndex.build(np.delete(products.read_coarse(shard.path(DENSE)), removed, axis=0), "SQbf16")
     elif len(removed):
         coarse.add(space.documents(full))

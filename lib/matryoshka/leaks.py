@@ -12,7 +12,6 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from datasketch import MinHash, MinHashLSH
 
 from matryoshka import storage
 from matryoshka.splits import STRENGTH
@@ -79,6 +78,8 @@ class References:
     """
 
     def __init__(self, threshold: float) -> None:
+        from datasketch import MinHashLSH  # half a second to import, for those that look for leaks
+
         self._threshold = threshold
         self._index = MinHashLSH(num_perm=_NUM_HASHES, params=plan_bands(threshold))
         self._splits: list[str] = []
@@ -157,4 +158,6 @@ def _as_minhash(sketch: npt.NDArray[np.uint32]) -> Any:
 @functools.lru_cache(maxsize=1)
 def _blank() -> Any:
     """Returns what the others are copied from: making one anew takes six times as long as hashing a document."""
+    from datasketch import MinHash
+
     return MinHash(_NUM_HASHES, hashfunc=int, scheme="affine32")

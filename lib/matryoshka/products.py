@@ -18,8 +18,8 @@ import torch
 
 from matryoshka import kernels, scans, topk
 from matryoshka.nested import Float32Array
-from matryoshka.scans import CpuScan, GpuScan, Mask
-from matryoshka.topk import IntArray
+from matryoshka.scans import CpuScan, GpuScan
+from matryoshka.topk import IntArray, Mask
 
 Lists = tuple[Float32Array, IntArray]
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from matryoshka import artifacts, storage
+from matryoshka import artifacts, model, storage
 from matryoshka.clock import PHASES
+from matryoshka.dev import DEV
 from matryoshka.storage import Place
-from matryoshka.training import DEV, LOG
 
 _DEV = "dev_"
 
@@ -52,7 +52,7 @@ class Training:
             ValueError: This project did not train it, or its log cannot be read.
         """
         manifest = artifacts.read_complete(folder, "model")
-        record = storage.read_json(folder / LOG)
+        record = storage.read_json(folder / model.TRAINING_LOG)
         summary, recipe, entries = record["summary"], record["recipe"], record["entries"]
         num_steps = recipe["num_steps"] if summary["stopped_at"] is None else summary["stopped_at"]
         return cls(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from matryoshka import indexing, products, topk, units
+from matryoshka import indexing, topk, units
 from matryoshka.funnel import Searcher, Shard
 from matryoshka.lexical import LexicalIndex
 from matryoshka.nested import Float32Array, shrink
@@ -137,6 +137,8 @@ def time_products(store: EmbeddingStore, queries: Vectors, dims: Sequence[int]) 
 
     Shapes: queries [Q, D].
     """
+    from matryoshka import products
+
     _, block = next(_blocks(store), (0, np.empty((0, 0), np.float16)))
     if not len(block) or not len(queries):
         return {}

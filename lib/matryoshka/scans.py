@@ -18,10 +18,9 @@ import torch
 
 from matryoshka import kernels, rates, topk
 from matryoshka.nested import Float32Array
-from matryoshka.topk import PADDING, IntArray
+from matryoshka.topk import PADDING, IntArray, Mask
 
 T = TypeVar("T")
-Mask = npt.NDArray[np.bool_]
 
 _QUERIES = {"cpu": 1_024, "cuda": 1 << 12}  # of one product
 _SCORES = {"cpu": 1 << 19, "cuda": 1 << 27}  # of one product: on CPUs they stay in a core's cache

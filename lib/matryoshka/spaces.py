@@ -3,6 +3,8 @@
 A space turns full vectors into short ones whose inner products stand for those of the full ones. The trained prefix needs
 nothing but the model; a rotation puts the directions first in which documents differ most; a projection looks at queries too.
 Full vectors, and so the scores of reranking, stay what they are in all of them.
+
+Drivers import this room for what an index says of itself: torch is imported where vectors are turned.
 """
 
 from dataclasses import dataclass
@@ -11,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from matryoshka.nested import Float32Array, shrink
 
@@ -118,6 +119,8 @@ def _second_moment(vectors: npt.NDArray[np.floating[Any]]) -> Matrix:
 
     Shapes: vectors [N, D] -> [D, D].
     """
+    import torch
+
     unit = torch.from_numpy(shrink(vectors, vectors.shape[1]))
     moment = (unit.T @ unit).double().numpy() / max(len(unit), 1)
     ridge = _RIDGE * np.trace(moment) / len(moment)
@@ -134,6 +137,8 @@ def _root(moment: Matrix) -> Matrix:
 
 def _apply(own: Float32Array | None, vectors: npt.NDArray[np.floating[Any]], dim: int) -> Float32Array:
     """Returns coarse vectors: prefixes at unit length, or what a map makes of vectors of unit length."""
+    import torch
+
     if own is None:
         return shrink(vectors, dim)
     wide = torch.from_numpy(np.array(vectors)).float()  # a copy that torch may write to, or it warns

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 IdLookup = Callable[[IntArray], npt.NDArray[np.object_]]
 
 PADDING = -np.inf

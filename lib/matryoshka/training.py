@@ -24,7 +24,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from matryoshka import batches, checkpoints, examples, layers, losses, model, storage
 from matryoshka.batches import BatchPlan
-from matryoshka.dev import HEADLINE, DevEvaluator, DevSet
+from matryoshka.dev import DEV, DevEvaluator, DevSet
 from matryoshka.examples import Examples
 from matryoshka.forward import TrainingForward, features_of
 from matryoshka.rates import Precision
@@ -32,9 +32,6 @@ from matryoshka.recipe import Recipe
 from matryoshka.storage import Place
 from matryoshka.stream import Fetch, put
 from matryoshka.tokens import Role, Tokeniser, Tokens
-
-LOG = "training_log.json"
-DEV = f"dev_{HEADLINE}"
 
 _SHOWN_PAIRS = 3
 _NOTED = ("entries", "best_step", "best_score", "num_worse", "stopped_at", "loss_sum", "num_summed")
@@ -165,7 +162,7 @@ def _save(network: Any, job: Job, summary: Mapping[str, Any]) -> None:
     network[0].auto_model.config.update(model.dropout_rates(job.base))
     with storage.publish(job.target) as temporary:
         network.save_pretrained(str(temporary), create_model_card=False, safe_serialization=True)
-        (temporary / LOG).write_text(json.dumps(summary, indent=1) + "\n")
+        (temporary / model.TRAINING_LOG).write_text(json.dumps(summary, indent=1) + "\n")
         for path in temporary.rglob("*.safetensors"):
             path.chmod(0o644)  # written for its owner only, but other users of the cluster load it
 

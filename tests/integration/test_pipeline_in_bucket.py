@@ -13,7 +13,7 @@ import s3_server
 import yaml
 
 from jobs import pipeline, verify
-from matryoshka import artifacts, checkpoints, storage, training
+from matryoshka import artifacts, checkpoints, model, storage
 from matryoshka.storage import Place
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +90,7 @@ def finished(killed: Place, config: Path) -> Place:
 
 
 def test_a_run_that_was_killed_in_the_middle_of_fine_tuning_goes_on_from_a_checkpoint(finished: Place) -> None:
-    log = storage.read_json(finished / "model" / training.LOG)
+    log = storage.read_json(finished / "model" / model.TRAINING_LOG)
     assert log["summary"]["first_step"] >= _CHECKPOINT_STEPS
     assert [path.name for path in finished.rglob("*") if path.name.startswith(storage.TEMPORARY)] == []
     assert not (finished / "model" / checkpoints.FOLDER).exists()
@@ -108,7 +108,7 @@ def _fingerprints(run: Place) -> dict[str, Any]:
     found = storage.read_json(run / "report.json")["fingerprints"]
     own = {name: fingerprint for name, fingerprint in found.items() if name not in (*_TIMED, "model")}
     receipts = artifacts.read_complete(run / "model", "model").receipts
-    return own | {receipt.key: receipt.files[0].digest for receipt in receipts if receipt.key != training.LOG}
+    return own | {receipt.key: receipt.files[0].digest for receipt in receipts if receipt.key != model.TRAINING_LOG}
 
 
 def test_verify_accepts_all_of_it(finished: Place, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """The direction of imports, and the one door of each dependency, as the sources have them."""
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,12 @@ DOORS = {
     "rich": ("jobs/terminal.py",),
     "psutil": ("jobs/training_group.py",),
     "jobs": ("jobs/",),
+}
+HEAVY = {"torch", "transformers", "sentence_transformers", "accelerate", "datasets", "numba", "scipy", "sklearn", "pandas"}
+HEAVY_FOR = {
+    **dict.fromkeys(("embed", "export", "finetune", "index", "pipeline", "plan", "prepare"), HEAVY),  # pipeline brings the others
+    **dict.fromkeys(("report", "verify"), HEAVY | {"ray"}),
+    "status": HEAVY | {"ray", "faiss", "pyarrow", "altair"},
 }
 PURE = (
     *("units", "nested", "topk", "conditions", "clock", "batches", "tradeoffs", "significance"),
@@ -99,6 +106,15 @@ def test_each_dependency_is_imported_only_where_its_door_is(package: str):
     users = [name_of(path) for path in SOURCES if package in packages(path)]
     assert users
     assert [user for user in users if not user.startswith(DOORS[package])] == []
+
+
+@pytest.mark.parametrize("job", HEAVY_FOR)
+def test_a_driver_starts_without_the_libraries_that_compute(job: str):
+    """They take seconds, and belong to those that compute: workers, or the driver itself once there is something to do."""
+    code = f"import sys, jobs.{job}; print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"jobs.{job}" in ran.stdout.split()
+    assert HEAVY_FOR[job] & set(ran.stdout.split()) == set()
 
 
 @pytest.mark.parametrize("room", PURE)

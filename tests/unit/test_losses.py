@@ -11,7 +11,7 @@ import small_runs
 import torch
 from torch import Tensor
 
-from matryoshka import losses, model, training
+from matryoshka import losses, model
 from matryoshka.examples import Examples
 from matryoshka.forward import TrainingForward, features_of
 from matryoshka.losses import MaskedScores
@@ -167,4 +167,4 @@ def test_the_first_loss_of_a_run_is_what_its_definition_gives(tmp_path: Path, ti
     job = small_runs.make_job(tmp_path, tiny, PAIRS, dataclasses.replace(RECIPE, num_steps=1))
     (entry,) = small_runs.train(job).entries
     assert entry["loss"] == pytest.approx(loss_by_hand(model.load(Path(tiny), "cpu"), PAIRS).item(), rel=1e-5)
-    assert training.LOG in {path.name for path in job.target.iterdir()}
+    assert model.TRAINING_LOG in {path.name for path in job.target.iterdir()}

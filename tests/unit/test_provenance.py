@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from matryoshka.artifacts import Manifest, Receipt
+from matryoshka.model import TRAINING_LOG
 from matryoshka.provenance import Embedding, Evaluation, Training
-from matryoshka.training import LOG
 
 ENTRIES = [
     {"step": 0, "dev_nDCG@10_64": 0.5, "dev_nDCG@10_16": 0.3, "dev_nDCG@10": 0.4},
@@ -19,7 +19,7 @@ def write_model(folder: Path, stopped_at: int | None) -> Path:
     folder.mkdir()
     summary = {"kept_step": 8, "stopped_at": stopped_at, "num_ranks": 2}
     record: dict[str, Any] = {"summary": summary, "recipe": {"num_steps": 10, "batch_size": 16}, "entries": ENTRIES}
-    (folder / LOG).write_text(json.dumps(record))
+    (folder / TRAINING_LOG).write_text(json.dumps(record))
     Manifest("model", {"dims": [64, 16]}, facts={"train_seconds": 12.5}, is_complete=True).write(folder)
     return folder
 

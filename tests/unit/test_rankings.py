@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from matryoshka import indexing, rankings
+from matryoshka import indexing, products, rankings
 from matryoshka.indexing import IndexStore
 from matryoshka.lexical import LexicalIndex
 from matryoshka.nested import FunnelPlan
@@ -241,7 +241,7 @@ def test_products_are_timed_at_every_dim_in_a_sample_of_one_size_whatever_the_co
         asked.append((queries.shape, documents.shape))
         return 2.0
 
-    monkeypatch.setattr(rankings.products, "time_products", note)
+    monkeypatch.setattr(products, "time_products", note)
     monkeypatch.setattr(rankings, "_MOST_TIMED_NUMBERS", 800)
     store = make_store({"a:0": ([f"d{n}" for n in range(5)], random_vectors(5, 8))})
     taken = rankings.time_products(store, random_vectors(3, 8, 1), (8, 4))

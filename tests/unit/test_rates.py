@@ -4,8 +4,8 @@ from matryoshka import rates
 
 
 def test_bf16_must_pay_to_be_chosen(monkeypatch: pytest.MonkeyPatch):
-    def pretend(_device: str, dtype: object, *_: int, **__: int) -> float:
-        return {"torch.float32": 1.0, "torch.bfloat16": ratio}[str(dtype)]
+    def pretend(_device: str, precision: rates.Precision, *_: int, **__: int) -> float:
+        return {"float32": 1.0, "bf16": ratio}[precision]
 
     monkeypatch.setattr(rates, "_product_seconds", pretend)
     ratio = 0.9

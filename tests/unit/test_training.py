@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from matryoshka import checkpoints, model, training
+from matryoshka import checkpoints, dev, model, training
 from matryoshka.recipe import Recipe
 from matryoshka.training import Job, TrainingError
 
@@ -131,7 +131,7 @@ def ndcg(folder: Path) -> float:
 
 def test_the_kept_model_is_the_best_of_all_that_were_looked_at(whole: Job, tiny: str):
     found = small_runs.log(whole)
-    scores = {entry["step"]: entry[training.DEV] for entry in found["entries"] if training.DEV in entry}
+    scores = {entry["step"]: entry[dev.DEV] for entry in found["entries"] if dev.DEV in entry}
     assert sorted(scores) == list(range(10))
     best = max(scores, key=lambda step: (scores[step], -step))
     assert found["summary"]["kept_step"] == best
@@ -146,7 +146,7 @@ def test_a_last_step_that_is_worse_than_an_earlier_one_is_not_kept(tmp_path: Pat
     job = small_runs.make_job(tmp_path, tiny, texts.pairs(30), recipe, dev=DEV)
     small_runs.train(job)
     found = small_runs.log(job)
-    scores = {entry["step"]: entry[training.DEV] for entry in found["entries"] if training.DEV in entry}
+    scores = {entry["step"]: entry[dev.DEV] for entry in found["entries"] if dev.DEV in entry}
     kept = found["summary"]["kept_step"]
     assert 0 < kept <= 8
     assert scores[12] < scores[kept]
@@ -249,7 +249,7 @@ def test_a_trained_model_keeps_its_window_prompts_and_dropout_and_has_what_its_b
     assert {role: tuned.prompts[role] for role in ("query", "document")} == network.prompts
     for name in ("config.json", "modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "tokenizer.json"):
         assert json.loads((job.target / name).read_text()) == json.loads((base / name).read_text()), name
-    assert training.LOG in {path.name for path in job.target.iterdir()}
+    assert model.TRAINING_LOG in {path.name for path in job.target.iterdir()}
 
 
 def test_the_facts_of_a_run_stand_in_its_log(tmp_path: Path, tiny: str):

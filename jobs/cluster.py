@@ -7,6 +7,7 @@ import collections
 import contextlib
 import functools
 import logging
+import math
 import os
 import signal
 from collections import deque
@@ -52,7 +53,7 @@ _IN_FLIGHT_PER_WORKER = 3  # one is read and tokenised, one computed, one writte
 _LOSSES_IN_A_ROW = 10  # per worker: then it is not a unit's fault
 _RETURN_SECONDS = 600.0  # how long to wait for a lost worker where there is no other
 _GATHER_SECONDS = 60.0  # how long the first worker waits for the others: machines may still be on their way
-TEXTS_PER_CALL = 1024
+_TEXTS_PER_CALL = 1024
 _SHARD_ATTEMPTS = 3
 _MOST_CPUS_PER_GPU = 16
 
@@ -60,7 +61,7 @@ _MOST_CPUS_PER_GPU = 16
 class Session:
     """A connection to Ray, and the encoder pool that stages of one run hand on to each other.
 
-    The pool takes all CPUs or GPUs, so whatever else is to run on the cluster goes through here and ends the pool first.
+    The pool may take all CPUs or GPUs, so whatever else is to run on the cluster goes through here and ends the pool first.
     """
 
     def __init__(self) -> None:
@@ -81,12 +82,13 @@ class Session:
         """Returns a pool for this model: the one at hand, or a new one in its place."""
         there = capacity()
         wanted = check_workers(num_workers) or there.default_workers
-        key = (info.fingerprint, precision, tokens_per_step, there.device, wanted, long, is_compiled)
+        key = (info.fingerprint, precision, tokens_per_step, there.device, long, is_compiled)
         if self._pool is None or key != self._key:
             self.release()
             num_tokenisers = there.cpus_per_gpu - 1 if there.device == "cuda" else 0
             arguments = (str(info.folder), there.device, precision, tokens_per_step, long, num_tokenisers, is_compiled)
             self._key, self._pool = key, Encoders(arguments, worker_resources(there), wanted)
+        self._pool.resize(wanted)
         return self._pool
 
     def encode_queries(
@@ -420,6 +422,13 @@ class Encoders:
             ray.kill(actor)
         self._actors = []
 
+    def resize(self, num_workers: int) -> None:
+        """Sets how many workers there may be; those beyond are ended."""
+        for actor in self._actors[num_workers:]:
+            ray.kill(actor)
+        del self._actors[num_workers:]
+        self._num_workers = num_workers
+
     def _started(self, num_calls: int | None) -> list[Any]:
         """Returns the workers, after starting those that so many calls need and that are not there yet."""
         num_wanted = self._num_workers if num_calls is None else min(num_calls, self._num_workers)
@@ -444,7 +453,8 @@ class Encoders:
             RuntimeError: One cannot load the model.
         """
         calls = [actor.ready.remote() for actor in actors]
-        ray.wait(calls)  # however long the first machine takes to come
+        if len(actors) == len(self._actors):  # there is nobody else to begin
+            ray.wait(calls)  # however long the first machine takes to come
         ready, late = ray.wait(calls, num_returns=len(calls), timeout=_GATHER_SECONDS)
         if late:
             say(f"encoder: {len(late)} of {len(calls)} workers are not there yet; the others begin")
@@ -457,13 +467,17 @@ class Encoders:
         """Starts the workers that so many calls need, or all of them, if they are not there yet; returns how many are."""
         return len(self._started(num_calls))
 
+    def start_for_texts(self, num_texts: int) -> None:
+        """Starts the workers that so many texts need, if they are not there yet."""
+        self._started(math.ceil(num_texts / _TEXTS_PER_CALL))
+
     def embed(self, source: Corpus, todo: Sequence[Unit], folder: Place, attempts: int) -> "Iterator[Outcome[Receipt]]":
         """Yields the outcome of each unit as it is finished, or has failed every time."""
         shared = ray.put(source)  # once: a corpus of many files is large
         calls = {unit.key: (shared, unit, str(folder.resolve())) for unit in todo}
         return run_on_actors(self._started(len(calls)), "embed", calls, attempts)
 
-    def encode(self, texts: Sequence[str], role: Role, texts_per_call: int = TEXTS_PER_CALL) -> npt.NDArray[np.float16]:
+    def encode(self, texts: Sequence[str], role: Role, texts_per_call: int = _TEXTS_PER_CALL) -> npt.NDArray[np.float16]:
         """Returns the vectors of texts, in their order.
 
         Shapes: [N, D].
@@ -695,6 +709,8 @@ class _Crew:
 
     def __init__(self, actors: Sequence[Any], method: str, calls: Mapping[str, tuple[Any, ...]]) -> None:
         self._actors, self._method, self._calls = actors, method, calls
+        # Each has its share where there are few: the first that is there would take them all.
+        self._room = min(_IN_FLIGHT_PER_WORKER, math.ceil(len(calls) / max(len(actors), 1)))
         self._present = set[int]()
         self._running: dict[Any, tuple[str, int, int]] = {}
         self._returning = {self._knock(number): number for number in range(len(actors))}  # one may have been lost meanwhile
@@ -757,7 +773,7 @@ class _Crew:
         for number in load:
             if self.suspects and not load[number]:
                 load[number] = self._call(number, self.suspects.popleft(), _IN_FLIGHT_PER_WORKER)
-        while self.waiting and load and min(load.values()) < _IN_FLIGHT_PER_WORKER:
+        while self.waiting and load and min(load.values()) < self._room:
             number = min(load, key=load.__getitem__)
             load[number] += self._call(number, self.waiting.popleft(), 1)
 

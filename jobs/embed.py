@@ -49,7 +49,7 @@ class Settings(StageSettings):
         "auto", description="Compile the model (needs a C++ compiler); auto: for long runs, where a measurement says it pays."
     )
     long: Long = Field("truncate", description="Texts beyond the model's window: cut, or the mean of overlapping windows.")
-    workers: int | None = Field(None, ge=1, description="Encoder processes; none: one per GPU, or per CPU.")
+    workers: int | None = Field(None, ge=1, description="Most encoder processes; none: one per GPU, or per CPU.")
     attempts: int = Field(3, ge=1, description="How often a unit is tried before it counts as failed.")
     fail_on_empty: bool = Field(False, description="Make an error of rows without text instead of leaving them out.")
 
@@ -101,7 +101,7 @@ def run(settings: Settings) -> Manifest:
         artifacts.begin(output, manifest, previous)
         budget = embedding.tokens_per_step_that_fit(finished.values(), best.tokens_per_step)
         pool = session.encoders(info, best.precision, budget, settings.workers, settings.long, is_compiled=best.is_compiled)
-        pool.start(len(todo))
+        num_workers = max(min(pool.start(len(todo)), len(todo)), 1)
         start = time.perf_counter()
         failures = _embed(pool, source, todo, settings, finished)
         seconds = time.perf_counter() - start

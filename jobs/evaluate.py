@@ -1,7 +1,6 @@
 """Says how good models are, at every dim, beside words, through an index's funnel, quantised; and whether tuning is worth it."""
 
 import dataclasses
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -81,7 +80,7 @@ class Settings(StageSettings):
     system: str | None = Field(
         None, description="Name in the report; none: 'tuned' if this project trained the model, else 'base'."
     )
-    workers: int | None = Field(None, ge=1, description="Encoder processes; none: one per GPU, or per CPU.")
+    workers: int | None = Field(None, ge=1, description="Most encoder processes; none: one per GPU, or per CPU.")
 
     @check_settings
     def _one_source(self) -> "Settings":
@@ -431,7 +430,7 @@ class _Similarity:
 
 def _encode(pool: Encoders, texts: list[str], role: Role) -> tuple[Float16Array, float]:
     """Returns the vectors of texts, and how many were done in a second, once the workers had started."""
-    pool.start(math.ceil(len(texts) / cluster.TEXTS_PER_CALL))
+    pool.start_for_texts(len(texts))
     start = time.perf_counter()
     vectors = pool.encode(texts, role)
     return vectors, round(len(texts) / max(time.perf_counter() - start, 1e-9), 1)

@@ -64,7 +64,7 @@ class Settings(StageSettings):
         None, gt=0, description="GB of memory of a process that holds a shard, which what is chosen respects; none: no limit."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where it will be searched; auto: what the cluster has.")
-    workers: int | None = Field(None, ge=1, description="Encoder processes for --queries; none: one per GPU, or per CPU.")
+    workers: int | None = Field(None, ge=1, description="Most encoder processes for --queries; none: one per GPU, or per CPU.")
 
     @check_settings
     def _usable_space(self) -> "Settings":

@@ -44,7 +44,7 @@ class Settings(StageSettings):
     )
     sampling: Sampling = Field("top", description="top: the best that qualify; random: any of them, by hash of the pair.")
     embeddings: FolderPath | None = Field(None, description="Folder that the embed job wrote from this model and data.")
-    workers: int | None = Field(None, ge=1, description="Encoder processes; none: one per GPU, or per CPU.")
+    workers: int | None = Field(None, ge=1, description="Most encoder processes; none: one per GPU, or per CPU.")
 
     @check_settings
     def _usable_window(self) -> "Settings":

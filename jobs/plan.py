@@ -120,7 +120,7 @@ def _estimate(
     extent = Extent.of(source, settings.documents, settings.unit_rows)
     there, notes = cluster.capacity(), list[str]()
     means = Means(
-        settings.workers or min(there.default_workers, extent.num_units),
+        min(settings.workers or there.default_workers, extent.num_units),
         settings.workers_per_node or max(there.cpus_per_node // there.cpus_per_gpu, 1),
         settings.memory * _GB if settings.memory else float(measurement.free_bytes()),
         settings.within_hours * _HOUR,

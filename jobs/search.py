@@ -50,7 +50,7 @@ class Settings(JobSettings):
     allow_partial: bool = Field(False, description="Leave out shards that cannot be searched, and say how much was searched.")
     model: str | None = Field(None, description="Where the index's model is now, if it was moved.")
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where --queries are searched; GPUs must hold all vectors.")
-    workers: int | None = Field(None, ge=1, description="Processes for --queries; none: one per GPU, or per CPU.")
+    workers: int | None = Field(None, ge=1, description="Most processes for --queries; none: one per GPU, or per CPU.")
     replace: bool = Field(False, description="Discard what the output holds if it came from other inputs or settings.")
 
     @check_settings

@@ -45,7 +45,7 @@ class Settings(JobSettings):
     batch: int = Field(1024, ge=1, description="Queries that are searched at once where plans are timed.")
     max_queries: int = Field(2_000, ge=1, description="Most queries to use; which, their ids decide.")
     model: str | None = Field(None, description="Where the index's model is now, if it was moved.")
-    workers: int | None = Field(None, ge=1, description="Encoder processes; none: one per GPU, or per CPU.")
+    workers: int | None = Field(None, ge=1, description="Most encoder processes; none: one per GPU, or per CPU.")
     dry_run: bool = Field(False, description="Show the frontier, and leave the index as it is.")
     replace: bool = Field(False, description="Measure again, even if nothing changed.")
 

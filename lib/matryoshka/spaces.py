@@ -137,10 +137,10 @@ def _root(moment: Matrix) -> Matrix:
 
 def _apply(own: Float32Array | None, vectors: npt.NDArray[np.floating[Any]], dim: int) -> Float32Array:
     """Returns coarse vectors: prefixes at unit length, or what a map makes of vectors of unit length."""
-    import torch
-
     if own is None:
         return shrink(vectors, dim)
+    import torch
+
     wide = torch.from_numpy(np.array(vectors)).float()  # a copy that torch may write to, or it warns
     norms = torch.linalg.vector_norm(wide, dim=1, keepdim=True, dtype=torch.float64).clamp_min_(_TINY)
     mapped: Float32Array = (wide @ torch.from_numpy(own)).div_(norms).numpy()

@@ -18,6 +18,7 @@ from ray import cloudpickle
 
 from jobs import cluster
 from jobs.cluster import Encoders, Outcome, ShardActors, ShardsLostError
+from matryoshka import model
 from matryoshka.artifacts import FileRecord
 from matryoshka.funnel import ShardFiles
 from matryoshka.units import Unit
@@ -161,6 +162,41 @@ def test_a_pool_begins_with_the_workers_that_have_a_place(
     ((first,), _) = ray.wait(calls)
     ray.kill(encoders._actors[calls.index(first)])
     assert set(_embed(encoders, _units(*["fine"] * 10)).values()) == {"done"}, "the other does not join when there is room"
+    encoders.close()
+
+
+def test_a_pool_starts_as_many_workers_as_there_are_calls(tmp_path: Path, pool: Pool) -> None:
+    encoders = pool(3)
+    for num_units, num_started in ((0, 0), (1, 1), (2, 2), (1, 2), (10, 3)):
+        _embed(encoders, _units(*["fine"] * num_units))
+        assert len(list(tmp_path.glob("start-*"))) == num_started
+    assert encoders.start(1) == encoders.start() == 3
+    encoders.resize(1)
+    assert encoders.start() == 1
+    assert set(_embed(encoders, _units("fine", "fine")).values()) == {"done"}
+
+
+def test_another_number_of_workers_is_no_reason_to_load_a_model_anew(tiny: str, local_ray: cluster.Session) -> None:
+    info = model.describe(tiny)
+    pool = local_ray.encoders(info, "float32", 512, 1)
+    assert local_ray.encoders(info, "float32", 512, None) is pool
+    assert local_ray.encoders(info, "bf16", 512, None) is not pool
+
+
+def test_few_calls_are_shared_by_the_workers(tmp_path: Path, pool: Pool) -> None:
+    units = _units("fine", "fine")
+    _embed(pool(2), units)
+    assert [_tries(tmp_path, unit) for unit in units] == [[1], [1]]
+
+
+@pytest.mark.usefixtures("pool")
+def test_workers_that_have_no_place_are_not_waited_for_where_others_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_GATHER_SECONDS", 0.1)
+    encoders = Encoders((str(tmp_path),), {"num_cpus": cluster.capacity().num_cpus}, 2)
+    assert encoders.start(1) == 1
+    assert set(_embed(encoders, _units(*["fine"] * 10)).values()) == {"done"}
     encoders.close()
 
 

@@ -88,7 +88,8 @@ class Session:
             num_tokenisers = there.cpus_per_gpu - 1 if there.device == "cuda" else 0
             arguments = (str(info.folder), there.device, precision, tokens_per_step, long, num_tokenisers, is_compiled)
             self._key, self._pool = key, Encoders(arguments, worker_resources(there), wanted)
-        self._pool.resize(wanted)
+        else:
+            self._pool.resize(wanted)
         return self._pool
 
     def encode_queries(

@@ -250,14 +250,12 @@ def _announce(recipe: Recipe, workers: int, precision: str) -> None:
 
 
 def _finish(output: Place, manifest: Manifest, inputs: _Inputs, seconds: float, cost: Mapping[str, Any]) -> Manifest:
-    from matryoshka import checkpoints
-
     record = storage.read_json(output / model.TRAINING_LOG)
     summary = {**record["summary"], "train_seconds": round(seconds, 1)}
     card.write(output / card.NAME, inputs.info, inputs.data.manifest, inputs.recipe, record["entries"], summary)
     facts = {**manifest.facts, **summary, **cost}
     manifest = dataclasses.replace(manifest, receipts=_receipts(output), facts=facts, is_complete=True)
-    storage.remove(output / checkpoints.FOLDER)  # not before: hashing a large model takes a while
+    storage.remove(output / model.CHECKPOINTS)  # not before: hashing a large model takes a while
     manifest.write(output)
     for notice in summary["notices"]:
         say(f"finetune: {notice}")
@@ -270,9 +268,7 @@ def _finish(output: Place, manifest: Manifest, inputs: _Inputs, seconds: float, 
 
 def _receipts(output: Place) -> tuple[Receipt, ...]:
     """Returns a receipt for every file of the model; its card, which people write to, and TensorBoard's files are not of it."""
-    from matryoshka import checkpoints
-
-    apart = {artifacts.MANIFEST, card.NAME, curves.FOLDER, checkpoints.FOLDER, *storage.OF_THE_RUN}
+    apart = {artifacts.MANIFEST, card.NAME, curves.FOLDER, model.CHECKPOINTS, *storage.OF_THE_RUN}
     every = sorted(map(PurePosixPath, storage.names(output)))
     names = [str(path) for path in every if path.parts[0] not in apart and not path.name.startswith(storage.TEMPORARY)]
     return tuple(Receipt(name, 0, (FileRecord.named(name, output / name),)) for name in names)

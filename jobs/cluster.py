@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util import metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -44,6 +45,7 @@ from matryoshka.units import Unit
 
 if TYPE_CHECKING:
     from matryoshka.anatomy import Sample, Vectors
+    from matryoshka.encode import Encoder
 
 T = TypeVar("T")
 
@@ -61,12 +63,12 @@ _MOST_CPUS_PER_GPU = 16
 class Session:
     """A connection to Ray, and the encoder pool that stages of one run hand on to each other.
 
-    The pool may take all CPUs or GPUs, so whatever else is to run on the cluster goes through here and ends the pool first.
+    The pool may take all CPUs or GPUs, so whatever else is to run on the cluster goes through here, and ends the pool first
+    unless there is room beside it.
     """
 
     def __init__(self) -> None:
-        self._key: tuple[Any, ...] | None = None
-        self._pool: Encoders | None = None
+        self._workers = EncoderWorkers()
         self._precision: Precision | None = None
 
     def encoders(
@@ -79,18 +81,14 @@ class Session:
         *,
         is_compiled: bool = False,
     ) -> "Encoders":
-        """Returns a pool for this model: the one at hand, or a new one in its place."""
+        """Returns the pool as one for this model."""
         there = capacity()
-        wanted = check_workers(num_workers) or there.default_workers
-        key = (info.fingerprint, precision, tokens_per_step, there.device, long, is_compiled)
-        if self._pool is None or key != self._key:
-            self.release()
-            num_tokenisers = there.cpus_per_gpu - 1 if there.device == "cuda" else 0
-            arguments = (str(info.folder), there.device, precision, tokens_per_step, long, num_tokenisers, is_compiled)
-            self._key, self._pool = key, Encoders(arguments, worker_resources(there), wanted)
-        else:
-            self._pool.resize(wanted)
-        return self._pool
+        num_wanted = check_workers(num_workers) or there.default_workers
+        num_tokenisers = there.cpus_per_gpu - 1 if there.device == "cuda" else 0
+        role = EncoderRole(
+            info.fingerprint, str(info.folder), there.device, precision, tokens_per_step, long, num_tokenisers, is_compiled
+        )
+        return Encoders(self._workers, role, num_wanted)
 
     def encode_queries(
         self, info: ModelInfo, precision: Precision, texts: Sequence[str], num_workers: int | None
@@ -106,9 +104,14 @@ class Session:
 
     def release(self) -> None:
         """Ends the pool, so that its CPUs, GPUs and memory are free for something else."""
-        if self._pool:
-            self._pool.close()
-        self._pool = None
+        self._workers.close()
+
+    def _make_room(self, num_cpus: int, device: str = "cpu") -> None:
+        """Ends the pool, unless what takes so many CPUs can run beside it, on machines without GPUs."""
+        there, num_started = capacity(), len(self._workers)
+        free = min(there.num_cpus - num_started, _free_cpus())
+        if "cuda" in (device, there.device) or num_cpus > free:
+            self.release()
 
     def choose_precision(self, wanted: str) -> Precision:
         """Returns the precision that was asked for, or for ``auto`` what a measurement on a worker said once."""
@@ -142,16 +145,23 @@ class Session:
         return self._on_workers(function, [arguments])[0]
 
     def _on_workers(self, function: Callable[..., T], calls: Sequence[tuple[Any, ...]]) -> list[T]:
-        self.release()
+        self._make_room(len(calls))
         # A process that was used once ends, and leaves the device's memory to the workers.
         options: dict[str, Any] = {**worker_resources(capacity()), "max_calls": 1}
         remote = ray.remote(**options)(function)
         return [_get(reference) for reference in [remote.remote(*arguments) for arguments in calls]]
 
-    def run_tasks(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-        """Yields the results of a function, called once per tuple of arguments, in the order given; few are in flight."""
-        self.release()
-        remote, limit = ray.remote(scheduling_strategy="SPREAD")(_lets_go(function)), 2 * capacity().num_cpus
+    def run_tasks(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], num_cpus: int = 1) -> Iterator[Any]:
+        """Yields the results of a function, called once per tuple of arguments, in the order given; few are in flight.
+
+        Args:
+            function: What is called.
+            arguments: Of each call.
+            num_cpus: What each call takes, all of one node.
+        """
+        self._make_room(len(arguments) * num_cpus)
+        remote = ray.remote(num_cpus=num_cpus, scheduling_strategy="SPREAD")(_lets_go(function))
+        limit = 2 * capacity().num_cpus
         window: deque[Any] = deque()
         try:
             for own in arguments:
@@ -171,7 +181,7 @@ class Session:
         """Opens shards on a device in actors, dealt out in turn, and yields the way to call them; a GPU has one actor."""
         most = capacity().num_gpus if device == "cuda" else capacity().num_cpus
         num_actors = min(check_workers(num_workers, device) or most, len(files))
-        self.release()
+        self._make_room(num_actors, device)
         actors = ShardActors([own.resolve() for own in files], num_actors, device)
         try:
             yield actors
@@ -287,6 +297,11 @@ def capacity() -> Capacity:
     return Capacity(max(int(resources.get("CPU", 1)), 1), int(resources.get("GPU", 0)), cpus_per_gpu, cpus_per_node)
 
 
+def _free_cpus() -> int:
+    """Returns how many CPUs nobody has taken, as far as the cluster knows."""
+    return int(ray.available_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
+
+
 def check_device(device: str) -> None:
     """Checks that the cluster has a device.
 
@@ -326,27 +341,38 @@ def _get(reference: Any) -> Any:
         raise error.cause from None
 
 
-class _EncoderActor:
-    """Holds one loaded model; its calls overlap."""
+@dataclass(frozen=True, slots=True)
+class EncoderRole:
+    """What an encoder actor is to be: which model it has, and how it runs it; see ``encode.Encoder``."""
 
-    def __init__(
-        self,
-        folder: str,
-        device: str,
-        precision: Precision,
-        tokens_per_step: int,
-        long: Long,
-        num_tokenisers: int,
-        is_compiled: bool,
-    ) -> None:
-        from matryoshka import model
+    fingerprint: str
+    folder: str
+    device: str
+    precision: Precision
+    tokens_per_step: int
+    long: Long
+    num_tokenisers: int
+    is_compiled: bool
+
+    def load(self) -> "Encoder":
+        """Returns the model, loaded."""
         from matryoshka.encode import Encoder
 
-        model.quieten()
+        place, own = storage.place(self.folder), (self.tokens_per_step, self.long, self.num_tokenisers)
+        return Encoder(place, self.device, self.precision, *own, is_compiled=self.is_compiled)
+
+
+class _EncoderActor:
+    """Holds one loaded model, and takes another when a call is for that one; calls overlap.
+
+    To start a process, and to import what loads models, takes longer than to load most of them.
+    """
+
+    def __init__(self) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this worker has one CPU, or processes that tokenise
-        self._encoder = Encoder(
-            storage.place(folder), device, precision, tokens_per_step, long, num_tokenisers, is_compiled=is_compiled
-        )
+        self._role: EncoderRole | None = None
+        self._loaded: Encoder | None = None
+        self._loading = threading.Lock()
         self._clock = Clock()
         self._counters = {
             name: metrics.Counter(f"matryoshka_embed_{name}", description=f"Embedding: {text}.")
@@ -356,16 +382,31 @@ class _EncoderActor:
             "matryoshka_embed_memory_bytes", description="Embedding: most memory that a worker took, of its GPU if it has one."
         )
 
-    def ready(self) -> str:
-        """Returns, once the model is loaded, why it runs padded or not compiled, or nothing."""
-        return self._encoder.notice
+    def _encoder(self, role: EncoderRole) -> "Encoder":
+        """Returns the model of a role, which is loaded if it is not the one at hand."""
+        from matryoshka import encode, model
 
-    def embed(self, source: Corpus, unit: Unit, folder: str) -> Receipt:
+        with self._loading:
+            if self._loaded is None or self._role != role:
+                model.quieten()
+                if self._loaded:
+                    self._loaded.close()
+                    self._loaded = None  # two at once may not fit
+                    encode.free_memory(role.device)
+                self._loaded, self._role = role.load(), role
+            return self._loaded
+
+    def ready(self, role: EncoderRole) -> str:
+        """Returns, once the model is loaded, why it runs padded or not compiled, or nothing."""
+        return self._encoder(role).notice
+
+    def embed(self, role: EncoderRole, source: Corpus, unit: Unit, folder: str) -> Receipt:
         """Embeds one unit."""
         from matryoshka import embedding, encode
 
+        encoder = self._encoder(role)
         try:
-            receipt = embedding.embed_unit(self._encoder, source, unit, storage.place(folder), self._clock)
+            receipt = embedding.embed_unit(encoder, source, unit, storage.place(folder), self._clock)
         except RuntimeError as error:
             if encode.is_device_lost(error):
                 os._exit(1)  # every later call would fail as well; Ray starts another process
@@ -374,16 +415,16 @@ class _EncoderActor:
         for name, counter in self._counters.items():
             if counts[name]:
                 counter.inc(counts[name])
-        self._memory.set(self._encoder.peak_bytes())
+        self._memory.set(encoder.peak_bytes())
         return receipt
 
-    def encode(self, texts: list[str], role: Role) -> npt.NDArray[np.float16]:
+    def encode(self, role: EncoderRole, texts: list[str], kind: Role) -> npt.NDArray[np.float16]:
         """Returns the vectors of a few texts."""
-        return self._encoder.encode(texts, role).vectors
+        return self._encoder(role).encode(texts, kind).vectors
 
-    def count_tokens(self, texts: list[str]) -> tuple[int, int]:
+    def count_tokens(self, role: EncoderRole, texts: list[str]) -> tuple[int, int]:
         """Returns how many tokens the model is given of some documents, and how many of these are longer than its window."""
-        tokens = self._encoder.tokenise(texts, "document")
+        tokens = self._encoder(role).tokenise(texts, "document")
         return int(tokens.lengths.sum()), tokens.num_truncated + tokens.num_split
 
 
@@ -400,83 +441,111 @@ _METRICS = {
 }
 
 
-class Encoders:
-    """A pool of encoder actors; each starts when there is first something to do for it.
+class EncoderWorkers:
+    """Encoder actors; each starts when there is first something to do for it, and is then what it was last asked to be."""
 
-    Args:
-        arguments: Of ``_EncoderActor``.
-        resources: What each of them takes.
-        num_workers: How many at most.
-    """
-
-    def __init__(self, arguments: tuple[Any, ...], resources: Mapping[str, float], num_workers: int) -> None:
-        self._arguments = arguments
-        # A worker that is lost comes back for as long as anything is to be done: see ``run_on_actors``.
-        options = {"max_restarts": -1, "max_task_retries": 0, "max_concurrency": _IN_FLIGHT_PER_WORKER}
-        self._options = {**resources, **options, "scheduling_strategy": "SPREAD"}  # a machine that is lost costs few of them
-        self._num_workers = num_workers
+    def __init__(self) -> None:
         self._actors: list[Any] = []
+        self._role: EncoderRole | None = None
+        self._num_ready = 0  # of the first ones, which have said that they have the model
+
+    def __len__(self) -> int:
+        return len(self._actors)
 
     def close(self) -> None:
         """Ends the actors."""
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors = []
+        self._resize(0)
 
-    def resize(self, num_workers: int) -> None:
-        """Sets how many workers there may be; those beyond are ended."""
+    def _resize(self, num_workers: int) -> None:
         for actor in self._actors[num_workers:]:
             ray.kill(actor)
         del self._actors[num_workers:]
-        self._num_workers = num_workers
+        self._num_ready = min(self._num_ready, num_workers)
 
-    def _started(self, num_calls: int | None) -> list[Any]:
-        """Returns the workers, after starting those that so many calls need and that are not there yet."""
-        num_wanted = self._num_workers if num_calls is None else min(num_calls, self._num_workers)
-        num_missing = num_wanted - len(self._actors)
-        if num_missing > 0:
-            start = ray.remote(_EncoderActor).options(**self._options).remote
-            added = [start(*self._arguments) for _ in range(num_missing)]
-            self._actors += added
-            try:
-                notices = self._gather(added)
-            except BaseException:  # they would keep their CPUs for as long as anybody knows of them
-                self.close()
-                raise
-            for notice in notices - {""}:
-                say(notice)
-        return self._actors
+    def start(self, role: EncoderRole, num_workers: int, num_calls: int | None) -> list[Any]:
+        """Returns actors that are ready, as many as so many calls need: those that are there, and others that are started.
 
-    def _gather(self, actors: Sequence[Any]) -> set[str]:
-        """Waits until the workers are there, and returns their notices; those that have no place yet join the others later.
+        Args:
+            role: What they are to be.
+            num_workers: How many there may be; those beyond are ended.
+            num_calls: None: as many actors as there may be.
 
         Raises:
             RuntimeError: One cannot load the model.
         """
-        calls = [actor.ready.remote() for actor in actors]
-        if len(actors) == len(self._actors):  # there is nobody else to begin
+        # What was compiled stays with its process, and a device's memory with what was loaded first.
+        if self._role and role != self._role and (role.device != self._role.device or role.is_compiled or self._role.is_compiled):
+            self.close()
+        self._resize(num_workers)
+        if role != self._role:
+            self._role, self._num_ready = role, 0
+        num_wanted = num_workers if num_calls is None else min(num_calls, num_workers)
+        if num_wanted > len(self._actors):
+            self._add(num_wanted - len(self._actors))
+        if num_wanted > self._num_ready:
+            try:
+                notices = self._gather(self._actors[self._num_ready : num_wanted], role)
+            except BaseException:  # they would keep their CPUs for as long as anybody knows of them
+                self.close()
+                raise
+            self._num_ready = num_wanted
+            for notice in notices - {""}:
+                say(notice)
+        return self._actors[: self._num_ready]
+
+    def _add(self, num_missing: int) -> None:
+        # A worker that is lost comes back for as long as anything is to be done: see ``run_on_actors``.
+        options = {"max_restarts": -1, "max_task_retries": 0, "max_concurrency": _IN_FLIGHT_PER_WORKER}
+        spread = {**worker_resources(capacity()), "scheduling_strategy": "SPREAD"}  # a machine that is lost costs few of them
+        start = ray.remote(_EncoderActor).options(**options, **spread).remote
+        self._actors += [start() for _ in range(num_missing)]
+
+    def _gather(self, actors: Sequence[Any], role: EncoderRole) -> set[str]:
+        """Waits until workers are ready, and returns their notices; those that have no place yet join the others later.
+
+        Raises:
+            RuntimeError: One cannot load the model.
+        """
+        calls = [_make_ready(actor, role) for actor in actors]
+        if not self._num_ready:  # there is nobody else to begin
             ray.wait(calls)  # however long the first machine takes to come
         ready, late = ray.wait(calls, num_returns=len(calls), timeout=_GATHER_SECONDS)
         if late:
             say(f"encoder: {len(late)} of {len(calls)} workers are not there yet; the others begin")
         try:
             return set(ray.get(ready))
-        except RayActorError as error:
+        except RayError as error:
             raise RuntimeError(f"encoder: no worker could load the model ({_last_line(error)}). Mend that first.") from None
 
+
+class Encoders:
+    """A pool of encoder actors for one model.
+
+    Args:
+        workers: The actors, which may serve another model in between.
+        role: What they are to be.
+        num_workers: How many at most.
+    """
+
+    def __init__(self, workers: EncoderWorkers, role: EncoderRole, num_workers: int) -> None:
+        self._workers, self._role, self._num_workers = workers, role, num_workers
+
     def start(self, num_calls: int | None = None) -> int:
-        """Starts the workers that so many calls need, or all of them, if they are not there yet; returns how many are."""
+        """Has workers load the model, as many as so many calls need, or all; returns how many have it."""
         return len(self._started(num_calls))
 
     def start_for_texts(self, num_texts: int) -> None:
-        """Starts the workers that so many texts need, if they are not there yet."""
+        """Has as many workers load the model as so many texts need."""
         self._started(math.ceil(num_texts / _TEXTS_PER_CALL))
+
+    def _started(self, num_calls: int | None) -> list[Any]:
+        return self._workers.start(self._role, self._num_workers, num_calls)
 
     def embed(self, source: Corpus, todo: Sequence[Unit], folder: Place, attempts: int) -> "Iterator[Outcome[Receipt]]":
         """Yields the outcome of each unit as it is finished, or has failed every time."""
         shared = ray.put(source)  # once: a corpus of many files is large
         calls = {unit.key: (shared, unit, str(folder.resolve())) for unit in todo}
-        return run_on_actors(self._started(len(calls)), "embed", calls, attempts)
+        return run_on_actors(self._started(len(calls)), self._role, "embed", calls, attempts)
 
     def encode(self, texts: Sequence[str], role: Role, texts_per_call: int = _TEXTS_PER_CALL) -> npt.NDArray[np.float16]:
         """Returns the vectors of texts, in their order.
@@ -500,11 +569,16 @@ class Encoders:
     def _ask(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Returns the results of calls that any worker may answer, in the order of the calls."""
         calls, results = {str(number): own for number, own in enumerate(arguments)}, {}
-        for outcome in run_on_actors(self._started(len(calls)), method, calls, attempts=2):
+        for outcome in run_on_actors(self._started(len(calls)), self._role, method, calls, attempts=2):
             if outcome.result is None:
                 raise RuntimeError(f"encoder: texts could not be encoded ({outcome.error}).")
             results[outcome.key] = outcome.result
         return [results[key] for key in calls]
+
+
+def _make_ready(actor: Any, role: EncoderRole) -> Any:
+    """Returns a reference that is ready once an encoder actor is there and has its model, however often it is lost before."""
+    return actor.ready.options(max_task_retries=-1).remote(role)
 
 
 class ShardsLostError(RuntimeError):
@@ -659,9 +733,9 @@ class Outcome(Generic[T]):
 
 
 def run_on_actors(
-    actors: Sequence[Any], method: str, calls: Mapping[str, tuple[Any, ...]], attempts: int
+    actors: Sequence[Any], role: EncoderRole, method: str, calls: Mapping[str, tuple[Any, ...]], attempts: int
 ) -> Iterator[Outcome[Any]]:
-    """Calls a method once per entry, spread over actors, and yields outcomes in the order in which they are ready.
+    """Calls a method once per entry, spread over encoder actors, and yields outcomes in the order in which they are ready.
 
     A few calls are in flight per actor, so that none waits for the driver. A call that fails is tried again, bad input
     (``ValueError``) excepted. A call whose worker was lost is a suspect: it is tried again with no other call beside it, so
@@ -671,7 +745,7 @@ def run_on_actors(
         OSError: The disk is full: no call would fare better.
         RuntimeError: Workers are lost again and again.
     """
-    crew = _Crew(actors, method, calls)
+    crew = _Crew(actors, role, method, calls)
     losses_in_a_row = 0
     while call := crew.next():
         key, number, is_alone, reference = call
@@ -708,13 +782,15 @@ class _Crew:
         tries: How often each call was made.
     """
 
-    def __init__(self, actors: Sequence[Any], method: str, calls: Mapping[str, tuple[Any, ...]]) -> None:
-        self._actors, self._method, self._calls = actors, method, calls
+    def __init__(self, actors: Sequence[Any], role: EncoderRole, method: str, calls: Mapping[str, tuple[Any, ...]]) -> None:
+        self._actors, self._role, self._method, self._calls = actors, role, method, calls
         # Each has its share where there are few: the first that is there would take them all.
         self._room = min(_IN_FLIGHT_PER_WORKER, math.ceil(len(calls) / max(len(actors), 1)))
         self._present = set[int]()
         self._running: dict[Any, tuple[str, int, int]] = {}
-        self._returning = {self._knock(number): number for number in range(len(actors))}  # one may have been lost meanwhile
+        self._returning = {
+            _make_ready(actor, role): number for number, actor in enumerate(actors)
+        }  # one may have been lost meanwhile
         self.waiting, self.suspects = deque(calls), deque[str]()
         self.tries: collections.Counter[str] = collections.Counter()
         self._retries, self._failures = (
@@ -759,12 +835,8 @@ class _Crew:
         if number not in self._present:
             return False
         self._present.remove(number)
-        self._returning[self._knock(number)] = number
+        self._returning[_make_ready(self._actors[number], self._role)] = number
         return True
-
-    def _knock(self, number: int) -> Any:
-        """Returns a reference that is ready once an actor is there."""
-        return self._actors[number].__ray_ready__.options(max_task_retries=-1).remote()
 
     def _fill(self) -> None:
         load = dict.fromkeys(sorted(self._present), 0)
@@ -780,7 +852,8 @@ class _Crew:
 
     def _call(self, number: int, key: str, room: int) -> int:
         self.tries[key] += 1
-        self._running[getattr(self._actors[number], self._method).remote(*self._calls[key])] = (key, number, room)
+        call = getattr(self._actors[number], self._method).remote(self._role, *self._calls[key])
+        self._running[call] = (key, number, room)
         return room
 
 

@@ -4,6 +4,7 @@ With the variable-length kernel, steps are queued on the device without waiting 
 vectors of a call.
 """
 
+import gc
 import itertools
 import resource
 import time
@@ -53,6 +54,14 @@ class Encoded:
     num_flops: float
     tokens_per_step: int
     compute_seconds: float
+
+
+def free_memory(device: str) -> None:
+    """Gives back what encoders had that are not referred to any more, the device's memory too."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 class Encoder:

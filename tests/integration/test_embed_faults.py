@@ -77,7 +77,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny: st
 
 def _find_workers(*, loading: bool = False) -> list[psutil.Process]:
     """Returns the encoder workers of this process's Ray; those that are still loading, if asked for."""
-    title = "_EncoderActor.__init__" if loading else "_EncoderActor"
+    title = "_EncoderActor.ready" if loading else "_EncoderActor"
     return [process for process in psutil.Process().children(recursive=True) if title in folders.title_of(process)]
 
 
@@ -181,10 +181,10 @@ def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(
 class _DeadlyWorker(cluster._EncoderActor):
     """A worker that one unit ends every time, as a document might that no memory is enough for."""
 
-    def embed(self, source: Corpus, unit: Unit, folder: str) -> artifacts.Receipt:
+    def embed(self, role: cluster.EncoderRole, source: Corpus, unit: Unit, folder: str) -> artifacts.Receipt:
         if unit.slot == _DEADLY_SLOT:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().embed(source, unit, folder)
+        return super().embed(role, source, unit, folder)
 
 
 def test_a_unit_that_ends_its_worker_every_time_fails_alone(

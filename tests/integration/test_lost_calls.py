@@ -1,5 +1,6 @@
 """What becomes of a pool's calls where calls fail or end their worker, the disk is full, or workers stay away."""
 
+import dataclasses
 import errno
 import os
 import re
@@ -12,14 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import folders
 import pytest
 import ray
 from ray import cloudpickle
 
 from jobs import cluster
-from jobs.cluster import Encoders, Outcome, ShardActors, ShardsLostError
+from jobs.cluster import EncoderRole, Encoders, EncoderWorkers, Outcome, ShardActors, ShardsLostError
 from matryoshka import model
 from matryoshka.artifacts import FileRecord
+from matryoshka.encode import Encoder
 from matryoshka.funnel import ShardFiles
 from matryoshka.units import Unit
 
@@ -32,23 +35,27 @@ _PATIENCE_SECONDS = 30
 class _Worker:
     """Does with a unit what the unit's name says; leaves a file for each of its starts, and a line for each try of a unit."""
 
-    def __init__(self, folder: str) -> None:
-        self._folder, self._num_running = Path(folder), 0
-        is_first = not list(self._folder.glob("start-*"))
-        (self._folder / f"start-{os.getpid()}").touch()
-        if is_first and (self._folder / "dies at first").exists():
-            os.kill(os.getpid(), signal.SIGKILL)
-        if (self._folder / "cannot start").exists():
-            raise OSError(errno.EIO, "the model cannot be read")
-        while (self._folder / "hangs").exists():
-            time.sleep(0.1)
+    def __init__(self) -> None:
+        self._num_running = 0
 
-    def ready(self) -> str:
+    def ready(self, role: EncoderRole) -> str:
+        folder = Path(role.folder)
+        start = folder / f"start-{os.getpid()}"
+        if start.exists():
+            return ""
+        is_first = not list(folder.glob("start-*"))
+        start.touch()
+        if is_first and (folder / "dies at first").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (folder / "cannot start").exists():
+            raise OSError(errno.EIO, "the model cannot be read")
+        while (folder / "hangs").exists():
+            time.sleep(0.1)
         return ""
 
-    def embed(self, _source: None, unit: Unit, _folder: str) -> str:
+    def embed(self, role: EncoderRole, _source: None, unit: Unit, _folder: str) -> str:
         self._num_running += 1
-        log = self._folder / f"try-{unit.key}"
+        log = Path(role.folder) / f"try-{unit.key}"
         with log.open("a") as lines:
             lines.write(f"{self._num_running}\n")
         time.sleep(0.02)
@@ -72,19 +79,31 @@ def _do(name: str) -> None:
 
 
 @pytest.fixture
-def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_ray: cluster.Session) -> Iterator[Pool]:
-    """Makes pools that are the real ones but for what their workers do."""
-    made: list[Encoders] = []
+def workers(monkeypatch: pytest.MonkeyPatch, local_ray: cluster.Session) -> Iterator[EncoderWorkers]:
+    """Workers that are the real ones but for what they do, and that need no room."""
     local_ray.release()
     monkeypatch.setattr(cluster, "_EncoderActor", _Worker)
+    monkeypatch.setattr(cluster, "worker_resources", lambda _there: {"num_cpus": 0})
+    workers = EncoderWorkers()
+    yield workers
+    workers.close()
 
-    def make(num_workers: int) -> Encoders:
-        made.append(Encoders((str(tmp_path),), {"num_cpus": 0}, num_workers))
-        return made[-1]
 
-    yield make
-    for encoders in made:
-        encoders.close()
+@pytest.fixture
+def pool(tmp_path: Path, workers: EncoderWorkers) -> Pool:
+    """Makes pools of these workers."""
+    return lambda num_workers: Encoders(workers, _role(tmp_path), num_workers)
+
+
+@pytest.fixture
+def _one_place(workers: EncoderWorkers, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001 - it has said otherwise
+    """Lets each worker take all there is, and the first one wait for no other."""
+    monkeypatch.setattr(cluster, "worker_resources", lambda there: {"num_cpus": there.num_cpus})
+    monkeypatch.setattr(cluster, "_GATHER_SECONDS", 0.1)
+
+
+def _role(folder: Path) -> EncoderRole:
+    return EncoderRole("model", str(folder), "cpu", "float32", 512, "truncate", 0, is_compiled=False)
 
 
 def _units(*names: str) -> list[Unit]:
@@ -150,37 +169,73 @@ def test_a_worker_that_is_killed_while_it_starts_starts_again(tmp_path: Path, po
     assert len(list(tmp_path.glob("start-*"))) == 2
 
 
-@pytest.mark.usefixtures("pool")
+@pytest.mark.usefixtures("_one_place")
 def test_a_pool_begins_with_the_workers_that_have_a_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, workers: EncoderWorkers, pool: Pool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cluster, "_GATHER_SECONDS", 0.1)
-    encoders = Encoders((str(tmp_path),), {"num_cpus": cluster.capacity().num_cpus}, 2)
+    encoders = pool(2)
     assert set(_embed(encoders, _units(*["fine"] * 10)).values()) == {"done"}
     assert "1 of 2 workers are not there yet" in capsys.readouterr().out
-    calls = [actor.ready.remote() for actor in encoders._actors]
+    calls = [actor.ready.remote(_role(tmp_path)) for actor in workers._actors]
     ((first,), _) = ray.wait(calls)
-    ray.kill(encoders._actors[calls.index(first)])
+    ray.kill(workers._actors[calls.index(first)])
     assert set(_embed(encoders, _units(*["fine"] * 10)).values()) == {"done"}, "the other does not join when there is room"
-    encoders.close()
 
 
-def test_a_pool_starts_as_many_workers_as_there_are_calls(tmp_path: Path, pool: Pool) -> None:
+def test_a_pool_starts_as_many_workers_as_there_are_calls(tmp_path: Path, workers: EncoderWorkers, pool: Pool) -> None:
     encoders = pool(3)
     for num_units, num_started in ((0, 0), (1, 1), (2, 2), (1, 2), (10, 3)):
         _embed(encoders, _units(*["fine"] * num_units))
         assert len(list(tmp_path.glob("start-*"))) == num_started
     assert encoders.start(1) == encoders.start() == 3
-    encoders.resize(1)
-    assert encoders.start() == 1
-    assert set(_embed(encoders, _units("fine", "fine")).values()) == {"done"}
+    assert pool(1).start() == len(workers) == 1
+    assert set(_embed(pool(1), _units("fine", "fine")).values()) == {"done"}
+    assert len(list(tmp_path.glob("start-*"))) == 3
 
 
-def test_another_number_of_workers_is_no_reason_to_load_a_model_anew(tiny: str, local_ray: cluster.Session) -> None:
-    info = model.describe(tiny)
-    pool = local_ray.encoders(info, "float32", 512, 1)
-    assert local_ray.encoders(info, "float32", 512, None) is pool
-    assert local_ray.encoders(info, "bf16", 512, None) is not pool
+def test_workers_take_another_model_where_they_are(tmp_path: Path, workers: EncoderWorkers) -> None:
+    roles = [_role(tmp_path), dataclasses.replace(_role(tmp_path / "other"), precision="bf16")]
+    (tmp_path / "other").mkdir()
+    for role in (*roles, *roles):
+        assert set(_embed(Encoders(workers, role, 1), _units("fine")).values()) == {"done"}
+    (first,), (second,) = (list(folder.glob("start-*")) for folder in (tmp_path, tmp_path / "other"))
+    assert first.name == second.name, "another process"
+
+
+@pytest.mark.parametrize("other", [{"is_compiled": True}, {"device": "cuda"}])
+def test_what_a_process_does_not_give_up_ends_with_it(tmp_path: Path, workers: EncoderWorkers, other: dict[str, Any]) -> None:
+    for role in (_role(tmp_path), dataclasses.replace(_role(tmp_path), **other)):
+        assert Encoders(workers, role, 1).start() == 1
+    assert len(list(tmp_path.glob("start-*"))) == 2
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_workers(tmp_path: Path, workers: EncoderWorkers, pool: Pool) -> None:
+    (tmp_path / "cannot start").touch()
+    with pytest.raises(RuntimeError, match=r"no worker could load the model .*the model cannot be read"):
+        pool(1).start()
+    assert not len(workers)
+
+
+def test_vectors_are_those_of_the_model_that_is_asked_for_whoever_was_asked_before(
+    tiny: str, other: str, local_ray: cluster.Session
+) -> None:
+    local_ray.release()
+    pools = [local_ray.encoders(model.describe(folder), "float32", 512, 1) for folder in (tiny, other)]
+    first, second, again = (pools[number].encode(["one text", "another"], "document") for number in (0, 1, 0))
+    assert first.tobytes() == again.tobytes() != second.tobytes()
+    alone = Encoder(Path(other), "cpu", "float32", 512)
+    assert second.tobytes() == alone.encode(["one text", "another"], "document").vectors.tobytes()
+
+
+def test_encoders_stay_where_there_is_room_beside_them(tiny: str, local_ray: cluster.Session) -> None:
+    assert local_ray.encoders(model.describe(tiny), "float32", 512, 1).start() == 1
+    num_others = cluster.capacity().num_cpus - 1
+    folders.wait_until(lambda: cluster._free_cpus() == num_others)
+    if num_others:
+        assert list(local_ray.run_tasks(abs, [(-1,)] * num_others)) == [1] * num_others
+        assert len(local_ray._workers) == 1
+    assert list(local_ray.run_tasks(abs, [(-1,)] * (num_others + 1))) == [1] * (num_others + 1)
+    assert not len(local_ray._workers)
 
 
 def test_few_calls_are_shared_by_the_workers(tmp_path: Path, pool: Pool) -> None:
@@ -189,15 +244,11 @@ def test_few_calls_are_shared_by_the_workers(tmp_path: Path, pool: Pool) -> None
     assert [_tries(tmp_path, unit) for unit in units] == [[1], [1]]
 
 
-@pytest.mark.usefixtures("pool")
-def test_workers_that_have_no_place_are_not_waited_for_where_others_are_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cluster, "_GATHER_SECONDS", 0.1)
-    encoders = Encoders((str(tmp_path),), {"num_cpus": cluster.capacity().num_cpus}, 2)
+@pytest.mark.usefixtures("_one_place")
+def test_workers_that_have_no_place_are_not_waited_for_where_others_are_there(pool: Pool) -> None:
+    encoders = pool(2)
     assert encoders.start(1) == 1
     assert set(_embed(encoders, _units(*["fine"] * 10)).values()) == {"done"}
-    encoders.close()
 
 
 def test_a_worker_that_cannot_start_again_leaves_its_calls_to_the_others(tmp_path: Path, pool: Pool) -> None:

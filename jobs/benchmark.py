@@ -82,7 +82,7 @@ class Settings(JobSettings):
     shards: tuple[int, ...] = Field((1,), description="search: shards of what is built; several go with --scale.")
     space: Literal["auto", "prefix", "rotation"] = Field("auto", description="search: coarse space of what is built.")
     plan: tuple[str, ...] = Field((), description="search: funnel of what is built; its first dim is that of the coarse space.")
-    coarse_index: str = Field("auto", description="search: FAISS factory string of what is built, as the index job takes it.")
+    coarse_index: str = Field("auto", description="search: coarse index of what is built, as the index job takes it.")
 
     @check_settings
     def _options_of_the_work(self) -> "Settings":

@@ -49,6 +49,7 @@ _GOOD_RECALL = 0.99
 _SLACK = 1.15  # of the estimate of memory
 _KEEPS = (10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 400)
 _DIALS = (
+    (",dense", "nprobe", (1, 2, 4, 8, 16, 32, 64, None), (10, 15, 20, 25, 30, 40, 50, 70, 100, 200)),  # None: as it comes
     ("IVF", "nprobe", (4, 8, 16, 32, 64, 128, 256), (20, 50, 100, 200, 400)),
     ("HNSW", "efSearch", (32, 64, 128, 256, 512), (20, 50, 100, 200, 400)),
 )
@@ -229,7 +230,7 @@ def _usual_plans(index: "IndexStore", num_results: int) -> list[FunnelPlan]:
     dim, width = index.layout.dim, index.width
     for kind, name, values, keeps in _DIALS:
         if kind in index.layout.factory:
-            pairs = [(((name, value),), keep) for value in values for keep in keeps]
+            pairs = [(((name, value),) if value else (), keep) for value in values for keep in keeps]
             return [_funnel(dim, keep, own, width, num_results) for own, keep in pairs]
     dims = [dim] if index.layout.has_index else [own for own in index.dims if own < width]
     return [_funnel(own, keep, (), width, num_results) for own in dims or [width] for keep in _KEEPS]

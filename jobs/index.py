@@ -45,7 +45,7 @@ class Settings(StageSettings):
     dim: int | None = Field(None, ge=1, description="Of the shortlist's space; none: the first of --plan, or chosen.")
     plan: tuple[str, ...] = Field((), description="Funnel as dim:keep steps, for example 64:200,384:100; none: a cautious one.")
     coarse_index: str = Field(
-        "auto", description="FAISS factory string of the shortlist's index; none: no index, all documents are compared."
+        "auto", description="Index of the shortlist: dense, IVF2000,dense (lists), a FAISS factory string, or none: no index."
     )
     storage: Literal["auto", "float16", "int8"] = Field(
         "auto", description="Of full vectors; int8 takes half the room, and what it loses is measured."
@@ -355,8 +355,9 @@ def _train(
     if not state.must_train:
         return None
     asked = queries.encode(session, settings, store) if queries else None
-    training = (store, state.layout, asked, settings.sample, storage.place(settings.output).resolve())
-    (receipt,) = session.run_tasks(indexing.train, [training])
+    num_cpus = cluster.capacity().cpus_per_node if indexing.needs_long_training(state.layout) else 1
+    training = (store, state.layout, asked, settings.sample, storage.place(settings.output).resolve(), num_cpus)
+    (receipt,) = session.run_tasks(indexing.train, [training], num_cpus)  # there is nothing to do beside it
     trained: Receipt = receipt
     return trained
 

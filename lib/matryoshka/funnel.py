@@ -31,9 +31,10 @@ from matryoshka.storage import Place
 from matryoshka.topk import IntArray, Mask
 
 if TYPE_CHECKING:
+    from matryoshka.lists import ListedVectors
     from matryoshka.products import StoredVectors
 
-COARSE, DENSE, VECTORS, IDS = "coarse.faiss", "coarse.npy", "vectors.npy", "ids.arrow"
+COARSE, DENSE, LISTS, VECTORS, IDS = "coarse.faiss", "coarse.npy", "lists.npz", "vectors.npy", "ids.arrow"
 
 # Scores closer than this may have been ordered by rounding; both candidates are then looked at.
 _ROUNDING = 1e-5
@@ -43,7 +44,6 @@ _MOST_FETCHED = 1 << 24  # scores and rows at once: 200 MB
 # A condition that leaves so few documents is answered by comparing just these at the plan's last dim: at this share a shortlist
 # would have to fetch twenty times what it keeps, and so many documents take no longer than a coarse search of all.
 _FEW_SHARE, _FEW_DOCUMENTS = 0.05, 20_000
-_GATHERED_SHARE = 0.75  # of a shard's rows: copying four fifths takes what it saves (100,000 rows of 384 dims on a CPU)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class Shard:
 
     Args:
         stored: float16 or int8, up to a factor of each vector's own.
-        coarse: A FAISS index, or coarse vectors that are all compared; None where every search compares full vectors.
+        coarse: A FAISS index, or coarse vectors, in lists or all compared; None where every search compares full vectors.
         removed: Rows that are gone from the results.
         device: Where inner products are computed.
         columns: What conditions may ask for.
@@ -117,7 +117,7 @@ class Shard:
     def __init__(
         self,
         stored: npt.NDArray[Any],
-        coarse: "CoarseIndex | StoredVectors | None" = None,
+        coarse: "CoarseIndex | ListedVectors | StoredVectors | None" = None,
         removed: IntArray | None = None,
         device: str = "cpu",
         columns: pa.RecordBatch | None = None,
@@ -135,15 +135,18 @@ class Shard:
     @classmethod
     def open(cls, files: ShardFiles, device: str = "cpu") -> "Shard":
         """Returns the shard in a folder; vectors stay on disk until they are looked at."""
+        from matryoshka.lists import ListedVectors
         from matryoshka.products import StoredVectors
 
         stored = np.load(files.path(VECTORS), mmap_mode="c", allow_pickle=False)
         columns = filters.open_columns(files.path(COLUMNS)) if files.has(COLUMNS) else None
-        coarse: CoarseIndex | StoredVectors | None = None
+        coarse: CoarseIndex | ListedVectors | StoredVectors | None = None
         if files.has(COARSE):
             coarse = CoarseIndex.read(files.path(COARSE))
             if device == "cuda":
                 coarse.copy_to_gpu()
+        elif files.has(LISTS):
+            coarse = ListedVectors.open(files.path(DENSE), files.path(LISTS), device)
         elif files.has(DENSE):
             coarse = StoredVectors(np.load(files.path(DENSE), mmap_mode="c", allow_pickle=False), device)
         return cls(stored, coarse, files.read_removed(), device, columns)
@@ -173,7 +176,7 @@ class Shard:
         assert self._coarse is not None
         allowed, num_allowed = self._allowed(condition), self.num_allowed(condition)
         if not isinstance(self._coarse, CoarseIndex):
-            return _best(self._coarse, queries, step.keep, allowed)
+            return self._coarse.find(queries, step.keep, allowed, **dict(step.parameters))
         if not num_allowed:
             return _nothing(len(queries))
         num_wanted = num_fetched_for(step.keep)
@@ -205,7 +208,7 @@ class Shard:
 
         Shapes: queries [Q, dim] -> [Q, M], [Q, M]; row -1 pads.
         """
-        return _best(self._vectors, queries, num_kept, self._allowed(condition))
+        return self._vectors.find(queries, num_kept, self._allowed(condition))
 
     def score(self, queries: Float32Array, numbers: IntArray, rows: IntArray) -> Float32Array:
         """Returns the inner products of chosen queries with prefixes of chosen documents, pair by pair.
@@ -231,14 +234,6 @@ def num_fetched_for(num_kept: int) -> int:
 
 def _nothing(num_queries: int) -> tuple[Float32Array, IntArray]:
     return np.empty((num_queries, 0), np.float32), np.empty((num_queries, 0), np.int64)
-
-
-def _best(stored: "StoredVectors", queries: Float32Array, num_kept: int, allowed: Mask | None) -> tuple[Float32Array, IntArray]:
-    """Returns the best of the vectors that may be found; where these are few, no other is looked at."""
-    num_allowed = len(stored) if allowed is None else int(np.count_nonzero(allowed))
-    if allowed is not None and num_allowed < _GATHERED_SHARE * len(stored):
-        return stored.best_of(queries, num_kept, np.flatnonzero(allowed))
-    return stored.best(queries, num_kept, allowed)
 
 
 def _at_once(num_fetched: int) -> int:

@@ -1,7 +1,9 @@
 """The coarse index of a shard. The only room that knows FAISS."""
 
+import contextlib
 import functools
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ _USUAL_RESULTS = 10
 _LINK_BYTES, _NODE_BYTES, _NUMBER_BYTES = 4, 12, 8
 _LEAST_REACH, _MOST_REACH = 16, 2_048
 _MOST_ON_GPU = 2_048  # results per query, of FAISS's own selection
+_CLUSTERING_PASSES, _POINTS_PER_CENTROID = 10, 64
 _KINDS_ON_GPU = (faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexIVFPQ, faiss.IndexIVFScalarQuantizer)
 
 
@@ -35,6 +38,11 @@ class Dial:
     name: str
     values: tuple[int, ...]
     is_reach: bool = False
+
+    @classmethod
+    def of_lists(cls, num_lists: int) -> "Dial":
+        """Returns the one of an inverted file."""
+        return cls("nprobe", _steps(1, num_lists))
 
 
 class CoarseIndex:
@@ -157,7 +165,7 @@ class CoarseIndex:
         """What can be tuned when searching, where this kind of index has such a parameter."""
         inner = _innermost(self._index)
         if isinstance(inner, faiss.IndexIVF):
-            return Dial("nprobe", _steps(1, int(inner.nlist)))
+            return Dial.of_lists(int(inner.nlist))
         if isinstance(inner, faiss.IndexHNSW):
             return Dial("efSearch", _steps(_LEAST_REACH, _MOST_REACH), is_reach=True)
         return None
@@ -182,6 +190,42 @@ class CoarseIndex:
             )
         scores[rows < 0] = PADDING
         return scores, rows
+
+
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Has FAISS use so many threads for as long as the block runs."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(number)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+def train_centroids(sample: Float32Array, num_lists: int) -> Float32Array:
+    """Returns centroids at unit length that documents are near to, by inner product; each of some of the sample's documents.
+
+    Shapes: sample [N, dim] -> [num_lists, dim].
+    """
+    means = faiss.Kmeans(
+        sample.shape[1], num_lists, niter=_CLUSTERING_PASSES, spherical=True,
+        min_points_per_centroid=1, max_points_per_centroid=_POINTS_PER_CENTROID,
+    )  # fmt: skip
+    means.train(np.ascontiguousarray(sample))
+    centroids = means.centroids
+    assert centroids is not None
+    return centroids
+
+
+def count_lists(factory: str) -> int:
+    """Returns into how many lists a kind of index puts its documents; 0: there are none.
+
+    >>> count_lists("IVF512,PQ32x4fs"), count_lists("Flat")
+    (512, 0)
+    """
+    lists = re.search(r"IVF(\d+)", factory)
+    return int(lists[1]) if lists else 0
 
 
 def _set_parameters(index: faiss.Index, parameters: Parameters, *, on_gpu: bool = False) -> None:

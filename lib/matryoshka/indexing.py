@@ -29,9 +29,18 @@ from matryoshka import (
 )
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
 from matryoshka.filters import COLUMNS, Kinds, Origin
-from matryoshka.funnel import COARSE, DENSE, IDS, VECTORS, CallShards, Searcher, Shard, ShardFiles
-from matryoshka.index import CoarseIndex, check_factory, check_gpu_shortlist, check_parameters, is_trained
-from matryoshka.nested import FunnelPlan, shrink
+from matryoshka.funnel import COARSE, DENSE, IDS, LISTS, VECTORS, CallShards, Searcher, Shard, ShardFiles
+from matryoshka.index import (
+    CoarseIndex,
+    check_factory,
+    check_gpu_shortlist,
+    check_parameters,
+    count_lists,
+    is_trained,
+    threads,
+    train_centroids,
+)
+from matryoshka.nested import Float32Array, FunnelPlan, shrink
 from matryoshka.removals import REMOVED
 from matryoshka.shapes import ListOf, MapOf
 from matryoshka.spaces import Kind, Space
@@ -41,9 +50,10 @@ from matryoshka.units import Unit
 from matryoshka.vectors import EmbeddingStore, Float16Array
 
 if TYPE_CHECKING:
+    from matryoshka.lists import CoarseLists
     from matryoshka.products import CoarseVectors
 
-SHARDS, TRAINED, SPACE = "shards", "trained", "space.npz"
+SHARDS, TRAINED, SPACE, CENTROIDS = "shards", "trained", "space.npz", "centroids.npy"
 PLAIN, PLAIN_IDS = "index.faiss", "ids.parquet"
 NO_INDEX, DENSE_INDEX = "none", "dense"
 TUNED = "tuned"
@@ -55,6 +65,7 @@ Storage = Literal["float16", "int8"]
 Quality = Literal["fast", "balanced", "high", "exact"]
 
 _READ_AHEAD = 2  # units
+_EXPONENT = np.uint16(0x7C00)  # the bits of float16 that are all set in what is not finite
 _SPACE_DOCUMENTS = 50_000  # whose second moment a space is learned from; of four times as many, recall is the same
 _DTYPES = {"float16": np.float16, "int8": np.int8}
 
@@ -133,7 +144,8 @@ class Layout:
         space: Kind of the coarse space.
         dim: Of coarse vectors.
         factory: FAISS factory string of the coarse indexes; ``DENSE_INDEX``: coarse vectors as bfloat16, all compared by matrix
-            products; ``NO_INDEX``: none, every search compares full vectors.
+            products, or, after ``IVF`` and a number of lists, those in the lists that a query looks into; ``NO_INDEX``: none,
+            every search compares full vectors.
         storage: How full vectors are kept; int8 takes half the room, and has 254 steps up to a vector's largest component.
     """
 
@@ -150,18 +162,39 @@ class Layout:
     @property
     def has_faiss(self) -> bool:
         """Whether it is one of FAISS."""
-        return self.factory not in (NO_INDEX, DENSE_INDEX)
+        return self.has_index and self.factory.rpartition(",")[2] != DENSE_INDEX
 
     @property
-    def coarse_name(self) -> str:
-        """The file of a shard's coarse index."""
-        return COARSE if self.has_faiss else DENSE
+    def num_lists(self) -> int:
+        """Into how many lists documents are put; 0: there are none."""
+        return count_lists(self.factory)
+
+    @property
+    def has_dense_lists(self) -> bool:
+        """Whether these lists are of dense vectors."""
+        return self.has_index and not self.has_faiss and self.factory != DENSE_INDEX
+
+    @property
+    def coarse_names(self) -> tuple[str, ...]:
+        """The files of a shard's coarse index."""
+        if not self.has_index:
+            return ()
+        return (COARSE,) if self.has_faiss else (DENSE, LISTS) if self.has_dense_lists else (DENSE,)
+
+    @property
+    def trained_names(self) -> tuple[str, ...]:
+        """The files of what shards share, where anything is learned."""
+        return (SPACE, *([COARSE] if self.has_faiss else [CENTROIDS] if self.has_dense_lists else []))
 
 
 def needs_training(layout: Layout) -> bool:
     """Returns whether shards share something that is learned from documents."""
-    is_learned = layout.has_faiss and not is_trained(layout.factory, layout.dim)
-    return layout.has_index and (layout.space != "prefix" or is_learned)
+    return layout.has_index and (layout.space != "prefix" or needs_long_training(layout))
+
+
+def needs_long_training(layout: Layout) -> bool:
+    """Returns whether the coarse indexes themselves have something to learn, which is more work than to learn a space."""
+    return layout.has_dense_lists or (layout.has_faiss and not is_trained(layout.factory, layout.dim))
 
 
 def check_layout(layout: Layout, plan: FunnelPlan, num_documents: int) -> None:
@@ -170,16 +203,45 @@ def check_layout(layout: Layout, plan: FunnelPlan, num_documents: int) -> None:
     Raises:
         ValueError: There are too few documents, FAISS has no such index, or the plan has parameters that it does not have.
     """
-    if not layout.has_faiss and plan.shortlist.parameters:
-        raise ValueError(f"plan: {plan.describe()} has parameters of a FAISS index, and there is none. Leave them out.")
+    if not layout.num_lists and not layout.has_faiss and plan.shortlist.parameters:
+        raise ValueError(f"plan: {plan.describe()} has parameters of a coarse index, and there is none. Leave them out.")
     if not layout.has_index:
         return
+    if layout.has_dense_lists:
+        _check_lists(layout.factory, num_documents)
     if layout.space != "prefix" and num_documents < layout.dim:
         raise ValueError(f"--space {layout.space}: {num_documents} documents, too few for {layout.dim} dims. Choose prefix.")
     if layout.has_faiss:
         check_factory(layout.factory, layout.dim, num_documents)
-    if layout.has_faiss and plan.shortlist.dim == layout.dim:
-        check_parameters(layout.factory, layout.dim, dict(plan.shortlist.parameters))
+    if plan.shortlist.dim == layout.dim:
+        _check_parameters(layout, plan)
+
+
+def _check_lists(factory: str, num_documents: int) -> None:
+    """Checks that documents can be put into lists of dense vectors.
+
+    Raises:
+        ValueError: There are too few, or it is not clear what is meant.
+    """
+    num_lists = count_lists(factory)
+    if factory != f"IVF{num_lists},{DENSE_INDEX}" or not num_lists:
+        raise ValueError(f"--coarse-index {factory}: is no index. Write for example {DENSE_INDEX} or IVF2000,{DENSE_INDEX}.")
+    if num_documents < num_lists:
+        few = f"needs {num_lists} documents to learn from, and there are {num_documents}"
+        raise ValueError(f"--coarse-index {factory}: {few}. Choose fewer lists, or {DENSE_INDEX}.")
+
+
+def _check_parameters(layout: Layout, plan: FunnelPlan) -> None:
+    """Checks that the coarse index has the parameters of a plan that begins with it.
+
+    Raises:
+        ValueError: It has not.
+    """
+    own = dict(plan.shortlist.parameters)
+    if layout.has_faiss:
+        check_parameters(layout.factory, layout.dim, own)
+    elif own.keys() - ({"nprobe"} if layout.num_lists else ()):
+        raise ValueError(f"plan: {plan.describe()}: an index of kind {layout.factory} has other parameters. Leave them out.")
 
 
 def finished(
@@ -206,7 +268,14 @@ def finished(
     return {**trained, **shards}
 
 
-def train(store: EmbeddingStore, layout: Layout, queries: Float16Array | None, num_sampled: int, folder: Place) -> Receipt:
+def train(
+    store: EmbeddingStore,
+    layout: Layout,
+    queries: Float16Array | None,
+    num_sampled: int,
+    folder: Place,
+    num_threads: int = 1,
+) -> Receipt:
     """Learns what all shards share from a sample of documents, drawn evenly from all units; publishes and returns its receipt.
 
     Args:
@@ -215,21 +284,26 @@ def train(store: EmbeddingStore, layout: Layout, queries: Float16Array | None, n
         queries: Vectors of real queries, for a projection.
         num_sampled: Documents to learn from, at most.
         folder: Of the index.
+        num_threads: That coarse indexes are trained by.
 
     Raises:
-        ValueError: An embedding file is not what its receipt says, or there are too few documents to learn from.
+        ValueError: An embedding file is not what its receipt says, a vector is not finite, or there are too few documents to
+            learn from.
     """
     start = time.perf_counter()
-    sample = _sample(store, num_sampled if layout.has_faiss else min(num_sampled, _SPACE_DOCUMENTS))
+    is_index_learned = layout.has_faiss or layout.has_dense_lists
+    sample = _sample(store, num_sampled if is_index_learned else min(num_sampled, _SPACE_DOCUMENTS))
     space = spaces.learn(layout.space, layout.dim, sample[:: -(-len(sample) // _SPACE_DOCUMENTS)], queries)
-    index = CoarseIndex.train(space.documents(sample), layout.factory) if layout.has_faiss else None
+    coarse = space.documents(sample) if is_index_learned else None
     with storage.publish(folder / TRAINED) as temporary:
         temporary.mkdir()
         space.write(temporary / SPACE)
-        if index:
-            index.write(temporary / COARSE)
-        names = (SPACE, COARSE) if index else (SPACE,)
-        files = tuple(FileRecord.named(f"{TRAINED}/{name}", temporary / name) for name in names)
+        with threads(num_threads):
+            if coarse is not None and layout.has_faiss:
+                CoarseIndex.train(coarse, layout.factory).write(temporary / COARSE)
+            elif coarse is not None:
+                np.save(temporary / CENTROIDS, train_centroids(coarse, layout.num_lists), allow_pickle=False)
+        files = tuple(FileRecord.named(f"{TRAINED}/{name}", temporary / name) for name in layout.trained_names)
     details = {
         "num_sampled": len(sample),
         "num_documents": store.manifest.num_rows,
@@ -255,27 +329,43 @@ def _sample(store: EmbeddingStore, num_sampled: int) -> Float16Array:
             files.append(receipt.files[0])
             rows[receipt.files[0].path] = own
         start += receipt.num_rows
-    return np.concatenate([block for _, _, block in _read_units(store.folder, files, rows)])
+    return np.concatenate([unit.block for unit in _read_units(store.folder, files, rows)])
+
+
+@dataclass(frozen=True, slots=True)
+class _ReadUnit:
+    """One embedding file, or some of its rows.
+
+    Shapes: block [N, D], coarse [N, dim] (None where there is no coarse space).
+    """
+
+    ids: pa.Array
+    block: Float16Array
+    coarse: Float32Array | None
 
 
 def _read_units(
-    store: Place, files: Sequence[FileRecord], rows: Mapping[str, IntArray] | None = None
-) -> Iterator[tuple[FileRecord, pa.Array, Float16Array]]:
-    """Yields each embedding file with its ids and vectors, all or of some rows; the next ones are checked and read meanwhile.
+    store: Place, files: Sequence[FileRecord], rows: Mapping[str, IntArray] | None = None, space: Space | None = None
+) -> Iterator[_ReadUnit]:
+    """Yields each embedding file, all or some rows of it; the next ones are read, checked and mapped to a space meanwhile.
 
     Raises:
-        ValueError: A file is not what its receipt says.
+        ValueError: A file is not what its receipt says, or a vector is not finite.
     """
     with ThreadPoolExecutor(_READ_AHEAD, "units") as pool:
-        coming = deque(pool.submit(_read_unit, store, file, rows) for file in files[:_READ_AHEAD])
-        for number, file in enumerate(files, start=_READ_AHEAD):
-            coming.extend(pool.submit(_read_unit, store, own, rows) for own in files[number : number + 1])
-            yield file, *coming.popleft().result()
+        coming = deque(pool.submit(_read_unit, store, file, rows, space) for file in files[:_READ_AHEAD])
+        for number in range(len(files)):
+            following = files[number + _READ_AHEAD : number + _READ_AHEAD + 1]
+            coming.extend(pool.submit(_read_unit, store, file, rows, space) for file in following)
+            yield coming.popleft().result()
 
 
-def _read_unit(store: Place, file: FileRecord, rows: Mapping[str, IntArray] | None) -> tuple[pa.Array, Float16Array]:
+def _read_unit(store: Place, file: FileRecord, rows: Mapping[str, IntArray] | None, space: Space | None) -> _ReadUnit:
     ids, block = vectors.read_checked(store, file)
-    return (ids, block) if rows is None else (ids.take(pa.array(rows[file.path])), block[rows[file.path]])
+    if rows is not None:
+        ids, block = ids.take(pa.array(rows[file.path])), block[rows[file.path]]
+    _refuse_infinite(store / file.path, ids, block)
+    return _ReadUnit(ids, block, space.documents(block) if space else None)
 
 
 def measure_loss(store: EmbeddingStore, layout: Layout) -> dict[str, float]:
@@ -321,30 +411,26 @@ def build_shard(
     space, index = open_trained(folder, layout, training)
     kept = _kept_rows(plan, removals.open_list(folder, listed)) if listed else None
     num_rows = plan.num_rows if kept is None else sum(map(len, kept.values()))
-    all_ids, done = [], 0
+    all_ids: list[pa.Array] = []
     columns: list[pa.Table] = []
     with storage.publish(folder / SHARDS / plan.key) as temporary:
         temporary.mkdir()
-        stored: Any = None
-        for position, (file, ids, block) in enumerate(_read_units(plan.store, plan.files, kept)):
-            _refuse_infinite(plan.store / file.path, ids, block)
-            if stored is None:
-                shape = (num_rows, block.shape[1])
-                stored = np.lib.format.open_memmap(temporary / VECTORS, "w+", _DTYPES[layout.storage], shape)
-            stored[done : done + len(block)] = pack(block, layout.storage)
-            if index:
-                index.add(space.documents(block))
-            if plan.origin:
-                columns.append(filters.read_columns(plan.origin, position, ids))
-            all_ids.append(ids)
-            done += len(block)
-        stored.flush()
+        with (temporary / VECTORS).open("wb") as file:
+            for position, unit in enumerate(_read_units(plan.store, plan.files, kept, space if index else None)):
+                if not position:
+                    vectors.begin_array(file, _DTYPES[layout.storage], (num_rows, unit.block.shape[1]))
+                pack(unit.block, layout.storage).tofile(file)
+                if index and unit.coarse is not None:
+                    index.add(unit.coarse)
+                if plan.origin:
+                    columns.append(filters.read_columns(plan.origin, position, unit.ids))
+                all_ids.append(unit.ids)
         vectors.write_ids(temporary / IDS, all_ids)
         if columns:
             filters.write_columns(temporary / COLUMNS, columns)
         if index:
-            index.write(temporary / layout.coarse_name)
-        names = [*([layout.coarse_name] if index else []), VECTORS, IDS, *([COLUMNS] if columns else [])]
+            index.write(*(temporary / name for name in layout.coarse_names))
+        names = [*layout.coarse_names, VECTORS, IDS, *([COLUMNS] if columns else [])]
         files = tuple(FileRecord.named(f"{SHARDS}/{plan.key}/{name}", temporary / name) for name in names)
     details = {
         "num_left_out": plan.num_rows - num_rows,
@@ -367,7 +453,7 @@ def _refuse_infinite(path: Place, ids: pa.Array, block: Float16Array) -> None:
     Raises:
         ValueError: One is not finite.
     """
-    wrong = np.flatnonzero(~np.isfinite(block).all(axis=1))
+    wrong = np.flatnonzero(((block.view(np.uint16) & _EXPONENT) == _EXPONENT).any(axis=1))  # numpy itself looks at each alone
     if wrong.size:
         raise ValueError(f"{path}: {wrong.size} vectors are not finite (first: '{ids[int(wrong[0])]}'). Embed it again.")
 
@@ -377,15 +463,20 @@ def training_of(training: Receipt | None) -> str | None:
     return storage.digest_json([file.digest for file in training.files]) if training else None
 
 
-def open_trained(folder: Place, layout: Layout, training: Receipt | None) -> "tuple[Space, CoarseIndex | CoarseVectors | None]":
+def open_trained(
+    folder: Place, layout: Layout, training: Receipt | None
+) -> "tuple[Space, CoarseIndex | CoarseLists | CoarseVectors | None]":
     """Returns the coarse space of an index, and an empty coarse index; what needs no training is made here.
 
     Raises:
         ValueError: What was trained is missing or not what its receipt says.
     """
+    from matryoshka.lists import CoarseLists
     from matryoshka.products import CoarseVectors
 
     space = open_space(folder, layout, training)
+    if layout.has_dense_lists and training:
+        return space, CoarseLists(np.load(_check_trained(folder, training, CENTROIDS), allow_pickle=False))
     if not layout.has_faiss:
         return space, CoarseVectors() if layout.has_index else None
     if training is None:
@@ -433,8 +524,9 @@ def export_shard(index: "IndexStore", number: int, plan: FunnelPlan, folder: Pla
     space, coarse = open_trained(index.folder, layout, index.training)
     if coarse is None or plan.shortlist.dim != layout.dim:  # the plan scans a prefix
         space, coarse = Space("prefix", plan.shortlist.dim), CoarseIndex.build(shrink(full, plan.shortlist.dim), "Flat")
-    elif isinstance(coarse, products.CoarseVectors):
-        coarse = CoarseIndex.build(np.delete(products.read_coarse(shard.path(DENSE)), removed, axis=0), "SQbf16")
+    elif not isinstance(coarse, CoarseIndex):
+        rows = np.load(shard.path(LISTS), allow_pickle=False)["rows"] if layout.has_dense_lists else None
+        coarse = CoarseIndex.build(np.delete(products.read_coarse(shard.path(DENSE), rows), removed, axis=0), "SQbf16")
     elif len(removed):
         coarse.add(space.documents(full))
     else:
@@ -527,12 +619,11 @@ def _check_receipt(receipt: Receipt, layout: Layout, place: str) -> None:
     shapes.check(receipt.details, _DETAILS, f"{place}: the receipt '{receipt.key}'", _ANEW)
     kind, found = receipt.key.partition("/")[0], {file.path for file in receipt.files}
     if kind == TRAINED:
-        needed, folder = {SPACE, *([COARSE] if layout.has_faiss else [])}, TRAINED
+        needed, folder = set(layout.trained_names), TRAINED
     elif kind == REMOVED:
         needed, folder = {Path(path).name for path in found} or {IDS}, REMOVED
     else:
-        own = [layout.coarse_name] if layout.has_index else []
-        needed, folder = {*own, VECTORS, IDS}, f"{SHARDS}/{receipt.key}"
+        needed, folder = {*layout.coarse_names, VECTORS, IDS}, f"{SHARDS}/{receipt.key}"
     if not {f"{folder}/{name}" for name in needed} <= found or any(Path(path).parent != Path(folder) for path in found):
         raise ValueError(f"{place}: the receipt '{receipt.key}' does not name the files of its part. {_ANEW}")
 
@@ -757,12 +848,13 @@ class IndexStore:
         if plan.steps[-1].dim > self.width:
             raise ValueError(f"{self.folder}: vectors have {self.width} dims, the plan is {plan.describe()}. Change the plan.")
         if plan.shortlist.parameters:
-            if not layout.has_faiss or plan.shortlist.dim != layout.dim:
+            has_parameters = layout.has_faiss or layout.has_dense_lists
+            if not has_parameters or plan.shortlist.dim != layout.dim:
                 raise ValueError(
-                    f"{self.folder}: the plan {plan.describe()} has parameters of a FAISS index, which this index has for"
-                    f" {layout.dim if layout.has_faiss else 'no'} dims. Change the plan."
+                    f"{self.folder}: the plan {plan.describe()} has parameters of a coarse index, which this index has for"
+                    f" {layout.dim if has_parameters else 'no'} dims. Change the plan."
                 )
-            check_parameters(layout.factory, layout.dim, dict(plan.shortlist.parameters))
+            _check_parameters(layout, plan)
 
     def keep_tuning(self, tuned: Mapping[str, Any]) -> None:
         """Stores what the tune job found with the index, whose fingerprint and shards stay as they are.

@@ -342,6 +342,87 @@ def compare(
 
 
 @_compiled()
+def compare_lists(
+    queries: Floats,
+    stored: npt.NDArray[Any],
+    edges: IntArray,
+    rows: IntArray,
+    allowed: npt.NDArray[np.bool_],
+    lists: IntArray,
+    starts: IntArray,
+    numbers: IntArray,
+    num_kept: int,
+    counts: IntArray,
+    notes: IntArray,
+) -> bool:
+    """Scores the documents of lists with the queries that look there, list by list; notes the best, as ``compare`` does.
+
+    Each list is read once for every four of its queries, and stays in the cache meanwhile.
+
+    Args:
+        queries: Any.
+        stored: Documents, list by list, to be used as they are.
+        edges: Where each list begins, and where the last one ends.
+        rows: Of the documents, as they are to be noted.
+        allowed: Which rows may be found; empty: all.
+        lists: That any query looks into.
+        starts: Where the queries of each of these begin in ``numbers``, and where the last ones end.
+        numbers: Of queries.
+        num_kept: See ``note``.
+        counts: Written: how many are noted.
+        notes: Written: what ``read`` takes.
+
+    Returns:
+        Whether there was room enough; if not, call again with more.
+
+    Shapes: queries [Q, dim], stored [N, dim], edges [L + 1], rows [N], allowed [N] or [0], lists [M], starts [M + 1],
+    numbers [P], counts [Q], notes [Q, room].
+    """
+    counts[:] = 0
+    bars = np.full(len(queries), -np.inf, np.float32)
+    for place in range(len(lists)):
+        first, last, end = edges[lists[place]], edges[lists[place] + 1], starts[place + 1]
+        for start in range(starts[place], end, 4):
+            # Where there are fewer than four, the last one stands in: every score is computed by the same instructions.
+            places = start, min(start + 1, end - 1), min(start + 2, end - 1), min(start + 3, end - 1)
+            own = numbers[places[0]], numbers[places[1]], numbers[places[2]], numbers[places[3]]
+            one, two, three, four = queries[own[0]], queries[own[1]], queries[own[2]], queries[own[3]]
+            for position in range(first, last):
+                scores = _score_four(one, two, three, four, stored[position])
+                for which in range(min(end - start, 4)):
+                    query, row = own[which], rows[position]
+                    if scores[which] >= bars[query] and (len(allowed) == 0 or allowed[row]):
+                        count = counts[query]
+                        notes[query, count] = _as_note(scores[which], row)
+                        count += 1
+                        if count == notes.shape[1]:
+                            count = _cut(notes[query], count, num_kept)
+                            if count == notes.shape[1]:
+                                return False
+                            bars[query] = _as_float(notes[query, :count].min() >> 32, np.int32(0))
+                        counts[query] = count
+    for query in range(len(queries)):
+        if counts[query] > num_kept:
+            counts[query] = _cut(notes[query], counts[query], num_kept)
+    return True
+
+
+@_compiled(**_SUMS)
+def _score_four(
+    one: Floats, two: Floats, three: Floats, four: Floats, vector: npt.NDArray[Any]
+) -> tuple[np.float32, np.float32, np.float32, np.float32]:
+    """Returns the inner products of four queries with a vector, each of whose components is widened once."""
+    first, second, third, fourth = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+    for place in range(len(vector)):
+        component = _widen(vector[place])
+        first += one[place] * component
+        second += two[place] * component
+        third += three[place] * component
+        fourth += four[place] * component
+    return first, second, third, fourth
+
+
+@_compiled()
 def _as_note(score: np.float32, row: int) -> int:
     """Returns a note of a final score; ``read`` takes it."""
     return int((np.int64(_as_order(np.float32(score), np.int32(0))) << 32) | row)

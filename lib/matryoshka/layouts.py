@@ -4,7 +4,6 @@ Everything here is arithmetic; ``choose`` is the rule, and its numbers come from
 """
 
 import math
-import re
 from dataclasses import dataclass
 
 from matryoshka import index, nested
@@ -23,6 +22,7 @@ _LISTS_PER_ROOT, _LISTS_PER_PROBE = 4, 4
 _LEAST_FOR_CODES = 1_000  # codebooks of fewer documents are those of the sample
 _SHORTLIST, _DENSE_SHORTLIST, _KEPT = 200, 60, 50  # codes lose what coarse vectors keep
 _BYTES = {"float16": 2, "int8": 1}
+_DENSE_BYTES, _ROW_BYTES = 2, 4
 _GB = 1e9
 
 
@@ -120,12 +120,12 @@ def choose(given: Given, wanted: Wanted) -> Choice:
     space: Kind = "prefix" if scanned else wanted.space or _space(given, reasons)
     dim = given.width if scanned else _dim(given, wanted, space)
     factory = NO_INDEX if scanned else wanted.factory or _factory(given, dim, reasons)
-    coarse_bytes = 0.0 if scanned else 2.0 * dim if factory == DENSE_INDEX else index.bytes_per_document(factory, dim)
+    coarse_bytes = 0.0 if scanned else _coarse_bytes(Layout(space, dim, factory))
     num_held = -(-given.num_documents // given.num_shards)
     _check_memory(given, num_held, coarse_bytes)
     stored = wanted.storage or _storage(given, num_held, coarse_bytes, reasons)
-    plan = wanted.plan or (nested.default_plan(given.dims) if scanned else _plan(given.width, dim, factory))
     layout = Layout(space, dim, factory, stored)
+    plan = wanted.plan or (nested.default_plan(given.dims) if scanned else _plan(given.width, layout))
     return Choice(layout, plan, coarse_bytes, _BYTES[stored] * given.width, given.id_bytes, tuple(reasons))
 
 
@@ -189,23 +189,21 @@ def _factory(given: Given, dim: int, reasons: list[str]) -> str:
     return f"IVF{num_lists},{codes}"
 
 
-def _plan(width: int, dim: int, factory: str) -> FunnelPlan:
-    lists = count_lists(factory)
+def _coarse_bytes(layout: Layout) -> float:
+    """Returns how many bytes one more document takes in the coarse index."""
+    if layout.has_faiss:
+        return index.bytes_per_document(layout.factory, layout.dim)
+    return _DENSE_BYTES * layout.dim + (_ROW_BYTES if layout.num_lists else 0)
+
+
+def _plan(width: int, layout: Layout) -> FunnelPlan:
+    # How many lists of dense vectors are enough is for tuning to find: until then all are looked into.
+    lists = layout.num_lists if layout.has_faiss else 0
     parameters = (("nprobe", max(lists // _LISTS_PER_PROBE, 1)),) if lists else ()
-    if dim >= width:
+    if layout.dim >= width:
         return FunnelPlan((Step(width, _SHORTLIST, parameters),))
-    keep = _DENSE_SHORTLIST if factory == DENSE_INDEX else _SHORTLIST
-    return FunnelPlan((Step(dim, keep, parameters), Step(width, _KEPT)))
-
-
-def count_lists(factory: str) -> int:
-    """Returns into how many lists a kind of index puts its documents; 0: there are none.
-
-    >>> count_lists("IVF512,PQ32x4fs"), count_lists("Flat")
-    (512, 0)
-    """
-    lists = re.search(r"IVF(\d+)", factory)
-    return int(lists[1]) if lists else 0
+    keep = _SHORTLIST if layout.has_faiss else _DENSE_SHORTLIST
+    return FunnelPlan((Step(layout.dim, keep, parameters), Step(width, _KEPT)))
 
 
 def _check_memory(given: Given, num_held: int, coarse_bytes: float) -> None:

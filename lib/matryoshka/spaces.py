@@ -142,6 +142,6 @@ def _apply(own: Float32Array | None, vectors: npt.NDArray[np.floating[Any]], dim
     import torch
 
     wide = torch.from_numpy(np.array(vectors)).float()  # a copy that torch may write to, or it warns
-    norms = torch.linalg.vector_norm(wide, dim=1, keepdim=True, dtype=torch.float64).clamp_min_(_TINY)
-    mapped: Float32Array = (wide @ torch.from_numpy(own)).div_(norms).numpy()
+    norms = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min_(_TINY)
+    mapped: Float32Array = (wide @ torch.from_numpy(own)).mul_(norms.reciprocal_()).numpy()
     return mapped

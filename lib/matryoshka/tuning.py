@@ -19,7 +19,7 @@ from matryoshka import frontier, funnel, indexing, topk
 from matryoshka.answers import Answers, Vectors
 from matryoshka.frontier import Choice, FloatArray, Point
 from matryoshka.funnel import CallShards, Searcher, Shard
-from matryoshka.index import CoarseIndex, Dial
+from matryoshka.index import Dial
 from matryoshka.indexing import IndexStore
 from matryoshka.nested import Float32Array, FunnelPlan, Step, exact_plan
 from matryoshka.topk import IntArray
@@ -98,7 +98,7 @@ class Tuner:
         layout = self._index.layout
         _, coarse = indexing.open_trained(self._index.folder, layout, self._index.training)
         if coarse and layout.dim < self._index.width:
-            yield self._coarse_starts(layout.dim, coarse.dial if isinstance(coarse, CoarseIndex) else None)
+            yield self._coarse_starts(layout.dim, coarse.dial)
         dims = sorted(dim for dim in self._index.dims if dim < self._index.width)
         yield [Step(dim, self._keeps()[-1]) for dim in dims if not (coarse and dim == layout.dim)]
 

@@ -6,6 +6,7 @@ Any tool reads the files; a lower resolution is a prefix, normalised again (``ne
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +58,12 @@ def read_unit(file: Path | bytes, path: Place | None = None) -> tuple[pa.Array, 
         return table.column("id").combine_chunks(), vectors
     except (pa.ArrowException, OSError, KeyError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path or file!s}: not a file of embeddings ({error}). Run python -m jobs.embed again.") from None
+
+
+def begin_array(file: BinaryIO, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> None:
+    """Writes what a NumPy file has before its numbers, which are then written as they come (``tofile``)."""
+    described = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    np.lib.format.write_array_header_1_0(file, {"descr": described, "fortran_order": False, "shape": shape})
 
 
 def read_ids(path: Place) -> pa.Array:

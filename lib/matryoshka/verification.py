@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from matryoshka import artifacts, corpus, indexing, model, pairs, removals, storage, vectors
 from matryoshka.artifacts import Manifest
-from matryoshka.funnel import COARSE, DENSE, IDS, VECTORS, ShardFiles
+from matryoshka.funnel import COARSE, DENSE, IDS, LISTS, VECTORS, ShardFiles
 from matryoshka.index import CoarseIndex
 from matryoshka.indexing import IndexStore
 from matryoshka.storage import Place
@@ -89,6 +89,14 @@ def _check_shard(shard: ShardFiles, ids: pa.Array, num_rows: int, width: int) ->
         ntotal = _count_coarse(shard, name)
         if ntotal != num_rows:
             yield f"{shard.folder / name}: {ntotal} documents, the receipt says {num_rows}"
+    if shard.has(LISTS) and not _has_every_row(shard, num_rows):
+        yield f"{shard.folder / LISTS}: lists do not have each of the {num_rows} documents once"
+
+
+def _has_every_row(shard: ShardFiles, num_rows: int) -> bool:
+    """Returns whether every document is in one list, and only once."""
+    with np.load(shard.path(LISTS), allow_pickle=False) as found:
+        return int(found["edges"][-1]) == num_rows and np.array_equal(np.sort(found["rows"]), np.arange(num_rows))
 
 
 def _count_coarse(shard: ShardFiles, name: str) -> int:

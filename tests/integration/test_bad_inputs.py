@@ -310,7 +310,7 @@ def test_index_refuses_a_coarse_index_that_it_cannot_build(
     ("plan", "message"),
     [
         (("16:50", "96:20"), "vectors have 64 dims, the plan is"),
-        (("32:50:nprobe=3", "64:20"), "has parameters of a FAISS index, which this index has for 16 dims"),
+        (("32:50:nprobe=3", "64:20"), "has parameters of a coarse index, which this index has for 16 dims"),
         (("16:50:nprobe=3", "64:20"), "has no parameter 'nprobe'"),
         (("16",), "'16' is not dim:keep"),
     ],

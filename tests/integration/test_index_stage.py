@@ -217,6 +217,15 @@ _BAD: dict[str, tuple[dict[str, Any], str]] = {
     "ids in another column": ({"remove": "queries.parquet", "id_column": "name"}, "no column 'name'"),
     "too little memory": ({"memory_limit": 1e-6, "coarse_index": "Flat", "dim": 16}, "Pass --shards"),
     "parameters without an index": ({"coarse_index": "none", "plan": ("16:9:nprobe=3", "64:5")}, "and there is none. Leave them"),
+    "more lists than documents": ({"coarse_index": "IVF512,dense", "dim": 16}, "needs 512 documents to learn from"),
+    "lists of something else": (
+        {"coarse_index": "HNSW,dense", "dim": 16},
+        "is no index. Write for example dense or IVF2000,dense",
+    ),
+    "another parameter of lists": (
+        {"coarse_index": "IVF4,dense", "plan": ("16:9:efSearch=3", "64:5")},
+        "an index of kind IVF4,dense has other parameters",
+    ),
     "a kind that needs more documents": ({"coarse_index": "IVF512,Flat", "dim": 16}, "needs 512 documents to learn from"),
 }
 

@@ -118,7 +118,7 @@ def test_a_shortlist_that_faiss_cannot_make_on_a_gpu_is_refused(make_store: Make
     [
         (["4:5", "9:3"], r"vectors have 8 dims, the plan is 4d keep 5 > 9d keep 3\. Change the plan"),
         (["4:5:nprobe=3", "8:3"], r"kind Flat has no parameter 'nprobe'\. Leave it out"),
-        (["2:5:nprobe=3", "8:3"], r"has parameters of a FAISS index, which this index has for 4 dims\. Change the plan"),
+        (["2:5:nprobe=3", "8:3"], r"has parameters of a coarse index, which this index has for 4 dims\. Change the plan"),
     ],
 )
 def test_a_plan_that_does_not_fit_the_index_is_refused(
@@ -233,14 +233,16 @@ def test_a_shard_is_not_built_with_an_altered_training(two_trainings: tuple):
 
 
 @pytest.mark.parametrize("space", ["rotation", "projection"])
-@pytest.mark.parametrize("factory", ["Flat", "PQ4x4fs", "IVF2,PQ4x4fs"])
+@pytest.mark.parametrize("factory", ["Flat", "PQ4x4fs", "IVF2,PQ4x4fs", "IVF40,dense:nprobe=1"])
 def test_learned_spaces_and_kinds_search_sharded_as_unsharded(
     make_store: MakeStore, make_index: MakeIndex, random_vectors: Make, space: Kind, factory: str
 ):
     parts = {f"{n}:0": ([f"d{n}-{i}" for i in range(9)], random_vectors(9, 16, n)) for n in range(6)}
+    factory, _, parameters = factory.partition(":")
     store, layout, queries = make_store(parts), Layout(space, 8, factory), random_vectors(20, 16, 99)
+    plan = [f"8:12:{parameters}".rstrip(":"), "16:5"]
     found = [
-        make_index(store, num_shards, f"index-{num_shards}", layout, ["8:12", "16:5"], queries).searcher().search(queries, 5).ids
+        make_index(store, num_shards, f"index-{num_shards}", layout, plan, queries).searcher().search(queries, 5).ids
         for num_shards in (1, 3)
     ]
     assert found[0].tolist() == found[1].tolist()
@@ -338,6 +340,7 @@ EXPORTED = {
     "a scan": (Layout("prefix", 24, indexing.NO_INDEX), ["6:40", "24:20"]),
     "a scan beside a coarse index": (Layout("rotation", 8, "Flat"), ["12:40", "24:20"]),
     "rotation, dense": (Layout("rotation", 8, indexing.DENSE_INDEX), ["8:60", "24:20"]),
+    "rotation, dense vectors in lists": (Layout("rotation", 8, "IVF4,dense"), ["8:60", "24:20"]),
     "projection, dense, int8": (Layout("projection", 8, indexing.DENSE_INDEX, "int8"), ["8:60", "24:20"]),
     "one step": (Layout("prefix", 24, indexing.NO_INDEX), ["24:20"]),
 }

@@ -78,7 +78,7 @@ def test_the_space_goes_with_the_model_and_the_queries(there: dict, space: str, 
 @given(
     given_anything,
     st.sampled_from([None, "prefix", "rotation"]),
-    st.sampled_from([None, "Flat", "HNSW32", "none"]),
+    st.sampled_from([None, "Flat", "HNSW32", "none", "dense", "IVF64,dense"]),
     st.sampled_from([None, "int8", "float16"]),
     st.booleans(),
 )
@@ -125,3 +125,5 @@ def test_a_limit_below_what_must_be_in_memory_names_the_shards_that_help():
 def test_sizes_are_told():
     choice = layouts.choose(Given(250_000, 1, DIMS, id_bytes=20), Wanted())
     assert choice.weigh(250_000) == "about 836 bytes per document (coarse index 48, vector 768, id 20), 0.21 GB in all"
+    sizes = [layouts.choose(Given(250_000, 1, DIMS), Wanted(factory=own)).coarse_bytes for own in ("dense", "IVF2000,dense")]
+    assert sizes == [2 * 192, 2 * 192 + 4]

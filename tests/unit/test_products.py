@@ -138,8 +138,8 @@ def test_searching_leaves_torch_its_threads_everywhere_else(monkeypatch: pytest.
 def test_few_queries_find_what_many_find(case: tuple[np.ndarray, np.ndarray, int, np.ndarray | None]):
     stored, queries, num_kept, allowed = case
     vectors = StoredVectors(stored)
-    compared, is_scaled = vectors._as_compared(queries), stored.dtype != np.uint16
-    few = scans.compare_few(compared, vectors._bits, num_kept, allowed, is_scaled=is_scaled)
+    compared, is_scaled = vectors.as_compared(queries), stored.dtype != np.uint16
+    few = scans.compare_few(compared, vectors.bits, num_kept, allowed, is_scaled=is_scaled)
     assert as_sets(few) == as_sets(vectors.best(queries, num_kept, allowed))
 
 
@@ -149,7 +149,7 @@ def test_torch_alone_notes_what_the_compiled_loops_find(case: tuple[np.ndarray, 
     # What a GPU runs, on the CPU.
     stored, queries, num_kept, allowed = case
     vectors = StoredVectors(stored)
-    compared = torch.from_numpy(vectors._as_compared(queries))
+    compared = torch.from_numpy(vectors.as_compared(queries))
     is_rounded = stored.dtype != np.uint16
     moved = scans.most_moved(queries.shape[1], vectors._longest, scans.scan_dtype("cuda"), is_rounded=is_rounded)
     scan = GpuScan(compared, num_kept, moved)
@@ -183,7 +183,7 @@ def test_numbers_are_widened_as_numpy_does():
     one = np.ones((1, 1), np.float32)
     rows = np.arange(len(stored))
     found = np.empty(len(stored), np.float32)
-    kernels.score_pairs(one, StoredVectors(stored)._bits, False, np.zeros_like(rows), rows, found)
+    kernels.score_pairs(one, StoredVectors(stored).bits, False, np.zeros_like(rows), rows, found)
     np.testing.assert_array_equal(found, stored[:, 0].astype(np.float32))
 
 

@@ -104,6 +104,7 @@ def test_every_setting_of_the_coarse_index_and_every_other_prefix_is_tried(build
     assert starts(build("IVF8,Flat")) == {*(f"4:{nprobe}" for nprobe in (1, 2, 3, 4, 6, 8)), "8", "16"}
     assert starts(build("Flat", name="flat")) == {"4", "8", "16"}
     assert starts(build("none", name="none")) == {"4", "8", "16"}
+    assert starts(build("IVF64,dense", name="lists")) == {"4:1", "4:2", "4:64", "8", "16"}
     assert "4:24" in starts(build("HNSW8", name="graph"))
 
 

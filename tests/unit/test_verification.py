@@ -9,7 +9,7 @@ import pytest
 
 from matryoshka import artifacts, corpus, verification
 from matryoshka.artifacts import FileRecord, Manifest, Receipt
-from matryoshka.funnel import VECTORS
+from matryoshka.funnel import LISTS, VECTORS
 from matryoshka.indexing import IndexStore, Layout
 from matryoshka.vectors import EmbeddingStore
 
@@ -137,6 +137,17 @@ def test_tombstones_that_are_not_those_of_the_list_are_found(make_store: MakeSto
     assert verification.verify(index.folder)[1] == [
         f"{path}: does not leave out exactly the documents on the list of removed ones"
     ]
+
+
+def test_documents_that_are_in_no_list_are_found(make_store: MakeStore, make_index: MakeIndex, random_vectors: Make):
+    index = make_index(make_store(good_parts(random_vectors)), layout=Layout("prefix", 4, "IVF2,dense"))
+    assert verification.verify(index.folder)[1] == []
+    path = index.folder / index.shards[0].folder / LISTS
+    with np.load(path) as found:
+        np.savez(path, **{**found, "rows": np.zeros_like(found["rows"])})
+    _rewrite(index)
+    (fault,) = verification.verify(index.folder)[1]
+    assert fault.startswith(f"{path}: lists do not have each of the ")
 
 
 def test_a_shard_of_another_training_is_found(make_store: MakeStore, make_index: MakeIndex, random_vectors: Make):

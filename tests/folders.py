@@ -75,12 +75,12 @@ def count_units(folder: Path) -> int:
     return len(list((folder / "units").glob("*.parquet"))) if (folder / "units").is_dir() else 0
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> None:
+def wait_until(holds: Callable[[], bool], seconds: float = PATIENCE_SECONDS, pause: float = 0.02) -> None:
     """Returns once a condition holds, or fails after some time, two minutes if it is not given."""
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
+        time.sleep(pause)
 
 
 Damage = Callable[[Path], None]

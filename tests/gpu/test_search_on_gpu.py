@@ -9,6 +9,7 @@ import pytest
 from matryoshka import funnel
 from matryoshka.funnel import Searcher, Shard
 from matryoshka.index import CoarseIndex
+from matryoshka.lists import CoarseLists, ListedVectors
 from matryoshka.nested import FunnelPlan, shrink
 from matryoshka.products import CoarseVectors, StoredVectors
 from matryoshka.spaces import Space
@@ -29,7 +30,7 @@ def queries(full: np.ndarray) -> np.ndarray:
 
 
 def found(
-    coarse: CoarseIndex | StoredVectors | None, full: np.ndarray, queries: np.ndarray, device: str, *plan: str
+    coarse: CoarseIndex | ListedVectors | StoredVectors | None, full: np.ndarray, queries: np.ndarray, device: str, *plan: str
 ) -> list[set]:
     shard = Shard(full.astype(np.float16), coarse, device=device)
     ids = [pa.array(map(str, range(NUM_DOCUMENTS)))]
@@ -54,6 +55,16 @@ def test_dense_coarse_vectors_find_what_they_find_on_the_cpu(full: np.ndarray, q
     stored = np.load(tmp_path / funnel.DENSE)
     plan = (f"{DIM}:100", f"{WIDTH}:10")
     own, other = (found(StoredVectors(stored, device), full, queries, device, *plan) for device in ("cuda", "cpu"))
+    assert share_found(own, other) > 0.999
+
+
+def test_of_coarse_vectors_in_lists_all_are_compared(full: np.ndarray, queries: np.ndarray, tmp_path: Path):
+    paths = tmp_path / funnel.DENSE, tmp_path / funnel.LISTS
+    collected = CoarseLists(shrink(full[:64], DIM))
+    collected.add(shrink(full, DIM))
+    collected.write(*paths)
+    own = found(ListedVectors.open(*paths, "cuda"), full, queries, "cuda", f"{DIM}:100:nprobe=1", f"{WIDTH}:10")
+    other = found(ListedVectors.open(*paths), full, queries, "cpu", f"{DIM}:100", f"{WIDTH}:10")
     assert share_found(own, other) > 0.999
 
 

@@ -35,7 +35,7 @@ _SETTINGS = {**{f"RAY_{name}_ms": str(value) for name, value in _CHECKS.items()}
 
 def wait_until(holds: Callable[[], bool]) -> None:
     """Returns once a condition holds, or fails after five minutes: a cluster on a busy machine takes its time."""
-    folders.wait_until(holds, _PATIENCE_SECONDS)
+    folders.wait_until(holds, _PATIENCE_SECONDS, pause=0.1)
 
 
 class _Wires(Protocol):

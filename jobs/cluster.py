@@ -6,8 +6,10 @@ Every worker imports this room: the model libraries, which take seconds, are imp
 import collections
 import contextlib
 import functools
+import itertools
 import logging
 import math
+import operator
 import os
 import signal
 import threading
@@ -54,6 +56,7 @@ logger = logging.getLogger("jobs")
 _IN_FLIGHT_PER_WORKER = 3  # one is read and tokenised, one computed, one written
 _LOSSES_IN_A_ROW = 10  # per worker: then it is not a unit's fault
 _RETURN_SECONDS = 600.0  # how long to wait for a lost worker where there is no other
+_PRESENT_SECONDS = 5.0  # within which a worker that has a place says so
 _GATHER_SECONDS = 60.0  # how long the first worker waits for the others: machines may still be on their way
 _TEXTS_PER_CALL = 1024
 _SHARD_ATTEMPTS = 3
@@ -63,8 +66,8 @@ _MOST_CPUS_PER_GPU = 16
 class Session:
     """A connection to Ray, and the encoder pool that stages of one run hand on to each other.
 
-    The pool may take all CPUs or GPUs, so whatever else is to run on the cluster goes through here, and ends the pool first
-    unless there is room beside it.
+    The pool may take all CPUs or GPUs, so whatever else is to run on the cluster goes through here, and ends the pool first;
+    on one machine without GPUs only if there is no room beside it.
     """
 
     def __init__(self) -> None:
@@ -106,11 +109,11 @@ class Session:
         """Ends the pool, so that its CPUs, GPUs and memory are free for something else."""
         self._workers.close()
 
-    def _make_room(self, num_cpus: int, device: str = "cpu") -> None:
-        """Ends the pool, unless what takes so many CPUs can run beside it, on machines without GPUs."""
-        there, num_started = capacity(), len(self._workers)
-        free = min(there.num_cpus - num_started, _free_cpus())
-        if "cuda" in (device, there.device) or num_cpus > free:
+    def _make_room(self, num_processes: int) -> None:
+        """Ends the pool, unless so many processes of one CPU can run beside it: on one machine, which is lost with everything."""
+        there = capacity()
+        free = min(there.num_cpus - len(self._workers), _free_cpus())
+        if there.num_nodes > 1 or there.num_gpus or num_processes > free:
             self.release()
 
     def choose_precision(self, wanted: str) -> Precision:
@@ -151,17 +154,10 @@ class Session:
         remote = ray.remote(**options)(function)
         return [_get(reference) for reference in [remote.remote(*arguments) for arguments in calls]]
 
-    def run_tasks(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], num_cpus: int = 1) -> Iterator[Any]:
-        """Yields the results of a function, called once per tuple of arguments, in the order given; few are in flight.
-
-        Args:
-            function: What is called.
-            arguments: Of each call.
-            num_cpus: What each call takes, all of one node.
-        """
-        self._make_room(len(arguments) * num_cpus)
-        remote = ray.remote(num_cpus=num_cpus, scheduling_strategy="SPREAD")(_lets_go(function))
-        limit = 2 * capacity().num_cpus
+    def run_tasks(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+        """Yields the results of a function, called once per tuple of arguments, in the order given; few are in flight."""
+        self._make_room(len(arguments))
+        remote, limit = ray.remote(scheduling_strategy="SPREAD")(_lets_go(function)), 2 * capacity().num_cpus
         window: deque[Any] = deque()
         try:
             for own in arguments:
@@ -181,7 +177,7 @@ class Session:
         """Opens shards on a device in actors, dealt out in turn, and yields the way to call them; a GPU has one actor."""
         most = capacity().num_gpus if device == "cuda" else capacity().num_cpus
         num_actors = min(check_workers(num_workers, device) or most, len(files))
-        self._make_room(num_actors, device)
+        self._make_room(num_actors)
         actors = ShardActors([own.resolve() for own in files], num_actors, device)
         try:
             yield actors
@@ -269,12 +265,14 @@ class Capacity:
         num_gpus: On all nodes.
         cpus_per_gpu: CPUs that a worker with a GPU takes, its own and those that tokenise for it, so that every node has them.
         cpus_per_node: Of the smallest node that has any: what one worker can have wherever it is.
+        num_nodes: How many there are.
     """
 
     num_cpus: int
     num_gpus: int
     cpus_per_gpu: int = 1
     cpus_per_node: int = 1
+    num_nodes: int = 1
 
     @property
     def device(self) -> str:
@@ -294,7 +292,8 @@ def capacity() -> Capacity:
     shares = [int(node.get("CPU", 1) // node["GPU"]) for node in nodes if node.get("GPU")]
     cpus_per_node = min((int(node["CPU"]) for node in nodes if node.get("CPU")), default=1)
     cpus_per_gpu = max(min([*shares, _MOST_CPUS_PER_GPU]), 1) if shares else 1
-    return Capacity(max(int(resources.get("CPU", 1)), 1), int(resources.get("GPU", 0)), cpus_per_gpu, cpus_per_node)
+    num_cpus, num_gpus = max(int(resources.get("CPU", 1)), 1), int(resources.get("GPU", 0))
+    return Capacity(num_cpus, num_gpus, cpus_per_gpu, cpus_per_node, len(nodes))
 
 
 def _free_cpus() -> int:
@@ -372,7 +371,7 @@ class _EncoderActor:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this worker has one CPU, or processes that tokenise
         self._role: EncoderRole | None = None
         self._loaded: Encoder | None = None
-        self._loading = threading.Lock()
+        self._num_using, self._turn = 0, threading.Condition()
         self._clock = Clock()
         self._counters = {
             name: metrics.Counter(f"matryoshka_embed_{name}", description=f"Embedding: {text}.")
@@ -382,49 +381,68 @@ class _EncoderActor:
             "matryoshka_embed_memory_bytes", description="Embedding: most memory that a worker took, of its GPU if it has one."
         )
 
-    def _encoder(self, role: EncoderRole) -> "Encoder":
-        """Returns the model of a role, which is loaded if it is not the one at hand."""
-        from matryoshka import encode, model
+    @contextlib.contextmanager
+    def _encoder(self, role: EncoderRole) -> "Iterator[Encoder]":
+        """Yields the model of a role; if it is not the one at hand, it is loaded once nobody uses that any more."""
+        from matryoshka import encode
 
-        with self._loading:
-            if self._loaded is None or self._role != role:
-                model.quieten()
-                if self._loaded:
-                    self._loaded.close()
-                    self._loaded = None  # two at once may not fit
-                    encode.free_memory(role.device)
-                self._loaded, self._role = role.load(), role
-            return self._loaded
-
-    def ready(self, role: EncoderRole) -> str:
-        """Returns, once the model is loaded, why it runs padded or not compiled, or nothing."""
-        return self._encoder(role).notice
-
-    def embed(self, role: EncoderRole, source: Corpus, unit: Unit, folder: str) -> Receipt:
-        """Embeds one unit."""
-        from matryoshka import embedding, encode
-
-        encoder = self._encoder(role)
         try:
-            receipt = embedding.embed_unit(encoder, source, unit, storage.place(folder), self._clock)
+            with self._turn:
+                self._turn.wait_for(lambda: self._role == role or not self._num_using)
+                encoder = self._take(role)
+                self._num_using += 1
+            try:
+                yield encoder
+            finally:
+                with self._turn:
+                    self._num_using -= 1
+                    self._turn.notify_all()
         except RuntimeError as error:
             if encode.is_device_lost(error):
                 os._exit(1)  # every later call would fail as well; Ray starts another process
             raise
+
+    def _take(self, role: EncoderRole) -> "Encoder":
+        from matryoshka import encode, model
+
+        if self._loaded is None or self._role != role:
+            model.quieten()
+            before, self._loaded, self._role = self._loaded, None, None
+            if before:  # two at once may not fit
+                before.close()
+                del before
+                encode.free_memory(role.device)
+            self._loaded, self._role = role.load(), role
+            self._clock.take()  # to load it is no part of any unit
+        return self._loaded
+
+    def ready(self, role: EncoderRole) -> str:
+        """Returns, once the model is loaded, why it runs padded or not compiled, or nothing."""
+        with self._encoder(role) as encoder:
+            return encoder.notice
+
+    def embed(self, role: EncoderRole, source: Corpus, unit: Unit, folder: str) -> Receipt:
+        """Embeds one unit."""
+        from matryoshka import embedding
+
+        with self._encoder(role) as encoder:
+            receipt = embedding.embed_unit(encoder, source, unit, storage.place(folder), self._clock)
+            self._memory.set(encoder.peak_bytes())
         counts = {**receipt.details, "num_units": 1, "num_documents": receipt.num_rows}
         for name, counter in self._counters.items():
             if counts[name]:
                 counter.inc(counts[name])
-        self._memory.set(encoder.peak_bytes())
         return receipt
 
     def encode(self, role: EncoderRole, texts: list[str], kind: Role) -> npt.NDArray[np.float16]:
         """Returns the vectors of a few texts."""
-        return self._encoder(role).encode(texts, kind).vectors
+        with self._encoder(role) as encoder:
+            return encoder.encode(texts, kind).vectors
 
     def count_tokens(self, role: EncoderRole, texts: list[str]) -> tuple[int, int]:
         """Returns how many tokens the model is given of some documents, and how many of these are longer than its window."""
-        tokens = self._encoder(role).tokenise(texts, "document")
+        with self._encoder(role) as encoder:
+            tokens = encoder.tokenise(texts, "document")
         return int(tokens.lengths.sum()), tokens.num_truncated + tokens.num_split
 
 
@@ -447,7 +465,7 @@ class EncoderWorkers:
     def __init__(self) -> None:
         self._actors: list[Any] = []
         self._role: EncoderRole | None = None
-        self._num_ready = 0  # of the first ones, which have said that they have the model
+        self._num_ready = 0  # of the first ones, which have the model, or will when they have a place
 
     def __len__(self) -> int:
         return len(self._actors)
@@ -479,6 +497,7 @@ class EncoderWorkers:
         self._resize(num_workers)
         if role != self._role:
             self._role, self._num_ready = role, 0
+            self._leave_out_absent()
         num_wanted = num_workers if num_calls is None else min(num_calls, num_workers)
         if num_wanted > len(self._actors):
             self._add(num_wanted - len(self._actors))
@@ -492,6 +511,15 @@ class EncoderWorkers:
             for notice in notices - {""}:
                 say(notice)
         return self._actors[: self._num_ready]
+
+    def _leave_out_absent(self) -> None:
+        """Ends workers that have no place now, or none any more: the next calls may be few, and for just these."""
+        calls = [actor.__ray_ready__.remote() for actor in self._actors]
+        answered, _ = ray.wait(calls, num_returns=len(calls), timeout=_PRESENT_SECONDS) if calls else ([], [])
+        present = [call in answered and not _has_failed(call) for call in calls]
+        for actor in itertools.compress(self._actors, map(operator.not_, present)):
+            ray.kill(actor)
+        self._actors = list(itertools.compress(self._actors, present))
 
     def _add(self, num_missing: int) -> None:
         # A worker that is lost comes back for as long as anything is to be done: see ``run_on_actors``.
@@ -531,7 +559,7 @@ class Encoders:
         self._workers, self._role, self._num_workers = workers, role, num_workers
 
     def start(self, num_calls: int | None = None) -> int:
-        """Has workers load the model, as many as so many calls need, or all; returns how many have it."""
+        """Has workers load the model, as many as so many calls need, or all; returns how many, those on their way included."""
         return len(self._started(num_calls))
 
     def start_for_texts(self, num_texts: int) -> None:
@@ -574,6 +602,14 @@ class Encoders:
                 raise RuntimeError(f"encoder: texts could not be encoded ({outcome.error}).")
             results[outcome.key] = outcome.result
         return [results[key] for key in calls]
+
+
+def _has_failed(call: Any) -> bool:
+    try:
+        ray.get(call)
+    except RayError:
+        return True
+    return False
 
 
 def _make_ready(actor: Any, role: EncoderRole) -> Any:

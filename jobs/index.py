@@ -1,7 +1,8 @@
-"""Builds a sharded index from embeddings: a coarse FAISS index in a narrow space, and full vectors for reranking."""
+"""Builds a sharded index from embeddings: a coarse index in a narrow space, and full vectors for reranking."""
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,7 +32,7 @@ _GB = 1e9
 
 
 class Settings(StageSettings):
-    """Builds a sharded index from embeddings: a coarse FAISS index in a narrow space, and full vectors for reranking.
+    """Builds a sharded index from embeddings: a coarse index in a narrow space, and full vectors for reranking.
 
     What is not asked for is chosen by the number of documents, the device and the memory limit, and stays as it was chosen
     until --replace. What must be trained is trained once, and shards whose documents did not change are kept as they are.
@@ -355,9 +356,10 @@ def _train(
     if not state.must_train:
         return None
     asked = queries.encode(session, settings, store) if queries else None
-    num_cpus = cluster.capacity().cpus_per_node if indexing.needs_long_training(state.layout) else 1
-    training = (store, state.layout, asked, settings.sample, storage.place(settings.output).resolve(), num_cpus)
-    (receipt,) = session.run_tasks(indexing.train, [training], num_cpus)  # there is nothing to do beside it
+    # On a machine of its own there is nothing to do beside it; on a cluster others may have the CPUs.
+    num_threads = 1 if os.environ.get("RAY_ADDRESS") else cluster.capacity().num_cpus
+    training = (store, state.layout, asked, settings.sample, storage.place(settings.output).resolve(), num_threads)
+    (receipt,) = session.run_tasks(indexing.train, [training])
     trained: Receipt = receipt
     return trained
 

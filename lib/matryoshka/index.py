@@ -1,7 +1,9 @@
 """The coarse index of a shard. The only room that knows FAISS."""
 
 import contextlib
+import errno
 import functools
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from matryoshka.nested import Float32Array, Step
+from matryoshka.nested import Float32Array, Step, shrink
 from matryoshka.topk import PADDING
 
 Parameters = Mapping[str, int]
@@ -97,8 +99,17 @@ class CoarseIndex:
             raise ValueError(f"{path}: not a FAISS index ({_reason(error)}). Run python -m jobs.index.") from None
 
     def write(self, path: Path) -> None:
-        """Writes FAISS's own file format."""
-        faiss.write_index(self._index, str(path))
+        """Writes FAISS's own file format.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        try:
+            faiss.write_index(self._index, str(path))
+        except RuntimeError as error:
+            if os.strerror(errno.ENOSPC) in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+            raise
 
     def copy_to_gpu(self) -> None:
         """Searches on a GPU from now on, where FAISS has this kind of index for it; graphs and codes of fast scans stay here.
@@ -213,9 +224,8 @@ def train_centroids(sample: Float32Array, num_lists: int) -> Float32Array:
         min_points_per_centroid=1, max_points_per_centroid=_POINTS_PER_CENTROID,
     )  # fmt: skip
     means.train(np.ascontiguousarray(sample))
-    centroids = means.centroids
-    assert centroids is not None
-    return centroids
+    assert means.centroids is not None
+    return shrink(means.centroids, sample.shape[1])  # of as few documents as lists FAISS makes no means, but takes them
 
 
 def count_lists(factory: str) -> int:

@@ -189,12 +189,8 @@ class Layout:
 
 def needs_training(layout: Layout) -> bool:
     """Returns whether shards share something that is learned from documents."""
-    return layout.has_index and (layout.space != "prefix" or needs_long_training(layout))
-
-
-def needs_long_training(layout: Layout) -> bool:
-    """Returns whether the coarse indexes themselves have something to learn, which is more work than to learn a space."""
-    return layout.has_dense_lists or (layout.has_faiss and not is_trained(layout.factory, layout.dim))
+    is_learned = layout.has_dense_lists or (layout.has_faiss and not is_trained(layout.factory, layout.dim))
+    return layout.has_index and (layout.space != "prefix" or is_learned)
 
 
 def check_layout(layout: Layout, plan: FunnelPlan, num_documents: int) -> None:
@@ -284,7 +280,7 @@ def train(
         queries: Vectors of real queries, for a projection.
         num_sampled: Documents to learn from, at most.
         folder: Of the index.
-        num_threads: That coarse indexes are trained by.
+        num_threads: That FAISS learns with.
 
     Raises:
         ValueError: An embedding file is not what its receipt says, a vector is not finite, or there are too few documents to
@@ -395,7 +391,7 @@ def measure_loss(store: EmbeddingStore, layout: Layout) -> dict[str, float]:
 def build_shard(
     plan: ShardPlan, layout: Layout, folder: Place, training: Receipt | None = None, listed: Receipt | None = None
 ) -> Receipt:
-    """Builds one shard, publishes its folder, and returns its receipt; memory holds a few units and the coarse index.
+    """Builds one shard, publishes its folder, and returns its receipt; memory holds the coarse index, and four units at most.
 
     Args:
         plan: What it is made of.
@@ -419,7 +415,7 @@ def build_shard(
             for position, unit in enumerate(_read_units(plan.store, plan.files, kept, space if index else None)):
                 if not position:
                     vectors.begin_array(file, _DTYPES[layout.storage], (num_rows, unit.block.shape[1]))
-                pack(unit.block, layout.storage).tofile(file)
+                vectors.append(file, pack(unit.block, layout.storage))
                 if index and unit.coarse is not None:
                     index.add(unit.coarse)
                 if plan.origin:
@@ -475,7 +471,8 @@ def open_trained(
     from matryoshka.products import CoarseVectors
 
     space = open_space(folder, layout, training)
-    if layout.has_dense_lists and training:
+    if layout.has_dense_lists:
+        assert training
         return space, CoarseLists(np.load(_check_trained(folder, training, CENTROIDS), allow_pickle=False))
     if not layout.has_faiss:
         return space, CoarseVectors() if layout.has_index else None

@@ -413,7 +413,7 @@ def _score_four(
 ) -> tuple[np.float32, np.float32, np.float32, np.float32]:
     """Returns the inner products of four queries with a vector, each of whose components is widened once."""
     first, second, third, fourth = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-    for place in range(len(vector)):
+    for place in range(len(one)):
         component = _widen(vector[place])
         first += one[place] * component
         second += two[place] * component

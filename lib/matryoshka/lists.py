@@ -52,13 +52,14 @@ class CoarseLists:
 
         Shapes: vectors [N, dim].
         """
-        _, nearest = self._centroids.best(vectors, 1)
-        self._lists.append(np.where(nearest >= 0, nearest, len(self._centroids)).min(axis=1))  # of equal ones the first
+        if len(vectors):
+            _, nearest = self._centroids.best(vectors, 1)
+            self._lists.append(np.where(nearest >= 0, nearest, len(self._centroids)).min(axis=1))  # of equal ones the first
         self._collected.add(vectors)
 
     def write(self, path: Path, lists_path: Path) -> None:
         """Writes what ``ListedVectors`` opens: the vectors, as a file that can be mapped into memory, and the lists."""
-        lists = np.concatenate(self._lists)
+        lists = np.concatenate([np.empty(0, np.int64), *self._lists])
         rows = np.argsort(lists, kind="stable")
         edges = np.concatenate([[0], np.cumsum(np.bincount(lists, minlength=len(self._centroids)))])
         self._collected.write_in_order(path, rows)
@@ -80,7 +81,7 @@ class ListedVectors:
 
     def __init__(self, stored: npt.NDArray[np.uint16], lists: Mapping[str, npt.NDArray[Any]], device: str = "cpu") -> None:
         self._all, self._centroids = StoredVectors(stored, device), StoredVectors(lists["centroids"])
-        self._edges, self._rows = lists["edges"], lists["rows"].astype(np.int64)
+        self._edges, self._rows = lists["edges"], lists["rows"]
         self._has_lists = device == "cpu"
 
     @classmethod
@@ -105,7 +106,7 @@ class ListedVectors:
         num_lists = len(self._centroids)
         if not self._has_lists or nprobe is None or nprobe > _WORTH_IT * num_lists:
             scores, positions = self._all.find(queries, num_kept, None if allowed is None else allowed[self._rows])
-            return scores, np.where(positions >= 0, self._rows[positions], -1)
+            return scores, np.where(positions >= 0, self._rows[positions].astype(np.int64), -1)
         queries = self._all.as_compared(queries)
         _, nearest = self._centroids.best(queries, nprobe)
         visible = np.ones(0, np.bool_) if allowed is None else np.ascontiguousarray(allowed)

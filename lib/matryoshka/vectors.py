@@ -6,7 +6,7 @@ Any tool reads the files; a lower resolution is a prefix, normalised again (``ne
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -61,9 +61,18 @@ def read_unit(file: Path | bytes, path: Place | None = None) -> tuple[pa.Array, 
 
 
 def begin_array(file: BinaryIO, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> None:
-    """Writes what a NumPy file has before its numbers, which are then written as they come (``tofile``)."""
+    """Writes what a NumPy file has before its numbers, which ``append`` then writes as they come."""
     described = np.lib.format.dtype_to_descr(np.dtype(dtype))
     np.lib.format.write_array_header_1_0(file, {"descr": described, "fortran_order": False, "shape": shape})
+
+
+def append(file: BinaryIO, part: npt.NDArray[Any]) -> None:
+    """Writes numbers to a NumPy file; unlike NumPy's own ``tofile``, it says why where it cannot.
+
+    Raises:
+        OSError: The disk is full, or out of order.
+    """
+    file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
 
 
 def read_ids(path: Place) -> pa.Array:

@@ -96,7 +96,9 @@ def _check_shard(shard: ShardFiles, ids: pa.Array, num_rows: int, width: int) ->
 def _has_every_row(shard: ShardFiles, num_rows: int) -> bool:
     """Returns whether every document is in one list, and only once."""
     with np.load(shard.path(LISTS), allow_pickle=False) as found:
-        return int(found["edges"][-1]) == num_rows and np.array_equal(np.sort(found["rows"]), np.arange(num_rows))
+        edges, rows, num_lists = found["edges"], found["rows"], len(found["centroids"])
+    ends = len(edges) == num_lists + 1 and (edges[0], edges[-1]) == (0, num_rows)
+    return bool(ends and (np.diff(edges) >= 0).all() and np.array_equal(np.sort(rows), np.arange(num_rows)))
 
 
 def _count_coarse(shard: ShardFiles, name: str) -> int:

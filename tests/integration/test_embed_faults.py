@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,22 +137,6 @@ def test_a_compiled_worker_that_is_killed_comes_back_with_the_same_program(
         embed.run(_settings(output, corpus, tiny, compile="off"))
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for about half of the units."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if not shutil.which("mount"):
-        pytest.skip("this machine has no mount command")
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=200k", "none", folder], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
-
-
 def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(
     small_disk: Path,
     corpus: Path,
@@ -162,7 +145,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    output = small_disk / "embeddings"
+    output = small_disk / "embeddings"  # there is room for about half of the units
     settings = _settings(output, corpus, tiny)
     assert _exit_code(settings, monkeypatch) == 1
     message = capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The index job as a stage: what it chooses, what it learns once, what it takes out, what it exports."""
 
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import texts
 
 from jobs import embed, export, index, search, verify
-from matryoshka import artifacts
+from matryoshka import artifacts, storage
 from matryoshka.encode import Encoder
 from matryoshka.indexing import IndexStore
 
@@ -201,6 +202,21 @@ def test_an_export_is_loaded_by_faiss_alone_and_costs_what_changed(
         assert plain.ntotal == len(ids)
         total += plain.ntotal
     assert total == _SMALL - 3
+
+
+@pytest.mark.parametrize("coarse", ["Flat", "IVF4,dense"])
+def test_a_full_disk_is_no_fault_of_the_index_which_is_built_once_there_is_room(
+    root: Path, tmp_path: Path, small_disk: Path, coarse: str
+) -> None:
+    subprocess.run(["mount", "-o", "remount,size=80k", small_disk], check=True)
+    more = {"which": "large", "shards": 1, "coarse_index": coarse, "dim": 16}
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        index.run(_settings(root, small_disk / "index", **more))
+    assert storage.is_out_of_space(caught.value)
+    subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
+    index.run(_settings(root, small_disk / "index", **more))
+    undisturbed = index.run(_settings(root, tmp_path / "index", **more))
+    assert artifacts.read(small_disk / "index").fingerprint == undisturbed.fingerprint
 
 
 _BAD: dict[str, tuple[dict[str, Any], str]] = {

@@ -209,6 +209,40 @@ def test_what_a_process_does_not_give_up_ends_with_it(tmp_path: Path, workers: E
     assert len(list(tmp_path.glob("start-*"))) == 2
 
 
+@pytest.mark.usefixtures("_one_place")
+def test_another_model_is_for_workers_that_are_there(tmp_path: Path, workers: EncoderWorkers, pool: Pool) -> None:
+    assert set(_embed(pool(2), _units(*["fine"] * 10)).values()) == {"done"}
+    ray.kill(workers._actors[0])  # so that the other one, if it had none, has a place
+    other = dataclasses.replace(_role(tmp_path / "other"), precision="bf16")
+    (tmp_path / "other").mkdir()
+    assert set(_embed(Encoders(workers, other, 2), _units("fine")).values()) == {"done"}
+
+
+def test_a_model_is_not_exchanged_while_it_is_used(tmp_path: Path) -> None:
+    actor, closed = cluster._EncoderActor(), list[str]()
+
+    class Model:
+        notice = ""
+
+        def __init__(self, name: str) -> None:
+            self.close = lambda: closed.append(name)
+
+    class Role(EncoderRole):
+        def load(self) -> Any:
+            return Model(self.fingerprint)
+
+    first, second = (Role(**{**dataclasses.asdict(_role(tmp_path)), "fingerprint": name}) for name in ("first", "second"))
+    with actor._encoder(first):
+        other = threading.Thread(target=actor.ready, args=(second,))
+        other.start()
+        with actor._encoder(first):
+            assert actor.ready(first) == ""
+        other.join(0.2)
+        assert (other.is_alive(), closed) == (True, [])
+    other.join()
+    assert closed == ["first"]
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_workers(tmp_path: Path, workers: EncoderWorkers, pool: Pool) -> None:
     (tmp_path / "cannot start").touch()
     with pytest.raises(RuntimeError, match=r"no worker could load the model .*the model cannot be read"):
@@ -235,6 +269,16 @@ def test_encoders_stay_where_there_is_room_beside_them(tiny: str, local_ray: clu
         assert list(local_ray.run_tasks(abs, [(-1,)] * num_others)) == [1] * num_others
         assert len(local_ray._workers) == 1
     assert list(local_ray.run_tasks(abs, [(-1,)] * (num_others + 1))) == [1] * (num_others + 1)
+    assert not len(local_ray._workers)
+
+
+def test_on_several_machines_no_encoder_stays_beside_tasks(
+    tiny: str, local_ray: cluster.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert local_ray.encoders(model.describe(tiny), "float32", 512, 1).start() == 1
+    there = dataclasses.replace(cluster.capacity(), num_nodes=2)
+    monkeypatch.setattr(cluster, "capacity", lambda: there)
+    assert list(local_ray.run_tasks(abs, [(-1,)])) == [1]
     assert not len(local_ray._workers)
 
 

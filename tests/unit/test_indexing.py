@@ -248,22 +248,31 @@ def test_learned_spaces_and_kinds_search_sharded_as_unsharded(
     assert found[0].tolist() == found[1].tolist()
 
 
+@pytest.mark.parametrize("factory", ["Flat", "dense", "IVF4,dense"])
+def test_the_same_vectors_make_the_same_bytes(make_store: MakeStore, make_index: MakeIndex, random_vectors: Make, factory: str):
+    parts = {f"{n}:0": ([f"d{n}-{i}" for i in range(30)], random_vectors(30, 16, n)) for n in range(6)}
+    store, layout = make_store(parts), Layout("rotation", 8, factory)
+    first, second = (make_index(store, 2, name, layout, ["8:12", "16:5"]) for name in ("first", "second"))
+    assert first.manifest.fingerprint == second.manifest.fingerprint
+
+
 REMOVED_IDS = ["d0-1", "d3-0", "d3-1", "d3-2", "d3-3", "d3-4", "nobody"]
 
 
+@pytest.mark.parametrize("layout", [Layout("prefix", 4, "Flat"), Layout("prefix", 4, "IVF2,dense")], ids=str)
 def test_documents_that_are_removed_are_gone_from_results_and_counts_and_then_from_disk(
-    make_store: MakeStore, make_index: MakeIndex, parts: dict, random_vectors: Make
+    make_store: MakeStore, make_index: MakeIndex, parts: dict, random_vectors: Make, layout: Layout
 ):
     store, queries = make_store(parts), random_vectors(7, 8, 77)
-    marked = make_index(store, 3, removed=REMOVED_IDS)
+    marked = make_index(store, 3, "index", layout, removed=REMOVED_IDS)
     assert marked.manifest.num_rows == 24
     assert indexing.count_missing(marked.manifest) == 6
     assert verification.verify(marked.folder)[1] == []
     found = marked.searcher().search(queries, 30).ids
     _, plans = indexing.plan_shards(store, 3, {})
     listed = removals.known_list(marked.folder, marked.manifest)
-    receipts = [indexing.build_shard(plan, marked.layout, marked.folder, None, listed) for plan in plans]
-    manifest = dataclasses.replace(marked.manifest, receipts=(*receipts, listed))
+    receipts = [indexing.build_shard(plan, layout, marked.folder, marked.training, listed) for plan in plans]
+    manifest = dataclasses.replace(marked.manifest, receipts=(*filter(None, [marked.training]), *receipts, listed))
     manifest.write(marked.folder)
     rebuilt = IndexStore.open(marked.folder)
     assert (rebuilt.manifest.num_rows, indexing.count_missing(rebuilt.manifest)) == (24, 6)
@@ -271,14 +280,15 @@ def test_documents_that_are_removed_are_gone_from_results_and_counts_and_then_fr
     assert verification.verify(rebuilt.folder)[1] == []
     assert set(found[0]) == {name for names, _ in parts.values() for name in names} - set(REMOVED_IDS)
     assert rebuilt.searcher().search(queries, 30).ids.tolist() == found.tolist()
-    assert len({manifest.fingerprint, marked.manifest.fingerprint, make_index(store, 3, "all").manifest.fingerprint}) == 3
+    assert len({manifest.fingerprint, marked.manifest.fingerprint, make_index(store, 3, "all", layout).manifest.fingerprint}) == 3
 
 
+@pytest.mark.parametrize("layout", [Layout("prefix", 4, "Flat"), Layout("prefix", 4, "IVF2,dense")], ids=str)
 def test_a_shard_of_which_every_document_is_removed_is_empty_and_finds_nothing(
-    make_store: MakeStore, make_index: MakeIndex, parts: dict, random_vectors: Make
+    make_store: MakeStore, make_index: MakeIndex, parts: dict, random_vectors: Make, layout: Layout
 ):
     store = make_store(dict(list(parts.items())[:1]))
-    marked = make_index(store, 1, removed=parts["0.parquet:0"][0])
+    marked = make_index(store, 1, "index", layout, removed=parts["0.parquet:0"][0])
 
     def finds_nothing(index: IndexStore) -> bool:
         plans = (index.plan, FunnelPlan.parse(["8:3"]))
@@ -288,8 +298,9 @@ def test_a_shard_of_which_every_document_is_removed_is_empty_and_finds_nothing(
     assert finds_nothing(marked)
     _, (plan,) = indexing.plan_shards(store, 1, {})
     listed = removals.known_list(marked.folder, marked.manifest)
-    receipt = indexing.build_shard(plan, marked.layout, marked.folder, None, listed)
-    dataclasses.replace(marked.manifest, receipts=(receipt, listed)).write(marked.folder)
+    receipt = indexing.build_shard(plan, layout, marked.folder, marked.training, listed)
+    receipts = (*filter(None, [marked.training]), receipt, listed)
+    dataclasses.replace(marked.manifest, receipts=receipts).write(marked.folder)
     assert finds_nothing(IndexStore.open(marked.folder))
     assert verification.verify(marked.folder)[1] == []
 

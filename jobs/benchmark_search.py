@@ -344,7 +344,8 @@ _NOTES = (
     "ratios: queries per second of ours over those of the peer at equal recall; between neighbours of a sweep, the logarithm of"
     " the rate is taken to be linear in recall; of HNSW, the M that is faster there",
     "exact@ndcg0.995: the fastest plan whose nDCG@10 is at least 99.5% of exact search's; ours_exact: our scan of all documents",
-    "build_seconds: of ours, all tasks added up, training included, each with one core; of peers, with all cores",
+    "build_seconds: of ours, all tasks added up, training included, each with one core and threads that read ahead, but for what"
+    " FAISS learns, with all cores, as peers do everything",
     "hnsw_build: build seconds of HNSW over ours; efConstruction and the like are what each library takes by default",
     "memory: the index as it is written, with the vectors that reranking needs; ids are left out; disk: all files",
     "HNSW, hnswlib and usearch get the documents in random order, which serves graphs where near-duplicates stand together",

@@ -121,7 +121,8 @@ def _second_moment(vectors: npt.NDArray[np.floating[Any]]) -> Matrix:
     """
     import torch
 
-    unit = torch.from_numpy(shrink(vectors, vectors.shape[1]))
+    unit = torch.from_numpy(np.array(vectors)).float()
+    unit.mul_(torch.linalg.vector_norm(unit, dim=1, keepdim=True).clamp_min_(_TINY).reciprocal_())
     moment = (unit.T @ unit).double().numpy() / max(len(unit), 1)
     ridge = _RIDGE * np.trace(moment) / len(moment)
     spread: Matrix = moment + ridge * np.eye(len(moment))

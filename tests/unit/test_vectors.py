@@ -32,7 +32,7 @@ def test_a_unit_is_plain_parquet_for_any_tool(tmp_path: Path, random_vectors: Ma
     block = random_vectors(2, 8)
     vectors.write_unit(tmp_path / "u.parquet", ["a", "b"], np.asfortranarray(block))
     table = pq.read_table(tmp_path / "u.parquet")
-    assert table.schema.field("embedding").type == pa.list_(pa.float16(), 8)
+    assert table.schema.field("embedding").type == pa.list_(pa.field("element", pa.float16(), nullable=False), 8)
     np.testing.assert_array_equal(np.array(table["embedding"].to_pylist(), np.float16), block)
 
 

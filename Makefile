@@ -1,7 +1,7 @@
 # Every command does its own set-up: the first one makes the virtual environment .venv, later ones use it.
 PYTHON ?= python3
 MINUTES ?= 30
-SHARES ?= 2
+SHARES ?= 3
 HARDWARE ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n $(SHARES) --dist loadgroup --no-loadscope-reorder
@@ -14,8 +14,8 @@ export HF_HUB_OFFLINE ?= 1
 demo: .venv/ready  ## Runs the whole job on the documentation of the installed Python packages.
 	$(BIN)/python -m jobs.pipeline --config jobs/demo.yaml --replace
 
-test:  ## Runs the tests: those that compute, then those that wait for Ray, both in two shares.
-	$(MAKE) --keep-going test-unit test-integration
+test: .venv/ready  ## Runs the tests, in several shares: first those that wait for Ray, then those that compute.
+	$(PYTEST) tests/nodes tests/integration tests/gpu lib tests/unit
 
 test-unit: .venv/ready
 	$(PYTEST) lib tests/unit

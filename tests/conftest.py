@@ -1,5 +1,6 @@
 """Fixtures of all tests: a tiny model, one local Ray for the whole session, one finished pipeline."""
 
+import functools
 import logging
 import os
 import shutil
@@ -93,11 +94,20 @@ def bucket(s3: "Proxy") -> str:
     return s3.make_bucket()
 
 
+@functools.cache
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist writes the groups down
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests are shared among processes, keeps those of a file together, and all that look at the finished pipeline."""
+    """Keeps the tests of a file in one process, and all that look at the finished pipeline; skips what needs a GPU."""
     looking = {item.path for item in items if "finished_pipeline" in getattr(item, "fixturenames", ())}
     for item in items:
+        if item.path.parent.name == "gpu" and not _has_gpu():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
         item.add_marker(pytest.mark.xdist_group("finished_pipeline" if item.path in looking else item.path.name))
 
 

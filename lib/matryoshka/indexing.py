@@ -47,7 +47,7 @@ from matryoshka.spaces import Kind, Space
 from matryoshka.storage import Place
 from matryoshka.topk import IntArray
 from matryoshka.units import Unit
-from matryoshka.vectors import EmbeddingStore, Float16Array
+from matryoshka.vectors import ArrayWriter, EmbeddingStore, Float16Array
 
 if TYPE_CHECKING:
     from matryoshka.lists import CoarseLists
@@ -67,7 +67,6 @@ Quality = Literal["fast", "balanced", "high", "exact"]
 _READ_AHEAD = 2  # units
 _EXPONENT = np.uint16(0x7C00)  # the bits of float16 that are all set in what is not finite
 _SPACE_DOCUMENTS = 50_000  # whose second moment a space is learned from; of four times as many, recall is the same
-_DTYPES = {"float16": np.float16, "int8": np.int8}
 
 _ANEW = "Build the index anew: python -m jobs.index with --replace."
 _PLAN = {"plan": ListOf(str)}
@@ -411,11 +410,9 @@ def build_shard(
     columns: list[pa.Table] = []
     with storage.publish(folder / SHARDS / plan.key) as temporary:
         temporary.mkdir()
-        with (temporary / VECTORS).open("wb") as file:
+        with ArrayWriter(temporary / VECTORS, num_rows) as full:
             for position, unit in enumerate(_read_units(plan.store, plan.files, kept, space if index else None)):
-                if not position:
-                    vectors.begin_array(file, _DTYPES[layout.storage], (num_rows, unit.block.shape[1]))
-                vectors.append(file, pack(unit.block, layout.storage))
+                full.append(pack(unit.block, layout.storage))
                 if index and unit.coarse is not None:
                     index.add(unit.coarse)
                 if plan.origin:
@@ -426,8 +423,10 @@ def build_shard(
             filters.write_columns(temporary / COLUMNS, columns)
         if index:
             index.write(*(temporary / name for name in layout.coarse_names))
-        names = [*layout.coarse_names, VECTORS, IDS, *([COLUMNS] if columns else [])]
-        files = tuple(FileRecord.named(f"{SHARDS}/{plan.key}/{name}", temporary / name) for name in names)
+        below = f"{SHARDS}/{plan.key}"
+        names = [*layout.coarse_names, IDS, *([COLUMNS] if columns else [])]
+        files = tuple(FileRecord.named(f"{below}/{name}", temporary / name) for name in names)
+        files = (*files, FileRecord(f"{below}/{VECTORS}", full.num_bytes, full.digest))
     details = {
         "num_left_out": plan.num_rows - num_rows,
         "training": training_of(training),

@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from matryoshka import kernels, scans, topk, vectors
+from matryoshka import kernels, scans, topk
 from matryoshka.nested import Float32Array
 from matryoshka.scans import CpuScan, GpuScan
 from matryoshka.topk import IntArray, Mask
+from matryoshka.vectors import ArrayWriter
 
 Ranked = tuple[Float32Array, IntArray]
 
@@ -64,8 +65,8 @@ class StoredVectors:
     def __init__(self, stored: npt.NDArray[Any], device: str = "cpu") -> None:
         self._is_plain = stored.dtype == np.uint16
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # it may not be written to; nothing here does
-            numbers = torch.from_numpy(stored.view(np.int16) if self._is_plain else stored)
-        self._vectors = (numbers.view(torch.bfloat16) if self._is_plain else numbers).to(device)
+            vectors = torch.from_numpy(stored.view(np.int16) if self._is_plain else stored)
+        self._vectors = (vectors.view(torch.bfloat16) if self._is_plain else vectors).to(device)
         self._parts = _PARTS[self._vectors.device.type]
 
     def __len__(self) -> int:
@@ -236,12 +237,12 @@ class CoarseVectors:
     def __init__(self) -> None:
         self._parts: list[npt.NDArray[np.uint16]] = []
 
-    def add(self, block: Float32Array) -> None:
+    def add(self, vectors: Float32Array) -> None:
         """Adds documents after those that are there.
 
-        Shapes: block [N, dim].
+        Shapes: vectors [N, dim].
         """
-        self._parts.append(torch.from_numpy(block).bfloat16().view(torch.int16).numpy().view(np.uint16))
+        self._parts.append(torch.from_numpy(vectors).bfloat16().view(torch.int16).numpy().view(np.uint16))
 
     @property
     def dial(self) -> None:
@@ -253,10 +254,9 @@ class CoarseVectors:
 
     def write(self, path: Path) -> None:
         """Writes what ``StoredVectors`` takes, as a file that can be mapped into memory."""
-        with path.open("wb") as file:
-            vectors.begin_array(file, np.uint16, self._shape)
+        with ArrayWriter(path, sum(map(len, self._parts))) as file:
             for part in self._parts:
-                vectors.append(file, part)
+                file.append(part)
 
     def write_in_order(self, path: Path, rows: IntArray) -> None:
         """Writes the same with the documents in another order.
@@ -264,14 +264,10 @@ class CoarseVectors:
         Shapes: rows [N], a permutation.
         """
         self._parts = [every := np.concatenate(self._parts)]  # the parts themselves are in nobody's way any more
-        with path.open("wb") as file:
-            vectors.begin_array(file, np.uint16, self._shape)
+        with ArrayWriter(path, len(rows)) as file:
+            file.append(every[:0])
             for start in range(0, len(rows), _ROWS_AT_ONCE):
-                vectors.append(file, every[rows[start : start + _ROWS_AT_ONCE]])
-
-    @property
-    def _shape(self) -> tuple[int, int]:
-        return sum(map(len, self._parts)), self._parts[0].shape[1]
+                file.append(every[rows[start : start + _ROWS_AT_ONCE]])
 
 
 def read_coarse(path: Path, order: npt.NDArray[np.integer[Any]] | None = None) -> Float32Array:

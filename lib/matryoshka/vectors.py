@@ -3,10 +3,12 @@
 Any tool reads the files; a lower resolution is a prefix, normalised again (``nested.shrink``).
 """
 
+import hashlib
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,19 +65,45 @@ def read_unit(file: Path | bytes, path: Place | None = None) -> tuple[pa.Array, 
         raise ValueError(f"{path or file!s}: not a file of embeddings ({error}). Run python -m jobs.embed again.") from None
 
 
-def begin_array(file: BinaryIO, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> None:
-    """Writes what a NumPy file has before its numbers, which ``append`` then writes as they come."""
-    described = np.lib.format.dtype_to_descr(np.dtype(dtype))
-    np.lib.format.write_array_header_1_0(file, {"descr": described, "fortran_order": False, "shape": shape})
+class ArrayWriter:
+    """Writes a NumPy file part by part, and digests it on the way; unlike NumPy's ``tofile``, it says why where it cannot write.
 
-
-def append(file: BinaryIO, part: npt.NDArray[Any]) -> None:
-    """Writes numbers to a NumPy file; unlike NumPy's own ``tofile``, it says why where it cannot.
+    Args:
+        path: The file.
+        num_rows: Of all parts together.
 
     Raises:
         OSError: The disk is full, or out of order.
     """
-    file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+
+    def __init__(self, path: Path, num_rows: int) -> None:
+        self._file, self._num_rows, self._digest = path.open("wb"), num_rows, hashlib.sha256()
+        self.num_bytes = 0
+
+    def append(self, part: npt.NDArray[Any]) -> None:
+        """Writes the next rows; the first ones say what all are like."""
+        if not self.num_bytes:
+            head, described = io.BytesIO(), np.lib.format.dtype_to_descr(part.dtype)
+            shape = (self._num_rows, *part.shape[1:])
+            np.lib.format.write_array_header_1_0(head, {"descr": described, "fortran_order": False, "shape": shape})
+            self._write(head.getbuffer())
+        self._write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+
+    def _write(self, data: memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self.num_bytes += data.nbytes
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of what was written, in hex."""
+        return self._digest.hexdigest()
+
+    def __enter__(self) -> "ArrayWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
 def read_ids(path: Place) -> pa.Array:

@@ -1,7 +1,7 @@
 # Every command does its own set-up: the first one makes the virtual environment .venv, later ones use it.
 PYTHON ?= python3
 MINUTES ?= 30
-SHARES ?= 3
+SHARES ?= 2
 HARDWARE ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n $(SHARES) --dist loadgroup --no-loadscope-reorder

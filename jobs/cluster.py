@@ -154,9 +154,17 @@ class Session:
         remote = ray.remote(**options)(function)
         return [_get(reference) for reference in [remote.remote(*arguments) for arguments in calls]]
 
-    def run_tasks(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-        """Yields the results of a function, called once per tuple of arguments, in the order given; few are in flight."""
-        self._make_room(len(arguments))
+    def run_tasks(
+        self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, are_short: bool = False
+    ) -> Iterator[Any]:
+        """Yields the results of a function, called once per tuple of arguments, in the order given; few are in flight.
+
+        Args:
+            function: What is called.
+            arguments: Of each call.
+            are_short: Whether all calls together take less time than it takes to start encoders anew: then one free CPU is enough.
+        """
+        self._make_room(min(len(arguments), 1) if are_short else len(arguments))
         remote, limit = ray.remote(scheduling_strategy="SPREAD")(_lets_go(function)), 2 * capacity().num_cpus
         window: deque[Any] = deque()
         try:

@@ -26,6 +26,7 @@ from matryoshka.storage import Place
 from matryoshka.vectors import EmbeddingStore, Float16Array
 
 ROWS_PER_SHARD = 1_000_000
+_FEW_ROWS = 100_000  # which any machine indexes in seconds
 _SHOWN = 3
 _AUTO = "auto"
 _GB = 1e9
@@ -317,12 +318,14 @@ def _build(
                 journal.add(receipt)
         journal.flush()
         calls = [(shard, state.layout, output, state.training, listed) for shard in todo]
+        are_short = sum(shard.num_rows for shard in todo) <= _FEW_ROWS
         with Counter("index", len(todo), "documents") as counter:
-            for receipt in session.run_tasks(indexing.build_shard, calls):
+            for receipt in session.run_tasks(indexing.build_shard, calls, are_short=are_short):
                 journal.add(receipt)
                 state.finished[receipt.key] = receipt
                 counter.advance(receipt.num_rows, shard=receipt.key, seconds=receipt.details["seconds"])
-        for receipt in session.run_tasks(removals.bury, [(output, shard, listed) for shard in state.unburied(listed)]):
+        buried = [(output, shard, listed) for shard in state.unburied(listed)]
+        for receipt in session.run_tasks(removals.bury, buried, are_short=True):
             journal.add(receipt)
             state.finished[receipt.key] = receipt
         loss = _loss(session, store, state, todo)

@@ -268,6 +268,8 @@ def test_encoders_stay_where_there_is_room_beside_them(tiny: str, local_ray: clu
     if num_others:
         assert list(local_ray.run_tasks(abs, [(-1,)] * num_others)) == [1] * num_others
         assert len(local_ray._workers) == 1
+        assert list(local_ray.run_tasks(abs, [(-1,)] * 9, are_short=True)) == [1] * 9
+        assert len(local_ray._workers) == 1
     assert list(local_ray.run_tasks(abs, [(-1,)] * (num_others + 1))) == [1] * (num_others + 1)
     assert not len(local_ray._workers)
 

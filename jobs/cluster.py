@@ -112,7 +112,9 @@ class Session:
     def _make_room(self, num_processes: int) -> None:
         """Ends the pool, unless so many processes of one CPU can run beside it: on one machine, which is lost with everything."""
         there = capacity()
-        free = min(there.num_cpus - len(self._workers), _free_cpus())
+        free = there.num_cpus - len(self._workers)
+        if os.environ.get("RAY_ADDRESS"):  # others may have taken some
+            free = min(free, _free_cpus())
         if there.num_nodes > 1 or there.num_gpus or num_processes > free:
             self.release()
 
@@ -162,7 +164,7 @@ class Session:
         Args:
             function: What is called.
             arguments: Of each call.
-            are_short: Whether all calls together take less time than it takes to start encoders anew: then one free CPU is enough.
+            are_short: Whether all calls together take less time than to start encoders anew: then one free CPU is enough.
         """
         self._make_room(min(len(arguments), 1) if are_short else len(arguments))
         remote, limit = ray.remote(scheduling_strategy="SPREAD")(_lets_go(function)), 2 * capacity().num_cpus

@@ -187,7 +187,7 @@ def test_other_shards_and_batches_over_the_same_vectors_mine_the_same(
     assert found == expected
 
 
-def _in_shards(_: object, function: Any, arguments: list[tuple[Any, ...]]) -> list[Receipt]:
+def _in_shards(_: object, function: Any, arguments: list[tuple[Any, ...]], **_options: bool) -> list[Receipt]:
     if function is mining.mine_file:
         assert all(len(sources.index.shards) > 2 for sources, *_ in arguments)
     return [function(*own) for own in arguments]

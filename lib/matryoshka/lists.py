@@ -18,7 +18,7 @@ from matryoshka import kernels, scans, topk
 from matryoshka.index import Dial
 from matryoshka.nested import Float32Array
 from matryoshka.products import CoarseVectors, Ranked, StoredVectors
-from matryoshka.topk import PADDING, IntArray, Mask
+from matryoshka.topk import IntArray, Mask
 
 # Products of everything take as long as lists of so much of it (250,000 x 256 and 2,000 lists, one core with AMX).
 _WORTH_IT = 1 / 32
@@ -132,11 +132,7 @@ class ListedVectors:
             if kernels.compare_lists(queries, self._all.bits, *where, num_kept, counts, notes):
                 break
             room *= 2  # so many tie with the last of the best
-        width = int(counts.max(initial=0))
-        scores, rows = kernels.read(notes[:, :width])
-        is_padding = np.arange(width) >= counts[:, None]
-        scores[is_padding], rows[is_padding] = PADDING, -1
-        return scores, rows
+        return scans.read_noted(counts, notes)
 
 
 def _room_for(num_kept: int) -> int:

@@ -265,8 +265,7 @@ class CoarseVectors:
         """
         self._parts = [every := np.concatenate(self._parts)]  # the parts themselves are in nobody's way any more
         with ArrayWriter(path, len(rows)) as file:
-            file.append(every[:0])
-            for start in range(0, len(rows), _ROWS_AT_ONCE):
+            for start in range(0, max(len(rows), 1), _ROWS_AT_ONCE):
                 file.append(every[rows[start : start + _ROWS_AT_ONCE]])
 
 

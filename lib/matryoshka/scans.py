@@ -145,11 +145,19 @@ class CpuScan:
     def _finish(self, lot: _Lot, stored: npt.NDArray[Any], is_scaled: bool) -> tuple[Float32Array, IntArray]:
         limits = self._num_kept, lot.margins, self._share
         kernels.finish(lot.queries, stored, is_scaled, *limits, lot.bars, lot.counts, lot.notes)
-        width = int(lot.counts.max(initial=0))
-        scores, rows = kernels.read(lot.notes[:, :width])
-        is_padding = np.arange(width) >= lot.counts[:, None]
-        scores[is_padding], rows[is_padding] = PADDING, -1
-        return scores, rows
+        return read_noted(lot.counts, lot.notes)
+
+
+def read_noted(counts: IntArray, notes: IntArray) -> tuple[Float32Array, IntArray]:
+    """Returns the scores and rows at the front of each query's notes, which are of final scores; -1 pads.
+
+    Shapes: counts [Q], notes [Q, room] -> [Q, M], [Q, M].
+    """
+    width = int(counts.max(initial=0))
+    scores, rows = kernels.read(notes[:, :width])
+    is_padding = np.arange(width) >= counts[:, None]
+    scores[is_padding], rows[is_padding] = PADDING, -1
+    return scores, rows
 
 
 def compare_few(

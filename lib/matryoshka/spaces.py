@@ -9,12 +9,15 @@ Drivers import this room for what an index says of itself: torch is imported whe
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from matryoshka.nested import Float32Array, shrink
+
+if TYPE_CHECKING:
+    import torch
 
 Kind = Literal["prefix", "rotation", "projection"]
 Matrix = npt.NDArray[np.float64]
@@ -119,10 +122,8 @@ def _second_moment(vectors: npt.NDArray[np.floating[Any]]) -> Matrix:
 
     Shapes: vectors [N, D] -> [D, D].
     """
-    import torch
-
-    unit = torch.from_numpy(np.array(vectors)).float()
-    unit.mul_(torch.linalg.vector_norm(unit, dim=1, keepdim=True).clamp_min_(_TINY).reciprocal_())
+    wide, scales = _widen(vectors)
+    unit = wide.mul_(scales)
     moment = (unit.T @ unit).double().numpy() / max(len(unit), 1)
     ridge = _RIDGE * np.trace(moment) / len(moment)
     spread: Matrix = moment + ridge * np.eye(len(moment))
@@ -142,7 +143,17 @@ def _apply(own: Float32Array | None, vectors: npt.NDArray[np.floating[Any]], dim
         return shrink(vectors, dim)
     import torch
 
-    wide = torch.from_numpy(np.array(vectors)).float()  # a copy that torch may write to, or it warns
-    norms = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min_(_TINY)
-    mapped: Float32Array = (wide @ torch.from_numpy(own)).mul_(norms.reciprocal_()).numpy()
+    wide, scales = _widen(vectors)
+    mapped: Float32Array = (wide @ torch.from_numpy(own)).mul_(scales).numpy()
     return mapped
+
+
+def _widen(vectors: npt.NDArray[np.floating[Any]]) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Returns vectors as float32, and what each is multiplied with to have unit length.
+
+    Shapes: vectors [N, D] -> [N, D], [N, 1].
+    """
+    import torch
+
+    wide = torch.from_numpy(np.array(vectors)).float()  # a copy that torch may write to, or it warns
+    return wide, torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min_(_TINY).reciprocal_()

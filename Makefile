@@ -9,22 +9,19 @@ PIP := $(BIN)/python -m pip install --quiet --constraint .constraints/$(HARDWARE
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-unit test-integration test-nodes soak check clean
+.PHONY: demo test test-unit test-integration soak check clean
 
 demo: .venv/ready  ## Runs the whole job on the documentation of the installed Python packages.
 	$(BIN)/python -m jobs.pipeline --config jobs/demo.yaml --replace
 
 test: .venv/ready  ## Runs the tests, in two shares: first those that wait for Ray, then those that compute.
-	$(PYTEST) tests/integration tests/gpu lib tests/unit
+	$(PYTEST) tests/nodes tests/integration tests/gpu lib tests/unit
 
 test-unit: .venv/ready
 	$(PYTEST) lib tests/unit
 
 test-integration: .venv/ready
-	$(PYTEST) tests/integration tests/gpu
-
-test-nodes: .venv/ready  ## Runs the tests on clusters of several nodes on this machine; their network namespaces need root.
-	$(BIN)/python -m pytest tests/nodes
+	$(PYTEST) tests/nodes tests/integration tests/gpu
 
 soak: .venv/ready  ## Runs nights under fire for half an hour, a fault every 20 s: soak.json says what was done.
 	$(BIN)/python tests/soak.py --output runs/soak --minutes $(MINUTES)

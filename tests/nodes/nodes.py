@@ -28,8 +28,15 @@ _HOLDER = str(Path(__file__).with_name("holder.py"))
 _MARK = "MATRYOSHKA_TEST_NODES"
 _IS_UP = "Ray runtime started"
 _PATIENCE_SECONDS = 300
-# A node that does not answer is given up after five pings of two seconds, and nothing waits longer for a head that is gone.
-_CHECKS = {"health_check_initial_delay": 1_000, "health_check_period": 1_000, "health_check_timeout": 2_000}
+# A node that does not answer is given up after five pings of two seconds, whoever waits for it learns that from its connection
+# within fifteen, and nothing waits longer for a head that is gone.
+_CHECKS = {
+    "health_check_initial_delay": 1_000,
+    "health_check_period": 1_000,
+    "health_check_timeout": 2_000,
+    "grpc_client_keepalive_time": 5_000,
+    "grpc_client_keepalive_timeout": 10_000,
+}
 _SETTINGS = {**{f"RAY_{name}_ms": str(value) for name, value in _CHECKS.items()}, "RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
 
 

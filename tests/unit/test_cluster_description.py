@@ -23,10 +23,11 @@ def described() -> dict[str, Any]:
     return found
 
 
-def _starts(described: dict[str, Any]) -> dict[str, str]:
-    """Returns the command that starts Ray, on the head and on the others."""
-    commands = {name: " && ".join(described[f"{name}_start_ray_commands"]) for name in ("head", "worker")}
-    return {name: command[command.index("ray start") - len("RAY_AUTH_MODE=token ") :] for name, command in commands.items()}
+def _starts(described: dict[str, Any]) -> dict[str, tuple[str, dict[str, str]]]:
+    """Returns the command that starts Ray and its environment, on the head and on the others."""
+    commands = {name: described[f"{name}_start_ray_commands"][-1].partition("; ")[2] for name in ("head", "worker")}
+    parts = {name: command.partition("ray start ") for name, command in commands.items()}
+    return {name: (options, dict(own.split("=") for own in before.split())) for name, (before, _, options) in parts.items()}
 
 
 def test_it_is_valid_by_ray_s_own_schema(described):
@@ -55,12 +56,19 @@ def test_the_head_does_no_work_and_there_are_workers_with_and_without_gpus(descr
 
 
 def test_every_node_asks_for_the_token_and_has_it(described):
-    assert all(command.startswith("RAY_AUTH_MODE=token ray start") for command in _starts(described).values())
+    assert all(environment["RAY_AUTH_MODE"] == "token" for _, environment in _starts(described).values())
     assert "~/.ray/auth_token" in described["file_mounts"]
 
 
+def test_every_node_finds_out_as_fast_about_a_machine_that_vanished(described):
+    (head, worker) = [environment for _, environment in _starts(described).values()]
+    assert head == worker
+    patience = sum(int(head[f"RAY_grpc_client_keepalive_{name}_ms"]) for name in ("time", "timeout"))
+    assert patience <= 60_000
+
+
 def test_the_dashboard_is_for_the_head_alone(described):
-    starts = _starts(described)
+    starts = {name: options for name, (options, _) in _starts(described).items()}
     assert "--dashboard-host=127.0.0.1" in starts["head"].split()
     assert "dashboard" not in starts["worker"]
 

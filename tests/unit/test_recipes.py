@@ -64,6 +64,7 @@ _POD = _object(
             "minItems": 1,
             "items": _object(
                 ("name", "image"), name=_WORD, image=_WORD, resources=_object(requests=_WORDS, limits=_WORDS),
+                env={"type": "array", "items": _object(("name", "value"), name=_WORD, value=_WORD)},
                 volumeMounts={"type": "array", "items": _object(("name", "mountPath"), name=_WORD, mountPath=_WORD)},
             ),
         },
@@ -113,6 +114,8 @@ def test_the_ray_job_has_only_fields_of_kuberay_s_resource_and_its_job_is_there(
     for pod in (group["template"]["spec"] for group in groups):
         volumes = {volume["name"] for volume in pod["volumes"]}
         assert {mount["name"] for own in pod["containers"] for mount in own["volumeMounts"]} == volumes
+    (head, *others) = [own["env"] for group in groups for own in group["template"]["spec"]["containers"]]
+    assert all(own == head for own in others), "nodes must agree on how often they ask for each other"
 
 
 def test_airflow_s_command_is_a_job_that_is_there():

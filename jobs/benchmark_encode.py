@@ -57,8 +57,7 @@ def measure(settings: "Settings", device: str, output: Place) -> dict[str, Any]:
     from jobs import cluster
     from matryoshka import corpus, model
 
-    if os.environ.get("RAY_ADDRESS"):
-        raise ValueError("RAY_ADDRESS is set, but systems are compared on this machine alone. Unset it.")
+    cluster.check_alone()
     source = corpus.inspect(settings.corpus or "", corpus.Columns(settings.id_column, settings.text_column))
     info = model.describe(settings.model)
     storage.keep_apart(output, info.folder, *(source.path_of(file.name) for file in source.files))

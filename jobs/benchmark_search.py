@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -133,10 +132,11 @@ def check_place(settings: "Settings") -> str:
     Raises:
         ValueError: A GPU or a cluster is named.
     """
+    from jobs import cluster
+
     if settings.device == "cuda":
         raise ValueError("--device cuda: benchmark search compares systems on the CPU. Pass --device cpu, or leave it out.")
-    if os.environ.get("RAY_ADDRESS"):
-        raise ValueError("RAY_ADDRESS is set, but systems are compared on this machine alone. Unset it.")
+    cluster.check_alone()
     return "cpu"
 
 

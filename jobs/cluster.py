@@ -113,7 +113,7 @@ class Session:
         """Ends the pool, unless so many processes of one CPU can run beside it: on one machine, which is lost with everything."""
         there = capacity()
         free = there.num_cpus - len(self._workers)
-        if os.environ.get("RAY_ADDRESS"):  # others may have taken some
+        if address():  # others may have taken some
             free = min(free, _free_cpus())
         if there.num_nodes > 1 or there.num_gpus or num_processes > free:
             self.release()
@@ -134,7 +134,7 @@ class Session:
     def describe_worker(self) -> dict[str, Any]:
         """Returns the hardware that a worker runs on; see ``measurement.describe_hardware``."""
         device = capacity().device
-        if not os.environ.get("RAY_ADDRESS"):  # workers are on this machine
+        if not address():  # workers are on this machine
             return measurement.describe_hardware(device)
         return self._on_worker(measurement.describe_hardware, device)
 
@@ -216,6 +216,21 @@ def _lets_go(function: Callable[..., Any]) -> Callable[..., Any]:
 _session: Session | None = None
 
 
+def address() -> str:
+    """Returns where the cluster is that jobs connect to; empty if each starts Ray on its own machine."""
+    return os.environ.get("RAY_ADDRESS", "")
+
+
+def check_alone() -> None:
+    """Checks that no cluster is named.
+
+    Raises:
+        ValueError: One is.
+    """
+    if address():
+        raise ValueError("RAY_ADDRESS is set, but systems are compared on this machine alone. Unset it.")
+
+
 @contextlib.contextmanager
 def connected() -> Iterator[Session]:
     """Connects to the cluster that RAY_ADDRESS names, or starts Ray on this machine, for as long as the block runs.
@@ -252,8 +267,7 @@ def _connect() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:
+    if not address():
         ray.init(**options, address="local", include_dashboard=False)
         return
     try:
@@ -261,7 +275,7 @@ def _connect() -> None:
         ray.init(**options, runtime_env={"py_modules": [str(Path(own.__path__[0]).resolve()) for own in (jobs, matryoshka)]})
     except (RayError, ConnectionError) as error:
         raise RuntimeError(
-            f"RAY_ADDRESS={address}: no connection ({_last_line(error)})."
+            f"RAY_ADDRESS={address()}: no connection ({_last_line(error)})."
             " Check that the cluster is up, and pass its token: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token."
         ) from None
 
@@ -333,7 +347,7 @@ def check_workers(num_workers: int | None, device: str | None = None) -> int | N
     """
     there = capacity()
     most, kind = (there.num_gpus, "GPUs") if (device or there.device) == "cuda" else (there.num_cpus, "CPUs")
-    if num_workers and num_workers > most and not os.environ.get("RAY_ADDRESS"):
+    if num_workers and num_workers > most and not address():
         raise ValueError(f"--workers {num_workers}: this machine has {most} {kind}. Pass at most {most}.")
     return num_workers
 

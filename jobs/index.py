@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -360,7 +359,7 @@ def _train(
         return None
     asked = queries.encode(session, settings, store) if queries else None
     # On a machine of its own there is nothing to do beside it; on a cluster others may have the CPUs.
-    num_threads = 1 if os.environ.get("RAY_ADDRESS") else cluster.capacity().num_cpus
+    num_threads = 1 if cluster.address() else cluster.capacity().num_cpus
     training = (store, state.layout, asked, settings.sample, storage.place(settings.output).resolve(), num_threads)
     (receipt,) = session.run_tasks(indexing.train, [training])
     trained: Receipt = receipt

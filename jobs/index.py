@@ -144,6 +144,11 @@ class _State:
     def todo(self) -> list[ShardPlan]:
         return [shard for shard in self.shards if shard.key not in self.finished]
 
+    def spares(self, previous: Manifest | None) -> bool:
+        """Returns whether what is left to do leaves every file of an earlier index as it is."""
+        before = {receipt.key for receipt in previous.receipts} if previous else set()
+        return not self.must_train and not any(shard.key in before for shard in self.todo)
+
     def unburied(self, listed: Receipt | None) -> list[Receipt]:
         """Returns the shards whose tombstones are not those of the list."""
         built = [self.finished[shard.key] for shard in self.shards if shard.key in self.finished]
@@ -179,7 +184,8 @@ def run(settings: Settings) -> Manifest:
         state = _State(finished, plans, choice.layout)
         facts = {**_facts(settings, store, choice, slots), "filter_columns": kinds}
         manifest = Manifest("index", identity, {"embeddings": store.manifest.fingerprint}, facts)
-        if previous and _is_current(previous, manifest, state, removed):
+        is_begun = bool(artifacts.read_journal(output))  # by a run that left the finished index as it was
+        if previous and not is_begun and _is_current(previous, manifest, state, removed):
             say(f"index: nothing to do, {output} is complete ({previous.num_rows} documents)")
             return previous
         if state.must_train and choice.layout.space == "projection" and queries is None:
@@ -188,7 +194,7 @@ def run(settings: Settings) -> Manifest:
             kept = {name: fact for name, fact in previous.facts.items() if name != indexing.TUNED}
             kept |= indexing.tuning_of(previous, choice.plan)
             manifest = dataclasses.replace(manifest, facts={**kept, **manifest.facts})
-        artifacts.begin(output, manifest, previous)
+        artifacts.begin(output, manifest, previous, spares=state.spares(previous))
         session = stack.enter_context(cluster.connected())
         return _build(session, settings, store, state, removed, manifest, queries)
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from jobs.entry import HopelessError, main
 from jobs.terminal import say
-from matryoshka import storage, verification
+from matryoshka import artifacts, storage, verification
 from matryoshka.config import Field, JobSettings, Positional
 
 
@@ -23,7 +23,9 @@ def run(settings: Settings) -> None:
     for folder in verification.find_artifacts(storage.place(settings.folder)):
         manifest, found = verification.verify(folder)
         verdict = "FAULT" if found else "ok"
-        say(f"{verdict:5}  {manifest.kind:11} {folder}  ({manifest.num_rows} rows, {len(manifest.receipts)} parts)")
+        is_begun = manifest.is_complete and artifacts.read_journal(folder)
+        also = "; an update that was begun is not finished" if is_begun else ""
+        say(f"{verdict:5}  {manifest.kind:11} {folder}  ({manifest.num_rows} rows, {len(manifest.receipts)} parts){also}")
         faults += found
     if faults:
         shown = "\n  ".join(faults[:20])

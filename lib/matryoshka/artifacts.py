@@ -127,6 +127,10 @@ class Manifest:
         self._publish(folder, self.fingerprint)
         storage.remove(folder / _JOURNAL)
 
+    def amend(self, folder: Place, facts: Mapping[str, Any]) -> None:
+        """Commits more facts about a finished artifact; what a later run has recorded, and not finished, stays."""
+        dataclasses.replace(self, facts={**self.facts, **facts})._publish(folder, self.fingerprint)
+
     def _publish(self, folder: Place, fingerprint: str | None) -> None:
         """Writes the manifest with one receipt per line: readable, and quick with a hundred thousand of them."""
         head = {
@@ -313,12 +317,15 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:12]}..."
 
 
-def begin(folder: Place, manifest: Manifest, previous: Manifest | None, work: Place | None = None) -> None:
+def begin(
+    folder: Place, manifest: Manifest, previous: Manifest | None, work: Place | None = None, *, spares: bool = False
+) -> None:
     """Takes an output folder into use: marks it as unfinished, and clears what no earlier run of this identity left.
 
     Artifacts in folders below this one are left alone: they have manifests of their own, and so is ``work``, where this run
     has begun. Receipts of the earlier run stay in the manifest and in the journal, so that nothing finished is lost if this
-    run is killed as well.
+    run is killed as well. A run that ``spares`` every file of a finished earlier one leaves its manifest too: the artifact can
+    be read as it was until the next manifest is written.
     """
     if previous is None:
         for entry in folder.iterdir() if folder.is_dir() else ():
@@ -327,6 +334,8 @@ def begin(folder: Place, manifest: Manifest, previous: Manifest | None, work: Pl
         storage.remove(folder / MANIFEST)  # last: until then the folder is known to be ours
     else:
         storage.remove_leftovers(folder)
+        if spares and previous.is_complete:
+            return
     receipts = previous.receipts if previous else ()
     dataclasses.replace(manifest, receipts=receipts, is_complete=False)._publish(folder, None)
 

@@ -861,7 +861,7 @@ class IndexStore:
         manifest = artifacts.read(self.folder, "index")
         if manifest.fingerprint != self.manifest.fingerprint or not manifest.is_complete:
             raise RuntimeError(f"{self.folder}: was built anew while it was tuned. Run python -m jobs.tune again.")
-        dataclasses.replace(manifest, facts={**manifest.facts, TUNED: dict(tuned)}).write(self.folder)
+        manifest.amend(self.folder, {TUNED: dict(tuned)})
 
 
 def tuning_of(previous: Manifest | None, plan: FunnelPlan) -> dict[str, Any]:

@@ -4,7 +4,7 @@ The list is part of the index and only grows. A shard that is there already gets
 a shard that is built later leaves the documents out.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -61,9 +61,12 @@ def none() -> pa.Array:
 
 def known_list(folder: Place, manifest: Manifest | None) -> Receipt | None:
     """Returns the receipt of the ids that an index, finished or not, is known to leave out."""
-    known = [*manifest.receipts, *artifacts.read_journal(folder)] if manifest else []
-    lists = [receipt for receipt in known if receipt.key == REMOVED]
-    return lists[-1] if lists else None
+    return last_list([*manifest.receipts, *artifacts.read_journal(folder)] if manifest else [])
+
+
+def last_list(receipts: Sequence[Receipt]) -> Receipt | None:
+    """Returns the receipt of the latest list among others."""
+    return next((receipt for receipt in reversed(receipts) if receipt.key == REMOVED), None)
 
 
 def remember(folder: Place, ids: pa.Array) -> Receipt:
@@ -105,10 +108,13 @@ def unknown(store: EmbeddingStore, ids: pa.Array) -> list[str]:
 
 
 def bury(folder: Place, shard: Receipt, listed: Receipt) -> Receipt:
-    """Writes which rows of a shard are on the list, and returns a receipt: so many documents less than the shard's says."""
+    """Writes which rows of a shard are on the list, and returns a receipt: so many documents less than the shard's says.
+
+    Another list has another file, so the tombstones before stay whole.
+    """
     record = _ids_of(shard)
     rows = find(vectors.open_ids(storage.local(folder / record.path, record.digest)), open_list(folder, listed))
-    name = f"{shard.key}.npy"
+    name = f"{shard.key}-{listed.files[0].digest[:16]}.npy"
     with storage.publish(folder / REMOVED / name) as temporary:
         with temporary.open("wb") as file:
             np.save(file, rows)

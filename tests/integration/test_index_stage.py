@@ -8,6 +8,7 @@ from typing import Any
 import folders
 import numpy as np
 import numpy.typing as npt
+import progress
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,6 +22,7 @@ from matryoshka.indexing import IndexStore
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 _SMALL, _LARGE = 120, 500
+_FUNNEL: dict[str, Any] = {"coarse_index": "Flat", "plan": ("16:50", "64:20")}
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +147,7 @@ def test_a_lost_training_is_made_anew_with_all_shards(root: Path, tmp_path: Path
 
 
 def test_removed_documents_are_gone_at_once_and_stay_out(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, own = tmp_path / "index", {"coarse_index": "Flat", "plan": ("16:50", "64:20")}
+    folder, own = tmp_path / "index", _FUNNEL
     vector = _vectors(root, "small")["d00003"]
     made = index.run(_settings(root, folder, **own))
     answers = search.Settings(index=str(folder), queries=str(root / "queries.parquet"), output=str(tmp_path / "answers"))
@@ -174,6 +176,79 @@ def test_removed_documents_are_gone_at_once_and_stay_out(root: Path, tmp_path: P
     anew = index.run(_settings(root, folder, "large", coarse_index="none", replace=True))
     assert anew.num_rows == _LARGE - 3
     assert folders.indexed_ids(folder) == left
+
+
+def _refuse(*_: Any) -> None:
+    raise ConnectionError("the driver is gone")
+
+
+def test_an_index_answers_as_it_was_until_the_next_one_is_complete(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, undisturbed = tmp_path / "index", tmp_path / "undisturbed"
+    vector = _vectors(root, "small")["d00003"]
+    made = index.run(_settings(root, folder, **_FUNNEL))
+    shutil.copytree(folder, undisturbed)
+    before = _found(folder, vector)
+    larger = {"which": "large", "remove": str(root / "remove.parquet"), **_FUNNEL}
+
+    def is_as_it_was() -> bool:
+        return _found(folder, vector) == before and artifacts.read_complete(folder, "index").fingerprint == made.fingerprint
+
+    seen = []
+    with monkeypatch.context() as patch:
+        progress.interrupt(patch, {1: lambda: seen.append(is_as_it_was()), 2: _refuse})
+        with pytest.raises(ConnectionError):
+            index.run(_settings(root, folder, **larger))
+    assert seen == [True]
+    assert is_as_it_was()
+    artifacts.read_complete(folder, "index").amend(folder, {"noted": True})  # as tuning does
+    capsys.readouterr()
+    verify.run(verify.Settings(folder=str(folder)))
+    assert "an update that was begun is not finished" in capsys.readouterr().out
+    recorded = [receipt.key for receipt in artifacts.read_journal(folder) if receipt.files[0].path.startswith("shards/")]
+    times = [folders.times(folder / "shards" / key) for key in recorded]
+    assert len(times) == 2
+
+    grown = index.run(_settings(root, folder, **larger))
+    assert [folders.times(folder / "shards" / key) for key in recorded] == times
+    assert "; 1 of 3 shards built" in capsys.readouterr().out
+    assert grown.facts["noted"] is True
+    assert grown.fingerprint == index.run(_settings(root, undisturbed, **larger)).fingerprint
+    assert "d00003" not in _found(folder, vector)
+    verify.run(verify.Settings(folder=str(folder)))
+    assert "not finished" not in capsys.readouterr().out
+
+
+def test_a_removal_that_was_begun_is_not_forgotten(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "index"
+    vector = _vectors(root, "small")["d00003"]
+    index.run(_settings(root, folder, **_FUNNEL))
+    for number, own in enumerate(("d00004", "d00003")):
+        texts.write_parquet(tmp_path / f"{own}.parquet", {"id": [own]})
+        made = artifacts.read_complete(folder, "index")
+        with monkeypatch.context() as patch:
+            patch.setattr(artifacts.Manifest, "write", _refuse)
+            with pytest.raises(ConnectionError):
+                index.run(_settings(root, folder, remove=str(tmp_path / f"{own}.parquet"), **_FUNNEL))
+        assert "d00003" in _found(folder, vector)
+        verify.run(verify.Settings(folder=str(folder)))
+        assert index.run(_settings(root, folder, **_FUNNEL)).num_rows == made.num_rows - 1 == _SMALL - 1 - number
+    assert "d00003" not in _found(folder, vector)
+    verify.run(verify.Settings(folder=str(folder)))
+
+
+def test_an_index_that_is_mended_is_not_finished_meanwhile(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "index"
+    made = index.run(_settings(root, folder, **_FUNNEL))
+    shutil.rmtree(next((folder / "shards").iterdir()))
+    with monkeypatch.context() as patch:
+        progress.interrupt(patch, {1: _refuse})
+        with pytest.raises(ConnectionError):
+            index.run(_settings(root, folder, **_FUNNEL))
+    with pytest.raises(ValueError, match="not finished"):
+        IndexStore.open(folder)
+    assert index.run(_settings(root, folder, **_FUNNEL)).fingerprint == made.fingerprint
 
 
 def test_an_export_is_loaded_by_faiss_alone_and_costs_what_changed(

@@ -70,6 +70,29 @@ def test_a_complete_manifest_supersedes_the_journal_and_strangers_go(tmp_path: P
     assert list(tree(tmp_path)) == ["manifest.json", "units/a", "units/b"]
 
 
+@pytest.mark.parametrize("spares", [False, True])
+def test_a_finished_artifact_stays_one_while_a_run_spares_its_files(tmp_path: Path, spares: bool):
+    dataclasses.replace(MANIFEST, receipts=(finish(tmp_path, "a"),), is_complete=True).write(tmp_path)
+    finished = artifacts.read(tmp_path)
+    artifacts.begin(tmp_path, MANIFEST, finished, spares=spares)
+    assert artifacts.read(tmp_path) == dataclasses.replace(finished, is_complete=spares)
+    begun = dataclasses.replace(finished, is_complete=False)
+    artifacts.begin(tmp_path, MANIFEST, begun, spares=spares)
+    assert artifacts.read(tmp_path) == begun
+
+
+def test_facts_are_added_to_a_finished_artifact_and_what_a_later_run_recorded_stays(tmp_path: Path):
+    finished = dataclasses.replace(MANIFEST, receipts=(finish(tmp_path, "a"),), is_complete=True)
+    finished.write(tmp_path)
+    journal = Journal(tmp_path)
+    journal.add(finish(tmp_path, "b"))
+    journal.flush()
+    finished.amend(tmp_path, {"more": 1})
+    found = artifacts.read(tmp_path)
+    assert (found.facts["more"], found.fingerprint, found.is_complete) == (1, finished.fingerprint, True)
+    assert [receipt.key for receipt in artifacts.read_journal(tmp_path)] == ["b"]
+
+
 def test_a_run_that_was_killed_before_its_first_manifest_can_be_repeated(tmp_path: Path):
     (tmp_path / f"{storage.TEMPORARY}0123456789ab-manifest.json").write_text("{")
     assert artifacts.claim(tmp_path, "embeddings", IDENTITY, replace=False) is None

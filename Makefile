@@ -31,8 +31,8 @@ check: .venv/ready  ## Checks style and types.
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-clean:  ## Removes the virtual environment and what the demo made.
-	rm -rf .venv runs
+clean:  ## Removes the virtual environment, and what the demo and the soak made.
+	rm -rf .venv runs/demo runs/soak
 
 .venv/ready: pyproject.toml .constraints/$(HARDWARE).txt
 	$(PYTHON) -m venv .venv

@@ -49,14 +49,16 @@ class HopelessError(RuntimeError):
     """The same command would fail again: what the error names must be mended first. What is finished is kept."""
 
 
+RUN_ID = Field(None, pattern=r"^\S+$", description="Name of the run in logs and status.json; none: a key made from the settings.")
+"""The option of every job that writes to a folder."""
+
+
 class StageSettings(JobSettings):
     """What every stage that writes an artifact has in common."""
 
     output: FolderPath = Field(description="Folder for the result; the same command again continues or does nothing.")
     replace: bool = Field(False, description="Discard what the output holds if it came from other inputs or settings.")
-    run_id: str | None = Field(
-        None, pattern=r"^\S+$", description="Name of the run in logs and status.json; none: a key made from the settings."
-    )
+    run_id: str | None = RUN_ID
 
 
 def main(name: str, settings_class: type[S], run: Callable[[S], Any], writes: str | None = "output") -> None:

@@ -5,14 +5,13 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jobs import cluster, embed, measurement
 from jobs.cluster import Encoders, Session
-from matryoshka import corpus
+from matryoshka import corpus, storage
 from matryoshka.calibration import COMPILING_MAY_PAY_AFTER, Calibration, Choice
 from matryoshka.corpus import Corpus
 from matryoshka.estimates import Pace, Part, Size, size_up
@@ -113,7 +112,7 @@ def find_known(settings: "Settings", info: ModelInfo, hardware: Mapping[str, Any
         return Known(settings.documents_per_second, False, "given")
     if not settings.benchmark:
         return None
-    path = Path(settings.benchmark)
+    path = storage.place(settings.benchmark)
     found = measurement.read_report(path, "benchmark")
     try:
         ours, place = found["systems"]["ours"], found["hardware"]

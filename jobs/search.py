@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from jobs import cluster
 from jobs.cluster import Session, ShardActors, ShardsLostError
-from jobs.entry import describe_run, main
+from jobs.entry import RUN_ID, describe_run, main
 from jobs.terminal import Counter, say, show_table
 from matryoshka import artifacts, corpus, model, queries, results, storage, vectors
 from matryoshka.artifacts import Manifest
@@ -52,6 +52,7 @@ class Settings(JobSettings):
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where --queries are searched; GPUs must hold all vectors.")
     workers: int | None = Field(None, ge=1, description="Most processes for --queries; none: one per GPU, or per CPU.")
     replace: bool = Field(False, description="Discard what the output holds if it came from other inputs or settings.")
+    run_id: str | None = RUN_ID
 
     @check_settings
     def _one_question(self) -> "Settings":

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from jobs import cluster, embed, measurement
-from jobs.entry import main
+from jobs.entry import RUN_ID, main
 from jobs.terminal import say, show_table
 from matryoshka import beir, corpus, frontier, metrics, model, storage, tuning, units, vectors
 from matryoshka.answers import Answers, Vectors
@@ -48,6 +48,7 @@ class Settings(JobSettings):
     workers: int | None = Field(None, ge=1, description="Most encoder processes; none: one per GPU, or per CPU.")
     dry_run: bool = Field(False, description="Show the frontier, and leave the index as it is.")
     replace: bool = Field(False, description="Measure again, even if nothing changed.")
+    run_id: str | None = RUN_ID
 
     @check_settings
     def _one_source(self) -> "Settings":

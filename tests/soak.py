@@ -3,8 +3,8 @@
 Every night one file of documents is added to a corpus, one is changed and one removed, and the embed and index jobs bring
 their outputs up to date, while something goes wrong every few seconds: a worker or the driver is killed, the driver is told to
 end, a worker is frozen for a while, a second run is started on the same output. A job that did not end well is started again,
-as a scheduler would. After every night each document must be there once, with the vector that it had, and nothing else;
-``verify`` must find no fault. FOLDER/soak.json has what was done, and the memory of driver and workers.
+as a scheduler would; the index of the night before must answer meanwhile. After every night each document must be there once,
+with the vector that it had, and nothing else; ``verify`` must find no fault. FOLDER/soak.json has what was done, and the memory of driver and workers.
 """
 
 import argparse
@@ -146,6 +146,8 @@ class Soak:
             self._ends[code] += 1
             if code not in (-signal.SIGKILL, -signal.SIGTERM, _TERMINATED, _RETRY):  # the second: before it had begun
                 sys.exit(f"soak: {arguments[0]} ended with {code}, which no fault explains")
+            if self._num_nights:
+                assert folders.indexed_ids(self._index) in (sorted(self._known), self._nights.ids()), "last night's index answers"
 
     def _run(self, arguments: list[str], output: Path) -> int:
         log = self._options.output / "log.txt"

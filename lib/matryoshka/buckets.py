@@ -84,7 +84,7 @@ def parse(text: str) -> "BucketPath":
     if not bucket:
         raise ValueError(f"{text}: no bucket. Write {scheme}://bucket/folder.")
     if importlib.util.find_spec(_EXTRAS[scheme]) is None:
-        raise ValueError(f"{text}: {_EXTRAS[scheme]} is not installed. Run pip install 'matryoshka[{scheme}]'.")
+        raise ValueError(f"{text}: {_EXTRAS[scheme]} is not installed. Run pip install --editable '.[{scheme}]' in the clone.")
     return BucketPath(text.rstrip("/") if rest.partition("/")[2] else text, protocol=scheme)
 
 

@@ -21,7 +21,7 @@ def check() -> None:
         ValueError: The package is not installed.
     """
     if importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("--tensorboard needs the tensorboard extra. Install it: pip install 'matryoshka[tensorboard]'.")
+        raise ValueError("--tensorboard needs the tensorboard extra. Run pip install --editable '.[tensorboard]' in the clone.")
 
 
 class Curves:

@@ -68,7 +68,7 @@ def check_low_rank() -> None:
         ValueError: The package is not installed.
     """
     if importlib.util.find_spec("peft") is None:
-        raise ValueError("--lora-rank needs the lora extra. Install it: pip install 'matryoshka[lora]'.")
+        raise ValueError("--lora-rank needs the lora extra. Run pip install --editable '.[lora]' in the clone.")
 
 
 def _add_low_rank(network: Any, layers: torch.nn.ModuleList, lowest: int, rank: int) -> None:

@@ -4,7 +4,8 @@ Every night one file of documents is added to a corpus, one is changed and one r
 their outputs up to date, while something goes wrong every few seconds: a worker or the driver is killed, the driver is told to
 end, a worker is frozen for a while, a second run is started on the same output. A job that did not end well is started again,
 as a scheduler would; the index of the night before must answer meanwhile. After every night each document must be there once,
-with the vector that it had, and nothing else; ``verify`` must find no fault. FOLDER/soak.json has what was done, and the memory of driver and workers.
+with the vector that it had, and nothing else; ``verify`` must find no fault. FOLDER/soak.json has what was done, and the memory
+of driver and workers.
 """
 
 import argparse

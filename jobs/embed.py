@@ -89,7 +89,8 @@ def run(settings: Settings) -> Manifest:
     units = plan_units(source.files, settings.unit_rows)
     finished = artifacts.finished_receipts(output, previous, [unit.key for unit in units], compare_digests=settings.replace)
     todo = [unit for unit in units if unit.key not in finished]
-    if previous and previous.is_complete and not todo and previous.inputs == {"corpus": source.fingerprint}:
+    is_whole = previous and previous.is_complete and not artifacts.read_journal(output)
+    if previous and is_whole and not todo and previous.inputs == {"corpus": source.fingerprint}:
         say(f"embed: nothing to do, {output} is complete ({previous.num_rows} documents)")
         return previous
     with cluster.connected() as session:
@@ -121,8 +122,7 @@ def run(settings: Settings) -> Manifest:
     receipts = tuple(embedding.place(finished[unit.key], unit) for unit in units)
     facts = {**manifest.facts, "last_run": summary}
     manifest = dataclasses.replace(manifest, facts=facts, receipts=receipts, is_complete=True)
-    manifest.write(output)
-    artifacts.remove_strangers(output, embedding.UNITS, manifest)
+    manifest.write(output, embedding.UNITS)
     say(f"embed: {manifest.num_rows} documents in {output}, {source.num_empty} rows had no text; {len(todo)} units done now")
     return manifest
 

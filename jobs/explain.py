@@ -16,7 +16,7 @@ from matryoshka.model import ModelInfo
 from matryoshka.pairs import DatasetStore
 from matryoshka.storage import Place
 
-_WITHOUT_EFFECT = {"output", "replace", "data", "base", "model"}
+_WITHOUT_EFFECT = {"output", "replace", "run_id", "data", "base", "model"}
 
 
 class Settings(StageSettings):

@@ -4,6 +4,7 @@ import dataclasses
 
 from jobs import cluster
 from jobs.entry import StageSettings, describe_run, main
+from jobs.index import tell_update
 from jobs.terminal import Counter, say
 from jobs.watch import journal_of
 from matryoshka import artifacts, indexing, storage
@@ -28,6 +29,7 @@ def run(settings: Settings) -> Manifest:
     """Exports the shards that the output lacks."""
     output = storage.place(settings.output)
     index = IndexStore.open(storage.place(settings.index).absolute())
+    tell_update(index)
     storage.keep_apart(output, index.folder)
     plan = FunnelPlan.parse(settings.plan) if settings.plan else index.plan
     index.check_plan(plan)
@@ -37,7 +39,8 @@ def run(settings: Settings) -> Manifest:
     finished = artifacts.finished_receipts(output, previous, keys, compare_digests=settings.replace)
     todo = [number for number, key in enumerate(keys) if key not in finished]
     inputs = {"index": index.manifest.fingerprint}
-    if previous and previous.is_complete and not todo and previous.inputs == inputs:
+    is_whole = previous and previous.is_complete and not artifacts.read_journal(output)
+    if previous and is_whole and not todo and previous.inputs == inputs:
         say(f"export: nothing to do, {output} is complete ({previous.num_rows} documents)")
         return previous
     manifest = Manifest("export", identity, inputs, {"run": describe_run("export", settings)})
@@ -49,8 +52,7 @@ def run(settings: Settings) -> Manifest:
             finished[receipt.key] = receipt
             counter.advance(receipt.num_rows, shard=receipt.key)
     manifest = dataclasses.replace(manifest, receipts=tuple(finished[key] for key in keys), is_complete=True)
-    manifest.write(output)
-    artifacts.remove_strangers(output, SHARDS, manifest)
+    manifest.write(output, SHARDS)
     say(f"export: {manifest.num_rows} documents in {len(keys)} plain FAISS files below {output / SHARDS}")
     return manifest
 

@@ -21,7 +21,7 @@ from matryoshka.recipe import Recipe, count_steps
 from matryoshka.storage import Place
 
 _PARTS = f"{storage.TEMPORARY}pairs"
-_APART = {"output", "replace", "data", "model", "dims", "negatives"}
+_APART = {"output", "replace", "run_id", "data", "model", "dims", "negatives"}
 _WITHOUT_EFFECT = {"workers", "mini_batch_tokens", "attempts", "checkpoint_steps", "tensorboard"}
 
 

@@ -17,7 +17,7 @@ from matryoshka import artifacts, corpus, filters, indexing, layouts, model, nes
 from matryoshka.artifacts import Manifest, Receipt
 from matryoshka.config import Field, FolderPath, InputPath, check_settings
 from matryoshka.corpus import Columns
-from matryoshka.indexing import SHARDS, TRAINED, Layout, ShardPlan
+from matryoshka.indexing import SHARDS, TRAINED, IndexStore, Layout, ShardPlan
 from matryoshka.layouts import Choice, Given, Wanted
 from matryoshka.nested import FunnelPlan
 from matryoshka.removals import REMOVED, Removed
@@ -126,11 +126,12 @@ class _Queries:
 
 @dataclass
 class _State:
-    """What is finished, by key, and what is left to do."""
+    """What is finished, by key, and what is left to do; ``before``: the keys of what the index consisted of so far."""
 
     finished: dict[str, Receipt]
     shards: list[ShardPlan]
     layout: Layout
+    before: set[str]
 
     @property
     def training(self) -> Receipt | None:
@@ -144,10 +145,15 @@ class _State:
     def todo(self) -> list[ShardPlan]:
         return [shard for shard in self.shards if shard.key not in self.finished]
 
-    def spares(self, previous: Manifest | None) -> bool:
-        """Returns whether what is left to do leaves every file of an earlier index as it is."""
-        before = {receipt.key for receipt in previous.receipts} if previous else set()
-        return not self.must_train and not any(shard.key in before for shard in self.todo)
+    @property
+    def spares_others(self) -> bool:
+        """Whether what is left to do leaves every file of the index that is there as it is."""
+        return not self.must_train and not any(shard.key in self.before for shard in self.todo)
+
+    @property
+    def has_new(self) -> bool:
+        """Whether there are shards, built now or by a run that did not finish, that the index did not have."""
+        return any(shard.key not in self.before for shard in self.shards)
 
     def unburied(self, listed: Receipt | None) -> list[Receipt]:
         """Returns the shards whose tombstones are not those of the list."""
@@ -176,16 +182,16 @@ def run(settings: Settings) -> Manifest:
         identity = _identity(settings, store, choice.layout, queries, known)
         previous = artifacts.claim(output, "index", identity, settings.replace)
         num_shards = settings.shards or _default_shards(store)
-        slots, plans = indexing.plan_shards(store, num_shards, previous.facts["slots"] if previous else {})
+        slots, plans = indexing.plan_shards(store, num_shards, indexing.known_slots(output, previous))
         kinds = filters.find_kinds(corpus.recall(store.manifest.facts.get("corpus")), settings.filter_columns)
         if kinds:
             plans = indexing.find_origins(plans, store, kinds)
         finished = indexing.finished(output, previous, plans, store.manifest.num_rows, replace=settings.replace)
-        state = _State(finished, plans, choice.layout)
+        state = _State(finished, plans, choice.layout, {receipt.key for receipt in previous.receipts} if previous else set())
         facts = {**_facts(settings, store, choice, slots), "filter_columns": kinds}
-        manifest = Manifest("index", identity, {"embeddings": store.manifest.fingerprint}, facts)
-        is_begun = bool(artifacts.read_journal(output))  # by a run that left the finished index as it was
-        if previous and not is_begun and _is_current(previous, manifest, state, removed):
+        listed = [removed.listed] if removed.listed else []  # it outlives what is discarded
+        manifest = Manifest("index", identity, {"embeddings": store.manifest.fingerprint}, facts, tuple(listed))
+        if previous and not artifacts.read_journal(output) and _is_current(previous, manifest, state, removed):
             say(f"index: nothing to do, {output} is complete ({previous.num_rows} documents)")
             return previous
         if state.must_train and choice.layout.space == "projection" and queries is None:
@@ -194,7 +200,9 @@ def run(settings: Settings) -> Manifest:
             kept = {name: fact for name, fact in previous.facts.items() if name != indexing.TUNED}
             kept |= indexing.tuning_of(previous, choice.plan)
             manifest = dataclasses.replace(manifest, facts={**kept, **manifest.facts})
-        artifacts.begin(output, manifest, previous, spares=state.spares(previous))
+        artifacts.begin(output, manifest, previous, spares=state.spares_others)
+        if previous:  # what earlier runs began for another night
+            artifacts.remove_strangers(output, SHARDS, previous, {plan.key for plan in plans})
         session = stack.enter_context(cluster.connected())
         return _build(session, settings, store, state, removed, manifest, queries)
 
@@ -252,7 +260,7 @@ def _removed(settings: Settings, output: Place, known: Manifest | None, store: E
     if strangers:
         shown = ", ".join(strangers[:_SHOWN])
         say(f"index: {len(strangers)} of {len(asked)} ids to remove are of no document ({shown}); they stay out if they come")
-    return Removed.open(output, known, asked)
+    return Removed.open(output, known, asked, anew=settings.replace and settings.remove is not None)
 
 
 def _machine(settings: Settings, stack: contextlib.ExitStack) -> tuple[str, bool]:
@@ -316,7 +324,8 @@ def _build(
     if state.training:
         _tell_age(state.training, store.manifest.num_rows)
     with journal_of(output) as journal:
-        listed = removals.remember(output, removed.ids) if len(removed.ids) else None
+        journal.add(Receipt(indexing.SLOTS, 0, (), {"slots": manifest.facts["slots"]}))
+        listed = removals.remember(output, removed.ids) if removed.num_added else removed.listed
         for receipt in (listed, _train(session, settings, store, state, queries)):
             if receipt:
                 state.finished[receipt.key] = receipt
@@ -333,20 +342,24 @@ def _build(
         for receipt in session.run_tasks(removals.bury, buried, are_short=True):
             journal.add(receipt)
             state.finished[receipt.key] = receipt
-        loss = _loss(session, store, state, todo)
+        loss = _loss(session, store, state) if todo or state.has_new else None
     facts = {**manifest.facts, **({"storage_loss": loss} if loss else {})}
     manifest = dataclasses.replace(manifest, facts=facts, receipts=state.receipts(listed), is_complete=True)
     num_removed = indexing.count_missing(manifest)
     if manifest.num_rows + num_removed != store.manifest.num_rows:
         raise RuntimeError(f"index: {manifest.num_rows} documents of {store.manifest.num_rows} came in. Build it with --replace.")
-    manifest.write(output)
-    for folder in (SHARDS, *([REMOVED] if listed else [])):
-        artifacts.remove_strangers(output, folder, manifest)
+    manifest.write(output, SHARDS, REMOVED)
     say(
         f"index: {manifest.num_rows} documents in {settings.output}, {num_removed} left out; {len(todo)} of"
         f" {len(state.shards)} shards built; {FunnelPlan.parse(facts['plan']).describe()}"
     )
     return manifest
+
+
+def tell_update(index: IndexStore) -> None:
+    """Says where an index is as it was before a run that has not finished, such as one that was to remove documents."""
+    if artifacts.has_update(index.folder, index.manifest):
+        say(f"{index.folder}: an update was begun and is not finished; the index answers as it was before")
 
 
 def _tell_age(training: Receipt, num_documents: int) -> None:
@@ -372,9 +385,9 @@ def _train(
     return trained
 
 
-def _loss(session: Session, store: EmbeddingStore, state: _State, todo: Sequence[ShardPlan]) -> dict[str, float] | None:
+def _loss(session: Session, store: EmbeddingStore, state: _State) -> dict[str, float] | None:
     """Returns what storing vectors as int8 costs, measured wherever something was built, and says it."""
-    if state.layout.storage == "float16" or not todo:
+    if state.layout.storage == "float16":
         return None
     (loss,) = session.run_tasks(indexing.measure_loss, [(store, state.layout)])
     measured: dict[str, float] = loss

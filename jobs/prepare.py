@@ -175,7 +175,7 @@ def _find_input(settings: Settings) -> tuple[Place, Sequence[Place]]:
 
 def _identity(settings: Settings, root: Place, paths: Sequence[Place], chunk_plan: ChunkPlan | None) -> dict[str, Any]:
     digests = [[_name_of(path, root), storage.digest_file(path)] for path in paths]
-    own = settings.model_dump(exclude={"output", "replace", "model", *_SOURCES})
+    own = settings.model_dump(exclude={"output", "replace", "run_id", "model", *_SOURCES})
     tokenizer = storage.digest_file(storage.place(chunk_plan.tokenizer)) if chunk_plan else None
     return {"source": storage.digest_json(digests), "tokenizer": tokenizer, **own}
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from jobs import cluster
 from jobs.cluster import Session, ShardActors, ShardsLostError
 from jobs.entry import RUN_ID, describe_run, main
+from jobs.index import tell_update
 from jobs.terminal import Counter, say, show_table
 from matryoshka import artifacts, corpus, model, queries, results, storage, vectors
 from matryoshka.artifacts import Manifest
@@ -76,6 +77,7 @@ def run(settings: Settings) -> None:
         index, faults = IndexStore.open_partial(folder)
     else:
         index = IndexStore.open(folder)
+    tell_update(index)
     plan = FunnelPlan.parse(settings.plan) if settings.plan else index.plan_for(settings.quality)
     index.check_plan(plan, settings.device if settings.queries else "cpu")
     index.check_where(settings.where)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from jobs import cluster, embed, measurement
 from jobs.entry import RUN_ID, main
+from jobs.index import tell_update
 from jobs.terminal import say, show_table
 from matryoshka import beir, corpus, frontier, metrics, model, storage, tuning, units, vectors
 from matryoshka.answers import Answers, Vectors
@@ -71,6 +72,7 @@ class _Queries:
 def run(settings: Settings) -> None:
     """Tunes the index, unless that was done."""
     index = IndexStore.open(storage.place(settings.index))
+    tell_update(index)
     if not index.manifest.num_rows:
         raise ValueError(f"{index.folder}: holds no documents. Index some before you tune.")
     queries = _read(settings, index)

@@ -23,7 +23,7 @@ def run(settings: Settings) -> None:
     for folder in verification.find_artifacts(storage.place(settings.folder)):
         manifest, found = verification.verify(folder)
         verdict = "FAULT" if found else "ok"
-        is_begun = manifest.is_complete and artifacts.read_journal(folder)
+        is_begun = manifest.is_complete and artifacts.has_update(folder, manifest)
         also = "; an update that was begun is not finished" if is_begun else ""
         say(f"{verdict:5}  {manifest.kind:11} {folder}  ({manifest.num_rows} rows, {len(manifest.receipts)} parts){also}")
         faults += found

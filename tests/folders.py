@@ -40,10 +40,12 @@ def vectors(folder: Path) -> dict[str, bytes]:
 
 
 def indexed_ids(folder: Path) -> list[str]:
-    """Returns all ids of an index, sorted."""
+    """Returns all ids of an index but those of removed documents, sorted."""
     from matryoshka.indexing import IndexStore
 
-    return sorted(name for ids in IndexStore.open(folder).open_ids() for name in ids.to_pylist())
+    index = IndexStore.open(folder)
+    parts = zip(index.open_ids(), index.shards, strict=True)
+    return sorted(name for ids, shard in parts for name in np.delete(ids.to_pylist(), shard.read_removed()).tolist())
 
 
 def manifest(folder: Path) -> dict[str, Any]:

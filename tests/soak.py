@@ -3,9 +3,9 @@
 Every night one file of documents is added to a corpus, one is changed and one removed, and the embed and index jobs bring
 their outputs up to date, while something goes wrong every few seconds: a worker or the driver is killed, the driver is told to
 end, a worker is frozen for a while, a second run is started on the same output. A job that did not end well is started again,
-as a scheduler would; the index of the night before must answer meanwhile. After every night each document must be there once,
-with the vector that it had, and nothing else; ``verify`` must find no fault. FOLDER/soak.json has what was done, and the memory
-of driver and workers.
+as a scheduler would; after every such end the index of the night before must answer. Some documents of the night before are
+taken out of the index for good. After every night each document must be there once, with the vector that it had, and nothing
+else; ``verify`` must find no fault. FOLDER/soak.json has what was done, and the memory of driver and workers.
 """
 
 import argparse
@@ -31,6 +31,7 @@ import texts
 
 _LOOK_SECONDS = 0.5
 _FROZEN_SECONDS = 10.0
+_REMOVED_PER_NIGHT = 5
 _MIB = 2**20
 _HELD, _TERMINATED, _RETRY = 4, 143, 1
 _FAULTS = ("kill a worker", "kill a worker", "kill the driver", "end the driver", "freeze a worker", "start a second run")
@@ -114,6 +115,8 @@ class Soak:
         self._corpus, self._vectors, self._index = root / "corpus", root / "embeddings", root / "index"
         self._nights = Nights(self._corpus, options.corpus, options.rows, self._chance)
         self._known: dict[str, bytes] = {}
+        self._removed: set[str] = set()
+        self._removed_before: set[str] = set()
         self._faults: collections.Counter[str] = collections.Counter()
         self._ends: collections.Counter[int] = collections.Counter()
         self._memory: list[dict[str, Any]] = []
@@ -124,6 +127,7 @@ class Soak:
         """Changes the corpus, brings the outputs up to date against all odds, and checks them; False: no document is left."""
         if not self._nights.change():
             return False
+        self._removed_before = set(self._removed)
         embed = [
             "jobs.embed",
             "--corpus",
@@ -134,13 +138,19 @@ class Soak:
             str(self._options.unit_rows),
         ]
         self._until_done([*embed, "--precision", "float32", "--output", str(self._vectors)], self._vectors)
-        self._until_done(
-            ["jobs.index", "--embeddings", str(self._vectors), "--output", str(self._index), "--shards", "4"], self._index
-        )
+        index = ["jobs.index", "--embeddings", str(self._vectors), "--output", str(self._index), "--shards", "4"]
+        self._until_done([*index, *self._removal()], self._index)
         self._check()
         self._num_nights += 1
         say(f"night {self._num_nights}: {len(self._known):,} documents, each once; faults so far: {self._faults.total()}")
         return True
+
+    def _removal(self) -> list[str]:
+        """Returns the options that take some documents of the night before out of the index."""
+        self._removed |= set(self._chance.sample(sorted(self._known), min(_REMOVED_PER_NIGHT, len(self._known))))
+        path = self._options.output / "remove.parquet"
+        pq.write_table(pa.table({"id": sorted(self._removed - self._removed_before)}), path)
+        return ["--remove", str(path)] if self._known else []
 
     def _until_done(self, arguments: list[str], output: Path) -> None:
         while (code := self._run(arguments, output)) != 0:
@@ -148,7 +158,8 @@ class Soak:
             if code not in (-signal.SIGKILL, -signal.SIGTERM, _TERMINATED, _RETRY):  # the second: before it had begun
                 sys.exit(f"soak: {arguments[0]} ended with {code}, which no fault explains")
             if self._num_nights:
-                assert folders.indexed_ids(self._index) in (sorted(self._known), self._nights.ids()), "last night's index answers"
+                before, now = self._known.keys() - self._removed_before, set(self._nights.ids()) - self._removed
+                assert set(folders.indexed_ids(self._index)) in (before, now), "last night's index answers"
 
     def _run(self, arguments: list[str], output: Path) -> int:
         log = self._options.output / "log.txt"
@@ -202,7 +213,8 @@ class Soak:
     def _check(self) -> None:
         ids, found = self._nights.ids(), folders.vectors(self._vectors)
         assert sorted(found) == ids, "the vectors are those of the corpus, each once"
-        assert folders.indexed_ids(self._index) == ids, "the index holds the documents of the corpus, each once"
+        kept = [name for name in ids if name not in self._removed]
+        assert folders.indexed_ids(self._index) == kept, "the index holds the documents of the corpus, each once"
         again = sorted(found.keys() & self._known.keys())
         before, now = (np.frombuffer(b"".join(own[name] for name in again), np.float16) for own in (self._known, found))
         assert np.allclose(before, now, atol=2e-3), "a document has the vector that it had, but for rounding in another step"
@@ -218,6 +230,7 @@ class Soak:
             "seconds": round(seconds),
             "nights": self._num_nights,
             "documents_checked": self._num_checked,
+            "documents_removed": len(self._removed),
             "faults": dict(self._faults),
             "exit_codes": {str(code): count for code, count in self._ends.items()},
             "largest_driver_mib": round(max(drivers)),

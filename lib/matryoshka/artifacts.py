@@ -99,7 +99,7 @@ class Manifest:
         inputs: Fingerprints of inputs that may change from night to night, such as the corpus.
         facts: What later stages and people want to know; derived, so not fingerprinted.
         receipts: One for every part.
-        is_complete: False while a stage is at work, or where it ended early.
+        is_complete: False while a stage is at work, or where it ended early; an index that is spared meanwhile stays True.
     """
 
     kind: str
@@ -122,9 +122,14 @@ class Manifest:
         """Rows of all parts together."""
         return sum(receipt.num_rows for receipt in self.receipts)
 
-    def write(self, folder: Place) -> None:
-        """Commits the manifest; a complete one supersedes the journal."""
+    def write(self, folder: Place, *parts: str) -> None:
+        """Commits the manifest; a complete one supersedes the journal, and what no receipt names in the folders of parts.
+
+        The journal goes last: while it is there, something is left to do.
+        """
         self._publish(folder, self.fingerprint)
+        for own in parts:
+            remove_strangers(folder, own, self)
         storage.remove(folder / _JOURNAL)
 
     def amend(self, folder: Place, facts: Mapping[str, Any]) -> None:
@@ -320,23 +325,23 @@ def _short(value: Any) -> str:
 def begin(
     folder: Place, manifest: Manifest, previous: Manifest | None, work: Place | None = None, *, spares: bool = False
 ) -> None:
-    """Takes an output folder into use: marks it as unfinished, and clears what no earlier run of this identity left.
+    """Takes an output folder into use, marked as unfinished; clears what no earlier run of this identity left.
 
-    Artifacts in folders below this one are left alone: they have manifests of their own, and so is ``work``, where this run
-    has begun. Receipts of the earlier run stay in the manifest and in the journal, so that nothing finished is lost if this
-    run is killed as well. A run that ``spares`` every file of a finished earlier one leaves its manifest too: the artifact can
-    be read as it was until the next manifest is written.
+    Artifacts in folders below this one are left alone: they have manifests of their own. So is ``work``, where this run has
+    begun, and the folders of what the manifest has receipts for. Receipts of the earlier run stay in the manifest and in the
+    journal, so that nothing finished is lost if this run is killed as well. A run that ``spares`` every file of a finished
+    earlier one leaves its manifest too: the artifact can be read as it was until the next manifest is written.
     """
     if previous is None:
+        kept = {PurePosixPath(file.path).parts[0] for receipt in manifest.receipts for file in receipt.files}
         for entry in folder.iterdir() if folder.is_dir() else ():
-            if not is_artifact(entry) and entry.name not in (MANIFEST, *storage.OF_THE_RUN) and entry != work:
-                storage.remove(entry)
-        storage.remove(folder / MANIFEST)  # last: until then the folder is known to be ours
+            if not is_artifact(entry) and entry.name not in (MANIFEST, *storage.OF_THE_RUN, *kept) and entry != work:
+                storage.remove(entry)  # and the old manifest stays: by it the folder is known to be ours
     else:
         storage.remove_leftovers(folder)
         if spares and previous.is_complete:
             return
-    receipts = previous.receipts if previous else ()
+    receipts = previous.receipts if previous else manifest.receipts
     dataclasses.replace(manifest, receipts=receipts, is_complete=False)._publish(folder, None)
 
 
@@ -397,11 +402,28 @@ def finished_receipts(
         return {receipt.key: receipt for receipt, whole in zip(known, pool.map(is_whole, known), strict=True) if whole}
 
 
-def remove_strangers(folder: Place, parts: str, manifest: Manifest) -> None:
-    """Removes from the folder of parts what no receipt of a committed manifest names, such as units of removed input."""
+def has_update(folder: Place, manifest: Manifest) -> bool:
+    """Returns whether a run has begun to bring a finished artifact up to date, and recorded parts that it does not have."""
+    known = {receipt.key: receipt for receipt in manifest.receipts}
+    try:
+        recorded = read_journal(folder)
+    except ValueError:  # it was altered: the next run says so
+        return True
+    return any(receipt.files and known.get(receipt.key) != receipt for receipt in recorded)
+
+
+def remove_strangers(folder: Place, parts: str, manifest: Manifest, keep: Collection[str] = ()) -> None:
+    """Removes from the folder of parts what no receipt of a committed manifest names, such as units of removed input.
+
+    Args:
+        folder: Of the artifact.
+        parts: Name of the folder in it.
+        manifest: Of the artifact.
+        keep: Names of more that stays.
+    """
     named = {PurePosixPath(file.path).parts[1] for receipt in manifest.receipts for file in receipt.files}
-    for path in (folder / parts).iterdir():
-        if path.name not in named:
+    for path in (folder / parts).iterdir() if (folder / parts).is_dir() else ():
+        if path.name not in named and path.name not in keep:
             storage.remove(path)
 
 

@@ -57,6 +57,7 @@ SHARDS, TRAINED, SPACE, CENTROIDS = "shards", "trained", "space.npz", "centroids
 PLAIN, PLAIN_IDS = "index.faiss", "ids.parquet"
 NO_INDEX, DENSE_INDEX = "none", "dense"
 TUNED = "tuned"
+SLOTS = "slots"
 
 _OUTGROWN = 4  # a training serves until there are so many times the documents that it was made for
 _LOSS_DOCUMENTS, _LOSS_QUERIES, _LOSS_RESULTS = 20_000, 200, 10
@@ -118,6 +119,20 @@ def plan_shards(store: EmbeddingStore, num_shards: int, previous: Mapping[str, i
             files, num_rows = tuple(receipt.files[0] for receipt in own), sum(receipt.num_rows for receipt in own)
             plans.append(ShardPlan(f"{shard:05d}-{content[:16]}", store.folder.absolute(), files, num_rows))
     return slots, plans
+
+
+def known_slots(folder: Place, previous: Manifest | None) -> dict[str, int]:
+    """Returns the shard of each slot of an index, and of those that later runs, which did not finish, found a place for.
+
+    Raises:
+        ValueError: The journal is not what a run leaves.
+    """
+    if previous is None:
+        return {}
+    begun = [receipt.details for receipt in artifacts.read_journal(folder) if receipt.key == SLOTS]
+    for details in begun:
+        shapes.check(details, {"slots": MapOf(int)}, f"{folder}: the journal", _ANEW)
+    return {**(begun[-1]["slots"] if begun else {}), **previous.facts["slots"]}
 
 
 def find_origins(plans: Sequence[ShardPlan], store: EmbeddingStore, kinds: Kinds) -> list[ShardPlan]:

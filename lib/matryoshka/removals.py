@@ -22,6 +22,8 @@ from matryoshka.vectors import EmbeddingStore
 REMOVED = "removed"
 """Key of the list's receipt, and folder of the list and of the tombstones."""
 
+_LISTS = "ids-*.arrow"
+
 
 @dataclass(frozen=True, slots=True)
 class Removed:
@@ -32,14 +34,29 @@ class Removed:
     num_added: int
 
     @classmethod
-    def open(cls, folder: Place, manifest: Manifest | None, added: pa.Array) -> "Removed":
+    def open(cls, folder: Place, manifest: Manifest | None, added: pa.Array, *, anew: bool) -> "Removed":
         """Returns what an index, finished or not, is known to leave out, with more ids.
 
+        Args:
+            folder: Of the index.
+            manifest: Its own; None where there is none that can be read.
+            added: More ids.
+            anew: Whether these are all ids, where the list cannot be read.
+
         Raises:
-            ValueError: The list is missing or altered.
+            ValueError: The list is missing or altered, or nothing says which one holds.
         """
-        listed = known_list(folder, manifest)
-        before = open_list(folder, listed) if listed else none()
+        listed, fault, before = known_list(folder, manifest), "", none()
+        if manifest is None and any((folder / REMOVED).glob(_LISTS)):
+            fault = f"{folder}: has a list of removed documents, and no manifest that can be read"
+        try:
+            before = open_list(folder, listed) if listed else before
+        except ValueError as error:
+            fault = str(error).rpartition(". ")[0]
+        if fault and anew:
+            return cls(None, added, len(added))
+        if fault:
+            raise ValueError(f"{fault}. Restore it, or pass all ids that are to stay out, with --remove and --replace.")
         ids = _in_order([*before.to_pylist(), *added.to_pylist()])
         return cls(listed, ids, len(ids) - len(before))
 
@@ -61,17 +78,23 @@ def none() -> pa.Array:
 
 def known_list(folder: Place, manifest: Manifest | None) -> Receipt | None:
     """Returns the receipt of the ids that an index, finished or not, is known to leave out."""
-    return last_list([*manifest.receipts, *artifacts.read_journal(folder)] if manifest else [])
+    return longest_list([*manifest.receipts, *artifacts.read_journal(folder)] if manifest else [])
 
 
-def last_list(receipts: Sequence[Receipt]) -> Receipt | None:
-    """Returns the receipt of the latest list among others."""
-    return next((receipt for receipt in reversed(receipts) if receipt.key == REMOVED), None)
+def longest_list(receipts: Sequence[Receipt]) -> Receipt | None:
+    """Returns the receipt of the latest list among others: it only grows."""
+    lists = [receipt for receipt in receipts if receipt.key == REMOVED]
+    return max(lists, key=_length, default=None)
+
+
+def _length(listed: Receipt) -> int:
+    found = listed.details.get("num_ids")
+    return found if isinstance(found, int) else 0
 
 
 def remember(folder: Place, ids: pa.Array) -> Receipt:
     """Writes the list into an index and returns its receipt; a longer list has another file, so the one before stays whole."""
-    name = f"ids-{storage.digest_json(ids.to_pylist())[:16]}.arrow"
+    name = _LISTS.replace("*", storage.digest_json(ids.to_pylist())[:16])
     with storage.publish(folder / REMOVED / name) as temporary:
         vectors.write_ids(temporary, [ids])
         record = FileRecord.named(f"{REMOVED}/{name}", temporary)

@@ -68,7 +68,7 @@ def _check_embeddings(folder: Place, manifest: Manifest) -> Iterator[str]:
 def _check_index(folder: Place, manifest: Manifest) -> Iterator[str]:
     every_id = []
     index = IndexStore(folder, manifest)
-    training, listed = indexing.training_of(index.training), removals.last_list(manifest.receipts)
+    training, listed = indexing.training_of(index.training), removals.longest_list(manifest.receipts)
     for receipt, shard in zip(indexing.shard_receipts(manifest), index.shards, strict=True):
         with storage.borrowing():
             ids = vectors.open_ids(shard.path(IDS))

@@ -27,9 +27,11 @@ _FUNNEL: dict[str, Any] = {"coarse_index": "Flat", "plan": ("16:50", "64:20")}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path:
-    """Embeddings of a small corpus, and of the same with more files; queries as texts and as vectors; ids to remove."""
+    """Embeddings of a small corpus, of the same with more files, and one more; queries, also as vectors; ids to remove."""
     root = tmp_path_factory.mktemp("stage")
-    for name, num_documents in (("small", _SMALL), ("large", _LARGE)):
+    for name, num_documents in (("small", _SMALL), ("large", _LARGE), ("larger", _LARGE)):
+        if name == "larger":  # by one file, which comes first
+            texts.write_parquet(root / name / "more.parquet", texts.documents(_LARGE, _LARGE + 20))
         for number, start in enumerate(range(0, num_documents, 40)):
             texts.write_parquet(root / name / f"part-{number}.parquet", texts.documents(start, min(start + 40, num_documents)))
         embed.run(
@@ -178,8 +180,14 @@ def test_removed_documents_are_gone_at_once_and_stay_out(root: Path, tmp_path: P
     assert folders.indexed_ids(folder) == left
 
 
-def _refuse(*_: Any) -> None:
+def _refuse(*_: Any, **__: Any) -> None:
     raise ConnectionError("the driver is gone")
+
+
+def _recorded_shards(folder: Path) -> list[str]:
+    """Returns the keys of the shards that runs which did not finish have built."""
+    keys = (receipt.key for receipt in artifacts.read_journal(folder) if receipt.files)
+    return [key for key in keys if not key.startswith("removed")]
 
 
 def test_an_index_answers_as_it_was_until_the_next_one_is_complete(
@@ -206,7 +214,7 @@ def test_an_index_answers_as_it_was_until_the_next_one_is_complete(
     capsys.readouterr()
     verify.run(verify.Settings(folder=str(folder)))
     assert "an update that was begun is not finished" in capsys.readouterr().out
-    recorded = [receipt.key for receipt in artifacts.read_journal(folder) if receipt.files[0].path.startswith("shards/")]
+    recorded = _recorded_shards(folder)
     times = [folders.times(folder / "shards" / key) for key in recorded]
     assert len(times) == 2
 
@@ -238,14 +246,110 @@ def test_a_removal_that_was_begun_is_not_forgotten(root: Path, tmp_path: Path, m
     verify.run(verify.Settings(folder=str(folder)))
 
 
-def test_an_index_that_is_mended_is_not_finished_meanwhile(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _interrupt(settings: index.Settings, num_built: int) -> None:
+    """Ends a run once so many shards are built."""
+    with pytest.MonkeyPatch.context() as patch:
+        progress.interrupt(patch, {num_built: _refuse})
+        with pytest.raises(ConnectionError):
+            index.run(settings)
+
+
+def test_one_more_file_costs_no_shard_that_an_unfinished_update_has_built(root: Path, tmp_path: Path) -> None:
+    index.run(_settings(root, tmp_path, **_FUNNEL))
+    _interrupt(_settings(root, tmp_path, "large", **_FUNNEL), 3)
+    recorded = {key: folders.times(tmp_path / "shards" / key) for key in _recorded_shards(tmp_path)}
+    _interrupt(_settings(root, tmp_path, "larger", **_FUNNEL), 1)
+    assert len(list((tmp_path / "shards").iterdir())) == 3 + 2 + 1  # as they were, built before, built now
+    index.run(_settings(root, tmp_path, "larger", **_FUNNEL))
+    kept = [key for key in recorded if (tmp_path / "shards" / key).is_dir()]
+    assert len(kept) == 2
+    assert [folders.times(tmp_path / "shards" / key) for key in kept] == [recorded[key] for key in kept]
+    assert folders.indexed_ids(tmp_path) == sorted(_vectors(root, "larger"))
+
+
+def test_shards_with_tombstones_stay_beside_new_ones_and_a_longer_list(root: Path, tmp_path: Path) -> None:
+    first, second = (str(texts.write_parquet(tmp_path / f"{own}.parquet", {"id": [own]})) for own in ("d00003", "d00004"))
+    folder = tmp_path / "index"
+    index.run(_settings(root, folder, "large", **_FUNNEL))
+    made = index.run(_settings(root, folder, "large", remove=first, **_FUNNEL))
+    before = folders.times(folder / "shards")
+    _interrupt(_settings(root, folder, "larger", remove=second, **_FUNNEL), 1)
+    assert artifacts.read_complete(folder, "index").fingerprint == made.fingerprint
+    assert folders.indexed_ids(folder) == sorted(_vectors(root, "large").keys() - {"d00003"})
+    index.run(_settings(root, folder, "larger", **_FUNNEL))
+    after = folders.times(folder / "shards")
+    assert len([name for name in after if before.get(name) == after[name]]) == 2 * 3
+    assert folders.indexed_ids(folder) == sorted(_vectors(root, "larger").keys() - {"d00003", "d00004"})
+    verify.run(verify.Settings(folder=str(folder)))
+
+
+def test_an_update_that_is_given_up_leaves_nothing_behind(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = index.run(_settings(root, tmp_path, **_FUNNEL))
+    before = folders.times(tmp_path / "shards")
+    _interrupt(_settings(root, tmp_path, "large", **_FUNNEL), 2)
+    assert folders.times(tmp_path / "shards").keys() > before.keys()
+    assert index.run(_settings(root, tmp_path, **_FUNNEL)).fingerprint == made.fingerprint
+    assert folders.times(tmp_path / "shards") == before
+    capsys.readouterr()
+    index.run(_settings(root, tmp_path, **_FUNNEL))
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_what_a_run_that_was_killed_behind_its_manifest_left_to_do_is_done_by_the_next_one(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index.run(_settings(root, tmp_path, **_FUNNEL))
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts.Manifest, "write", lambda own, folder, *_: _refuse(own._publish(folder, own.fingerprint)))
+        with pytest.raises(ConnectionError):
+            index.run(_settings(root, tmp_path, "large", **_FUNNEL))
+    assert folders.indexed_ids(tmp_path) == sorted(_vectors(root, "large"))
+    assert len(list((tmp_path / "shards").iterdir())) == 6
+    capsys.readouterr()
+    verify.run(verify.Settings(folder=str(tmp_path)))
+    assert "not finished" not in capsys.readouterr().out
+    index.run(_settings(root, tmp_path, "large", **_FUNNEL))
+    assert len(list((tmp_path / "shards").iterdir())) == 3
+    index.run(_settings(root, tmp_path, "large", **_FUNNEL))
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_kill_does_not_bring_removed_documents_back_while_the_index_becomes_another(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = str(root / "remove.parquet")
+    index.run(_settings(root, tmp_path, remove=remove, **_FUNNEL))
+    other = _settings(root, tmp_path, **{**_FUNNEL, "storage": "int8", "replace": True})
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "_build", _refuse)
+        with pytest.raises(ConnectionError):
+            index.run(other)
+    assert index.run(other).num_rows == _SMALL - 3
+    assert "d00003" not in folders.indexed_ids(tmp_path)
+    next((tmp_path / "removed").glob("ids-*.arrow")).unlink()
+    with pytest.raises(ValueError, match=r"arrow: missing\. Restore it, or pass all ids that are to stay out"):
+        index.run(other)
+    assert index.run(_settings(root, tmp_path, remove=remove, **{**_FUNNEL, "replace": True})).num_rows == _SMALL - 3
+    verify.run(verify.Settings(folder=str(tmp_path)))
+
+
+def test_what_int8_loses_is_measured_though_the_run_that_built_the_last_shard_was_killed(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = index.run(_settings(root, tmp_path, storage="int8"))
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "_loss", _refuse)
+        with pytest.raises(ConnectionError):
+            index.run(_settings(root, tmp_path, "large", storage="int8"))
+    loss = index.run(_settings(root, tmp_path, "large", storage="int8")).facts["storage_loss"]
+    assert (made.facts["storage_loss"]["num_documents"], loss["num_documents"]) == (_SMALL, _LARGE)
+
+
+def test_an_index_that_is_mended_is_not_finished_meanwhile(root: Path, tmp_path: Path) -> None:
     folder = tmp_path / "index"
     made = index.run(_settings(root, folder, **_FUNNEL))
     shutil.rmtree(next((folder / "shards").iterdir()))
-    with monkeypatch.context() as patch:
-        progress.interrupt(patch, {1: _refuse})
-        with pytest.raises(ConnectionError):
-            index.run(_settings(root, folder, **_FUNNEL))
+    _interrupt(_settings(root, folder, **_FUNNEL), 1)
     with pytest.raises(ValueError, match="not finished"):
         IndexStore.open(folder)
     assert index.run(_settings(root, folder, **_FUNNEL)).fingerprint == made.fingerprint

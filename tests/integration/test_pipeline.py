@@ -21,6 +21,11 @@ _STAGES = ("data", "candidates", "evaluation-base", "model", "anatomy", "embeddi
            "also-alike-base", "also-alike-tuned")  # fmt: skip
 
 
+@pytest.mark.parametrize("stage", ["data", "model", "anatomy", "embeddings", "index"])
+def test_the_name_of_a_run_is_no_part_of_what_it_makes(finished_pipeline: Path, stage: str) -> None:
+    assert "run_id" not in folders.manifest(finished_pipeline / stage)["identity"]
+
+
 def test_the_report_compares_base_tuned_and_funnel(finished_pipeline: Path) -> None:
     rows = json.loads((finished_pipeline / "report.json").read_text())["rows"]
     assert all(set(row) == {"system", "dim", "metric", "value", "low", "high"} for row in rows)

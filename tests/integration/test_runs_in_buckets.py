@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import folders
 import numpy as np
+import progress
 import pytest
 import ray
 import s3_server
@@ -18,6 +19,7 @@ from faulty_proxy import Fault
 
 from jobs import embed, export, index, search, tune, verify
 from matryoshka import artifacts, storage
+from matryoshka.indexing import IndexStore
 from matryoshka.storage import Place
 
 if TYPE_CHECKING:
@@ -165,12 +167,21 @@ def test_what_a_run_in_a_bucket_made_is_exported_tuned_and_verified(finished: Ho
     verify.run(verify.Settings(folder=finished.root))
 
 
+def _end() -> None:
+    raise ConnectionError("the driver is gone")
+
+
 def test_a_changed_file_costs_its_own_units_and_shards(finished: Home, tmp_path: Path) -> None:
     columns = {**texts.documents(1000, 1040), "number": list(range(40))}
     changed = texts.write_parquet(tmp_path / "changed.parquet", columns, row_group_size=10)
     storage.publish_bytes(finished.place / "corpus" / "part-2.parquet", changed.read_bytes())
-    before = finished.stamps()
+    before, made = finished.stamps(), artifacts.read(finished.place / "index")
     embed.run(finished.embed())
+    with pytest.MonkeyPatch.context() as patch:
+        progress.interrupt(patch, {1: _end})
+        with pytest.raises(ConnectionError):
+            index.run(finished.index())
+    assert IndexStore.open(finished.place / "index").manifest == made
     index.run(finished.index())
     after = finished.stamps()
     units = [name for name in after if name.startswith("embeddings/units/")]

@@ -62,7 +62,7 @@ def test_the_list_only_grows_and_counts_what_it_grew_by(
     folder = tmp_path_factory.mktemp("index")
     before = removals.remember(folder, pa.array(sorted(set(first)), pa.large_string()))
     manifest = Manifest("index", {}, receipts=(before,))
-    removed = Removed.open(folder, manifest, pa.array(more, pa.large_string()))
+    removed = Removed.open(folder, manifest, pa.array(more, pa.large_string()), anew=False)
     assert removed.ids.to_pylist() == sorted({*first, *more})
     assert removed.num_added == len({*more} - {*first})
     assert removed.listed == before
@@ -71,12 +71,14 @@ def test_the_list_only_grows_and_counts_what_it_grew_by(
     assert removals.open_list(folder, before).to_pylist() == sorted(set(first))  # a run that is killed now has lost nothing
 
 
-def test_the_last_list_that_a_killed_run_left_counts(tmp_path: Path):
+@pytest.mark.parametrize("is_later_in_journal", [True, False])
+def test_the_longest_list_counts_wherever_killed_runs_left_it(tmp_path: Path, is_later_in_journal: bool):
     old, new = (removals.remember(tmp_path, pa.array(ids, pa.large_string())) for ids in (["a"], ["a", "b"]))
+    committed, recorded = (old, new) if is_later_in_journal else (new, old)
     journal = artifacts.Journal(tmp_path)
-    journal.add(new)
+    journal.add(recorded)
     journal.flush()
-    assert removals.known_list(tmp_path, Manifest("index", {}, receipts=(old,))) == new
+    assert removals.known_list(tmp_path, Manifest("index", {}, receipts=(committed,))) == new
     assert removals.known_list(tmp_path, None) is None
 
 
@@ -84,8 +86,17 @@ def test_a_list_that_was_altered_is_refused(tmp_path: Path):
     listed = removals.remember(tmp_path, pa.array(["a"], pa.large_string()))
     path = tmp_path / listed.files[0].path
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(ValueError, match=r"\.arrow: its bytes were altered"):
-        Removed.open(tmp_path, Manifest("index", {}, receipts=(listed,)), removals.none())
+    manifest, added = Manifest("index", {}, receipts=(listed,)), pa.array(["b"], pa.large_string())
+    with pytest.raises(ValueError, match=r"\.arrow: its bytes were altered .*\. Restore it, or pass all ids"):
+        Removed.open(tmp_path, manifest, added, anew=False)
+    assert Removed.open(tmp_path, manifest, added, anew=True) == Removed(None, added, 1)
+
+
+def test_a_list_without_a_manifest_that_can_be_read_is_not_forgotten(tmp_path: Path):
+    removals.remember(tmp_path, pa.array(["a"], pa.large_string()))
+    with pytest.raises(ValueError, match=r"has a list of removed documents, and no manifest that can be read\. Restore"):
+        Removed.open(tmp_path, None, removals.none(), anew=False)
+    assert Removed.open(tmp_path, None, removals.none(), anew=True).num_added == 0
 
 
 def test_ids_of_no_document_are_told_apart(make_store: Callable[..., EmbeddingStore], random_vectors: Make):

@@ -228,8 +228,8 @@ def _evaluate(settings: Settings) -> Manifest:
     if previous and previous.is_complete and not artifacts.find_faults(output, previous):
         return _keep(output, previous)
     manifest = Manifest("evaluation", identity, facts={"run": describe_run("evaluate", settings)})
-    artifacts.begin(output, manifest, previous)
     with cluster.connected() as session:
+        artifacts.begin(output, manifest, previous)
         found = source.evaluate(session, settings, _Job(system, info, dims, store, index))
     profiles = [*_profiles(settings.compare), found.profile]
     described = {"settings": manifest.facts["run"]["settings"], "fingerprints": identity, "remarks": found.remarks}
@@ -278,8 +278,8 @@ def _rank(settings: Settings) -> Manifest:
         for name, (location, _, dims) in found.items()
     }
     manifest = Manifest("evaluation", identity, inputs, {"run": describe_run("evaluate", settings)})
-    artifacts.begin(output, manifest, previous)
     with cluster.connected():
+        artifacts.begin(output, manifest, previous)
         for name, one in own.items():
             say(f"evaluate: {name} ({one.model})")
             _evaluate(one)

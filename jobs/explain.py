@@ -70,8 +70,8 @@ def run(settings: Settings) -> Manifest:
         return previous
     sample = Sample.choose(inputs.data, settings.split, settings.documents, settings.pairs, settings.seed)
     manifest = Manifest("anatomy", inputs.identity, facts={"run": describe_run("explain", settings)})
-    artifacts.begin(output, manifest, previous)
     with cluster.connected() as session:
+        artifacts.begin(output, manifest, previous)
         found = _explain(session, settings, inputs, sample)
     storage.publish_json(output / anatomy.NAME, found.as_json())
     record = FileRecord.of(output, output / anatomy.NAME)

@@ -44,13 +44,14 @@ def run(settings: Settings) -> Manifest:
         say(f"export: nothing to do, {output} is complete ({previous.num_rows} documents)")
         return previous
     manifest = Manifest("export", identity, inputs, {"run": describe_run("export", settings)})
-    artifacts.begin(output, manifest, previous)
     calls = [(index, number, plan, output.resolve(), keys[number]) for number in todo]
-    with cluster.connected() as session, journal_of(output) as journal, Counter("export", len(todo), "documents") as counter:
-        for receipt in session.run_tasks(indexing.export_shard, calls):
-            journal.add(receipt)
-            finished[receipt.key] = receipt
-            counter.advance(receipt.num_rows, shard=receipt.key)
+    with cluster.connected() as session:
+        artifacts.begin(output, manifest, previous)
+        with journal_of(output) as journal, Counter("export", len(todo), "documents") as counter:
+            for receipt in session.run_tasks(indexing.export_shard, calls):
+                journal.add(receipt)
+                finished[receipt.key] = receipt
+                counter.advance(receipt.num_rows, shard=receipt.key)
     manifest = dataclasses.replace(manifest, receipts=tuple(finished[key] for key in keys), is_complete=True)
     manifest.write(output, SHARDS)
     say(f"export: {manifest.num_rows} documents in {len(keys)} plain FAISS files below {output / SHARDS}")

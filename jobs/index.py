@@ -175,23 +175,23 @@ def run(settings: Settings) -> Manifest:
     storage.keep_apart(output, store.folder)
     artifacts.check_owner(output, "index")
     known = artifacts.peek(output, "index")
+    journal = artifacts.read_journal(output) if known else []
     queries = _Queries.open(settings, store)
-    removed = _removed(settings, output, known, store)
+    removed = _removed(settings, output, known, journal, store)
     with contextlib.ExitStack() as stack:
         choice = _choose(settings, store, known, stack, has_queries=queries is not None)
         identity = _identity(settings, store, choice.layout, queries, known)
         previous = artifacts.claim(output, "index", identity, settings.replace)
         num_shards = settings.shards or _default_shards(store)
-        slots, plans = indexing.plan_shards(store, num_shards, indexing.known_slots(output, previous))
+        slots, plans = indexing.plan_shards(store, num_shards, indexing.known_slots(previous, journal))
         kinds = filters.find_kinds(corpus.recall(store.manifest.facts.get("corpus")), settings.filter_columns)
         if kinds:
             plans = indexing.find_origins(plans, store, kinds)
         finished = indexing.finished(output, previous, plans, store.manifest.num_rows, replace=settings.replace)
         state = _State(finished, plans, choice.layout, {receipt.key for receipt in previous.receipts} if previous else set())
         facts = {**_facts(settings, store, choice, slots), "filter_columns": kinds}
-        listed = [removed.listed] if removed.listed else []  # it outlives what is discarded
-        manifest = Manifest("index", identity, {"embeddings": store.manifest.fingerprint}, facts, tuple(listed))
-        if previous and not artifacts.read_journal(output) and _is_current(previous, manifest, state, removed):
+        manifest = Manifest("index", identity, {"embeddings": store.manifest.fingerprint}, facts)
+        if previous and not journal and _is_current(previous, manifest, state, removed):
             say(f"index: nothing to do, {output} is complete ({previous.num_rows} documents)")
             return previous
         if state.must_train and choice.layout.space == "projection" and queries is None:
@@ -200,10 +200,13 @@ def run(settings: Settings) -> Manifest:
             kept = {name: fact for name, fact in previous.facts.items() if name != indexing.TUNED}
             kept |= indexing.tuning_of(previous, choice.plan)
             manifest = dataclasses.replace(manifest, facts={**kept, **manifest.facts})
+        session = stack.enter_context(cluster.connected())
+        listed = removed.remember(output) if artifacts.is_artifact(output) else None
+        if listed:  # it outlives what is discarded
+            manifest = dataclasses.replace(manifest, receipts=(listed,))
         artifacts.begin(output, manifest, previous, spares=state.spares_others)
         if previous:  # what earlier runs began for another night
             artifacts.remove_strangers(output, SHARDS, previous, {plan.key for plan in plans})
-        session = stack.enter_context(cluster.connected())
         return _build(session, settings, store, state, removed, manifest, queries)
 
 
@@ -253,14 +256,16 @@ def _as_before(wanted: Wanted, before: Layout) -> Wanted:
     return dataclasses.replace(wanted, space=space, dim=dim, factory=factory, storage=wanted.storage or before.storage)
 
 
-def _removed(settings: Settings, output: Place, known: Manifest | None, store: EmbeddingStore) -> Removed:
+def _removed(
+    settings: Settings, output: Place, known: Manifest | None, journal: Sequence[Receipt], store: EmbeddingStore
+) -> Removed:
     """Returns the documents that stay out, and says which of the ids are of no document."""
     asked = removals.read(settings.remove, settings.id_column) if settings.remove else removals.none()
     strangers = removals.unknown(store, asked)
     if strangers:
         shown = ", ".join(strangers[:_SHOWN])
         say(f"index: {len(strangers)} of {len(asked)} ids to remove are of no document ({shown}); they stay out if they come")
-    return Removed.open(output, known, asked, anew=settings.replace and settings.remove is not None)
+    return Removed.open(output, known, journal, asked)
 
 
 def _machine(settings: Settings, stack: contextlib.ExitStack) -> tuple[str, bool]:
@@ -324,13 +329,16 @@ def _build(
     if state.training:
         _tell_age(state.training, store.manifest.num_rows)
     with journal_of(output) as journal:
-        journal.add(Receipt(indexing.SLOTS, 0, (), {"slots": manifest.facts["slots"]}))
-        listed = removals.remember(output, removed.ids) if removed.num_added else removed.listed
-        for receipt in (listed, _train(session, settings, store, state, queries)):
-            if receipt:
-                state.finished[receipt.key] = receipt
-                journal.add(receipt)
-        journal.flush()
+        journal.add(indexing.note_update(manifest))
+        listed = removed.remember(output)
+        if listed:
+            journal.add(listed)
+        journal.flush()  # what is to be gone is known before anything is learned
+        training = _train(session, settings, store, state, queries)
+        if training:
+            state.finished[training.key] = training
+            journal.add(training)
+            journal.flush()
         calls = [(shard, state.layout, output, state.training, listed) for shard in todo]
         are_short = sum(shard.num_rows for shard in todo) <= _FEW_ROWS
         with Counter("index", len(todo), "documents") as counter:
@@ -358,8 +366,9 @@ def _build(
 
 def tell_update(index: IndexStore) -> None:
     """Says where an index is as it was before a run that has not finished, such as one that was to remove documents."""
-    if artifacts.has_update(index.folder, index.manifest):
-        say(f"{index.folder}: an update was begun and is not finished; the index answers as it was before")
+    with contextlib.suppress(ValueError):  # the journal is being removed, or was altered: verify says so
+        if indexing.has_update(index.folder, index.manifest):
+            say(f"{index.folder}: an update was begun and is not finished; the index answers as it was before")
 
 
 def _tell_age(training: Receipt, num_documents: int) -> None:

@@ -103,8 +103,8 @@ def run(settings: Settings) -> Manifest:
         say(f"mine: nothing to do, {output} is complete ({previous.num_rows} pairs)")
         return previous
     manifest = Manifest("negatives", identity, facts={"run": describe_run("mine", settings)})
-    artifacts.begin(output, manifest, previous)
     with cluster.connected() as session:
+        artifacts.begin(output, manifest, previous)
         store = store or embed.embed_dataset(
             output / "embeddings", data, settings.model, settings.workers, replace=settings.replace
         )

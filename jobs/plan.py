@@ -135,8 +135,8 @@ def _estimate(
     num_shards = -(-num_documents // settings.shard_rows)
     id_bytes = sample.id_bytes + _END_BYTES
     choice = layouts.choose(Given(num_documents, num_shards, info.dims, False, id_bytes, there.device, has_bf16), Wanted())
-    num_lists = choice.layout.num_lists
-    shards = Shards(num_shards, choice.coarse_bytes, choice.vector_bytes, id_bytes, num_lists, choice.layout.dim)
+    learned = (choice.layout.num_lists, choice.layout.dim, index.Settings.model_fields["sample"].default)
+    shards = Shards(num_shards, choice.coarse_bytes, choice.vector_bytes, id_bytes, *learned)
     embedding_bytes = 2.0 * info.width + sample.id_bytes + _ID_BYTES
     estimate = estimates.make_estimate(size, pace, shards, embedding_bytes, means)
     if known and plan_pace.is_too_short(pace, estimate.embedding.work_seconds.value / means.num_workers):

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from jobs.entry import HopelessError, main
 from jobs.terminal import say
-from matryoshka import artifacts, storage, verification
+from matryoshka import indexing, storage, verification
 from matryoshka.config import Field, JobSettings, Positional
 
 
@@ -23,7 +23,7 @@ def run(settings: Settings) -> None:
     for folder in verification.find_artifacts(storage.place(settings.folder)):
         manifest, found = verification.verify(folder)
         verdict = "FAULT" if found else "ok"
-        is_begun = manifest.is_complete and artifacts.has_update(folder, manifest)
+        is_begun = not found and manifest.kind == "index" and indexing.has_update(folder, manifest)
         also = "; an update that was begun is not finished" if is_begun else ""
         say(f"{verdict:5}  {manifest.kind:11} {folder}  ({manifest.num_rows} rows, {len(manifest.receipts)} parts){also}")
         faults += found

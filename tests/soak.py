@@ -158,8 +158,9 @@ class Soak:
             if code not in (-signal.SIGKILL, -signal.SIGTERM, _TERMINATED, _RETRY):  # the second: before it had begun
                 sys.exit(f"soak: {arguments[0]} ended with {code}, which no fault explains")
             if self._num_nights:
-                before, now = self._known.keys() - self._removed_before, set(self._nights.ids()) - self._removed
-                assert set(folders.indexed_ids(self._index)) in (before, now), "last night's index answers"
+                before = sorted(self._known.keys() - self._removed_before)
+                now = sorted(set(self._nights.ids()) - self._removed)
+                assert folders.indexed_ids(self._index) in (before, now), "last night's index answers"
 
     def _run(self, arguments: list[str], output: Path) -> int:
         log = self._options.output / "log.txt"

@@ -311,7 +311,8 @@ def _is_unfinished(path: Place) -> bool:
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    found, wanted = storage.as_json(dict(found)), storage.as_json(dict(wanted))
+    former = {name: value for name, value in found.items() if name != "run_id"}  # which some earlier versions took for a part
+    found, wanted = storage.as_json(former), storage.as_json(dict(wanted))
     keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
     text = "; ".join(f"{key}: {_short(found.get(key))} there, {_short(wanted.get(key))} now" for key in keys)
     return text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be shown
@@ -333,10 +334,13 @@ def begin(
     earlier one leaves its manifest too: the artifact can be read as it was until the next manifest is written.
     """
     if previous is None:
+        known = peek(folder)
+        if known:  # by it the folder stays known to be ours, and is known to be no longer whole
+            dataclasses.replace(known, receipts=manifest.receipts, is_complete=False)._publish(folder, None)
         kept = {PurePosixPath(file.path).parts[0] for receipt in manifest.receipts for file in receipt.files}
         for entry in folder.iterdir() if folder.is_dir() else ():
             if not is_artifact(entry) and entry.name not in (MANIFEST, *storage.OF_THE_RUN, *kept) and entry != work:
-                storage.remove(entry)  # and the old manifest stays: by it the folder is known to be ours
+                storage.remove(entry)
     else:
         storage.remove_leftovers(folder)
         if spares and previous.is_complete:
@@ -377,8 +381,11 @@ def read_journal(folder: Place) -> list[Receipt]:
         ValueError: A file of the journal is not what a run leaves.
     """
     paths: list[Place] = sorted((folder / _JOURNAL).glob(_SEGMENTS))
-    parts = zip(storage.read_all_json(paths), paths, strict=True)
-    return [receipt for part, path in parts for receipt in _receipts(part, path)]
+    try:
+        parts = zip(storage.read_all_json(paths), paths, strict=True)
+        return [receipt for part, path in parts for receipt in _receipts(part, path)]
+    except ValueError as error:
+        raise ValueError(f"{error} Or remove {folder / _JOURNAL}: what a run had not finished is then done again.") from None
 
 
 def finished_receipts(
@@ -400,16 +407,6 @@ def finished_receipts(
         return {receipt.key: receipt for receipt in known if is_whole(receipt)}
     with ThreadPoolExecutor() as pool:
         return {receipt.key: receipt for receipt, whole in zip(known, pool.map(is_whole, known), strict=True) if whole}
-
-
-def has_update(folder: Place, manifest: Manifest) -> bool:
-    """Returns whether a run has begun to bring a finished artifact up to date, and recorded parts that it does not have."""
-    known = {receipt.key: receipt for receipt in manifest.receipts}
-    try:
-        recorded = read_journal(folder)
-    except ValueError:  # it was altered: the next run says so
-        return True
-    return any(receipt.files and known.get(receipt.key) != receipt for receipt in recorded)
 
 
 def remove_strangers(folder: Place, parts: str, manifest: Manifest, keep: Collection[str] = ()) -> None:

@@ -16,9 +16,11 @@ _EXERCISED_UNITS, _EXERCISED_SHARDS = 100_000, 16
 # posts 0.3 s to sort hashes of ids, and 0.16 s to read ids, once for every so many rows.
 _CHECK_SECONDS_PER_BYTE, _SORT_SECONDS, _HASH_SECONDS, _HASHED_AT_ONCE = 12e-9, 0.3e-6, 0.16e-6, 2**25
 
-# Building shards of 250,000 x 384 and 61,000 x 1,024 vectors, from what is read and written (same machine, one core).
-_BUILD_SECONDS_PER_BYTE, _TRAIN_SECONDS, _SHARD_SECONDS = 6e-9, 2.0, 0.2
-_ASSIGN_FLOPS_PER_SECOND = 50e9  # of a core, when vectors are put into their nearest lists
+# Building indexes of 60,000 to 1,000,000 x 384 or 1,024 vectors, dense and in lists (a core of an Intel Xeon with AMX, all cores
+# at work, 2026-11-27): from what is read and written, what is read to learn from, and what is multiplied for lists.
+_BUILD_SECONDS_PER_BYTE, _SHARD_SECONDS = 4e-9, 0.2
+_SAMPLE_SECONDS_PER_BYTE, _TRAIN_SECONDS = 1.5e-9, 1.5
+_LIST_FLOPS_PER_SECOND, _CLUSTERING_PASSES = 150e9, 10
 
 SECONDS = "seconds"
 """Begins the names of figures that are times."""
@@ -227,6 +229,7 @@ class Shards:
         id_bytes: Of one id.
         num_lists: Into which documents are put; 0: there are none.
         dim: Of coarse vectors.
+        num_sampled: Documents that lists are learned from, at most.
     """
 
     num_shards: int
@@ -235,6 +238,7 @@ class Shards:
     id_bytes: float
     num_lists: int = 0
     dim: int = 0
+    num_sampled: int = 0
 
     @property
     def num_bytes(self) -> float:
@@ -275,9 +279,11 @@ def estimate_index(num_documents: float, embedding_bytes: float, shards: Shards,
         num_workers: Processes that build them.
     """
     moved = _BUILD_SECONDS_PER_BYTE * (embedding_bytes + shards.num_bytes)
-    assigned = 2.0 * shards.num_lists * shards.dim / _ASSIGN_FLOPS_PER_SECOND
-    work = num_documents * (moved + assigned) + shards.num_shards * _SHARD_SECONDS
-    train = _TRAIN_SECONDS if shards.coarse_bytes else 0.0
+    compared = 2.0 * shards.num_lists * shards.dim / _LIST_FLOPS_PER_SECOND
+    work = num_documents * (moved + compared) + shards.num_shards * _SHARD_SECONDS
+    read = _SAMPLE_SECONDS_PER_BYTE * num_documents * embedding_bytes
+    clustered = _CLUSTERING_PASSES * min(shards.num_sampled, num_documents) * compared
+    train = _TRAIN_SECONDS + read + clustered if shards.coarse_bytes else 0.0
     waves = -(-shards.num_shards // num_workers)
     held = math.ceil(num_documents / shards.num_shards)
     return Index(

@@ -57,7 +57,7 @@ SHARDS, TRAINED, SPACE, CENTROIDS = "shards", "trained", "space.npz", "centroids
 PLAIN, PLAIN_IDS = "index.faiss", "ids.parquet"
 NO_INDEX, DENSE_INDEX = "none", "dense"
 TUNED = "tuned"
-SLOTS = "slots"
+UPDATE = "update"
 
 _OUTGROWN = 4  # a training serves until there are so many times the documents that it was made for
 _LOSS_DOCUMENTS, _LOSS_QUERIES, _LOSS_RESULTS = 20_000, 200, 10
@@ -71,6 +71,7 @@ _SPACE_DOCUMENTS = 50_000  # whose second moment a space is learned from; of fou
 
 _ANEW = "Build the index anew: python -m jobs.index with --replace."
 _PLAN = {"plan": ListOf(str)}
+_UPDATE = {"inputs": MapOf(str), "slots": MapOf(int)}
 _DETAILS = {"num_documents?": int, "num_left_out?": int}
 _POINT = {**_PLAN, "queries_per_second": float, **dict.fromkeys(("confirmed", "low", "high"), object)}
 _TUNED = {
@@ -121,18 +122,43 @@ def plan_shards(store: EmbeddingStore, num_shards: int, previous: Mapping[str, i
     return slots, plans
 
 
-def known_slots(folder: Place, previous: Manifest | None) -> dict[str, int]:
-    """Returns the shard of each slot of an index, and of those that later runs, which did not finish, found a place for.
+def note_update(manifest: Manifest) -> Receipt:
+    """Returns what the journal has of a run that begins: what it indexes, and where each unit is to be."""
+    return Receipt(UPDATE, 0, (), {"inputs": dict(manifest.inputs), "slots": manifest.facts["slots"]})
+
+
+def _last_update(journal: Sequence[Receipt]) -> dict[str, Any] | None:
+    """Returns what the last run that began noted.
+
+    Raises:
+        ValueError: It is not what a run leaves.
+    """
+    found = next((receipt.details for receipt in reversed(journal) if receipt.key == UPDATE), None)
+    if found is not None:
+        shapes.check(found, _UPDATE, "journal of the index", "Remove its folder journal/.")
+    return None if found is None else dict(found)
+
+
+def known_slots(previous: Manifest | None, journal: Sequence[Receipt]) -> dict[str, int]:
+    """Returns the shard of each slot of an index, and of those that a later run, which did not finish, found a place for.
 
     Raises:
         ValueError: The journal is not what a run leaves.
     """
-    if previous is None:
-        return {}
-    begun = [receipt.details for receipt in artifacts.read_journal(folder) if receipt.key == SLOTS]
-    for details in begun:
-        shapes.check(details, {"slots": MapOf(int)}, f"{folder}: the journal", _ANEW)
-    return {**(begun[-1]["slots"] if begun else {}), **previous.facts["slots"]}
+    begun = _last_update(journal)
+    return {**(begun["slots"] if begun else {}), **previous.facts["slots"]} if previous else {}
+
+
+def has_update(folder: Place, manifest: Manifest) -> bool:
+    """Returns whether a run has begun to index something else than a finished index has, or to remove more, and not finished.
+
+    Raises:
+        ValueError: The journal cannot be read.
+    """
+    journal = artifacts.read_journal(folder)
+    begun, listed = _last_update(journal), removals.longest_list([*manifest.receipts, *journal])
+    is_other = begun is not None and begun["inputs"] != dict(manifest.inputs)
+    return manifest.is_complete and (is_other or listed != removals.longest_list(manifest.receipts))
 
 
 def find_origins(plans: Sequence[ShardPlan], store: EmbeddingStore, kinds: Kinds) -> list[ShardPlan]:

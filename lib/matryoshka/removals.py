@@ -4,7 +4,8 @@ The list is part of the index and only grows. A shard that is there already gets
 a shard that is built later leaves the documents out.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -34,31 +35,33 @@ class Removed:
     num_added: int
 
     @classmethod
-    def open(cls, folder: Place, manifest: Manifest | None, added: pa.Array, *, anew: bool) -> "Removed":
+    def open(cls, folder: Place, manifest: Manifest | None, journal: Sequence[Receipt], added: pa.Array) -> "Removed":
         """Returns what an index, finished or not, is known to leave out, with more ids.
 
         Args:
             folder: Of the index.
-            manifest: Its own; None where there is none that can be read.
+            manifest: Its own; None where there is none that can be read: then all lists that are there count.
+            journal: Its own.
             added: More ids.
-            anew: Whether these are all ids, where the list cannot be read.
 
         Raises:
-            ValueError: The list is missing or altered, or nothing says which one holds.
+            ValueError: The list is missing or altered.
         """
-        listed, fault, before = known_list(folder, manifest), "", none()
-        if manifest is None and any((folder / REMOVED).glob(_LISTS)):
-            fault = f"{folder}: has a list of removed documents, and no manifest that can be read"
-        try:
-            before = open_list(folder, listed) if listed else before
-        except ValueError as error:
-            fault = str(error).rpartition(". ")[0]
-        if fault and anew:
-            return cls(None, added, len(added))
-        if fault:
-            raise ValueError(f"{fault}. Restore it, or pass all ids that are to stay out, with --remove and --replace.")
+        if manifest is None:
+            ids = _in_order([*(name for own in _whole_lists(folder) for name in own.to_pylist()), *added.to_pylist()])
+            return cls(None, ids, len(ids))
+        listed = longest_list([*manifest.receipts, *journal])
+        faults = artifacts.find_faults(folder, Manifest("index", {}, receipts=(listed,), is_complete=True)) if listed else []
+        if faults:
+            again = "or index into another --output, with --remove and all ids that are to stay out"
+            raise ValueError(f"{faults[0]}. Restore it, {again}.")
+        before = open_list(folder, listed) if listed else none()
         ids = _in_order([*before.to_pylist(), *added.to_pylist()])
         return cls(listed, ids, len(ids) - len(before))
+
+    def remember(self, folder: Place) -> Receipt | None:
+        """Writes the list into an index, if it is not there as it is, and returns its receipt; None where it is empty."""
+        return remember(folder, self.ids) if self.num_added else self.listed
 
 
 def read(location: str, column: str) -> pa.Array:
@@ -76,13 +79,8 @@ def none() -> pa.Array:
     return _in_order([])
 
 
-def known_list(folder: Place, manifest: Manifest | None) -> Receipt | None:
-    """Returns the receipt of the ids that an index, finished or not, is known to leave out."""
-    return longest_list([*manifest.receipts, *artifacts.read_journal(folder)] if manifest else [])
-
-
 def longest_list(receipts: Sequence[Receipt]) -> Receipt | None:
-    """Returns the receipt of the latest list among others: it only grows."""
+    """Returns the receipt of the latest list among those of an index and its journal: it only grows."""
     lists = [receipt for receipt in receipts if receipt.key == REMOVED]
     return max(lists, key=_length, default=None)
 
@@ -94,11 +92,25 @@ def _length(listed: Receipt) -> int:
 
 def remember(folder: Place, ids: pa.Array) -> Receipt:
     """Writes the list into an index and returns its receipt; a longer list has another file, so the one before stays whole."""
-    name = _LISTS.replace("*", storage.digest_json(ids.to_pylist())[:16])
+    name = _name_of(ids)
     with storage.publish(folder / REMOVED / name) as temporary:
         vectors.write_ids(temporary, [ids])
         record = FileRecord.named(f"{REMOVED}/{name}", temporary)
     return Receipt(REMOVED, 0, (record,), {"num_ids": len(ids)})
+
+
+def _name_of(ids: pa.Array) -> str:
+    return _LISTS.replace("*", storage.digest_json(ids.to_pylist())[:16])
+
+
+def _whole_lists(folder: Place) -> Iterator[pa.Array]:
+    """Yields the lists in an index that are what their names say, of which the longest has all ids of the others."""
+    paths: list[Place] = sorted((folder / REMOVED).glob(_LISTS)) if (folder / REMOVED).is_dir() else []
+    for path in paths:
+        with contextlib.suppress(pa.ArrowException, KeyError):
+            found = vectors.open_ids(storage.local(path))
+            if _name_of(found) == path.name:
+                yield found
 
 
 def open_list(folder: Place, listed: Receipt) -> pa.Array:

@@ -49,6 +49,10 @@ def verify(folder: Place) -> tuple[Manifest, list[str]]:
         "results": _check_results,
         "run": _check_run,
     }
+    try:
+        artifacts.read_journal(folder)
+    except ValueError as error:
+        faults.append(str(error))
     if not faults and manifest.kind in check:
         with storage.borrowing():
             faults = list(check[manifest.kind](folder, manifest))

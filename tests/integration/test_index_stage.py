@@ -1,5 +1,6 @@
 """The index job as a stage: what it chooses, what it learns once, what it takes out, what it exports."""
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import texts
 
 from jobs import embed, export, index, search, verify
+from jobs.entry import HopelessError
 from matryoshka import artifacts, storage
 from matryoshka.encode import Encoder
 from matryoshka.indexing import IndexStore
@@ -326,11 +328,77 @@ def test_a_kill_does_not_bring_removed_documents_back_while_the_index_becomes_an
             index.run(other)
     assert index.run(other).num_rows == _SMALL - 3
     assert "d00003" not in folders.indexed_ids(tmp_path)
-    next((tmp_path / "removed").glob("ids-*.arrow")).unlink()
-    with pytest.raises(ValueError, match=r"arrow: missing\. Restore it, or pass all ids that are to stay out"):
-        index.run(other)
-    assert index.run(_settings(root, tmp_path, remove=remove, **{**_FUNNEL, "replace": True})).num_rows == _SMALL - 3
     verify.run(verify.Settings(folder=str(tmp_path)))
+
+
+@pytest.mark.parametrize("num_steps", range(4))
+def test_a_longer_list_outlives_a_kill_at_any_step_of_clearing_the_index(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_steps: int
+) -> None:
+    first, second = (str(texts.write_parquet(tmp_path / f"{own}.parquet", {"id": [own]})) for own in ("d00003", "d00004"))
+    folder, own = tmp_path / "index", {**_FUNNEL, "coarse_index": "SQ8"}
+    index.run(_settings(root, folder, remove=first, **own))
+    with monkeypatch.context() as patch:  # the longer list stands in the journal alone
+        patch.setattr(artifacts.Manifest, "write", _refuse)
+        with pytest.raises(ConnectionError):
+            index.run(_settings(root, folder, remove=second, **own))
+    other, remove, removed = _settings(root, folder, **{**own, "storage": "int8", "replace": True}), storage.remove, []
+
+    def remove_until_killed(path: Path) -> None:
+        removed.append(path)
+        if len(removed) > num_steps:
+            _refuse()
+        remove(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "remove", remove_until_killed)
+        with pytest.raises(ConnectionError):
+            index.run(other)
+    if num_steps < 3:  # journal, shards and what was trained, in any order
+        with pytest.raises(ValueError, match="not finished"):
+            IndexStore.open(folder)
+    assert index.run(other).num_rows == _SMALL - 2
+    assert not {"d00003", "d00004"} & set(folders.indexed_ids(folder))
+    verify.run(verify.Settings(folder=str(folder)))
+
+
+def test_what_is_to_be_removed_is_known_before_anything_is_learned(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {**_FUNNEL, "coarse_index": "SQ8"}
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "_train", _refuse)
+        with pytest.raises(ConnectionError):
+            index.run(_settings(root, tmp_path, remove=str(root / "remove.parquet"), **own))
+    assert index.run(_settings(root, tmp_path, **own)).num_rows == _SMALL - 3
+
+
+def test_a_lost_list_is_named_with_the_ways_out_and_one_without_a_manifest_counts(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "index"
+    index.run(_settings(root, folder, remove=str(root / "remove.parquet"), **_FUNNEL))
+    (folder / "manifest.json").write_text(json.dumps({**folders.manifest(folder), "format": 0}), "utf-8")
+    assert index.run(_settings(root, folder, replace=True, **_FUNNEL)).num_rows == _SMALL - 3
+    next((folder / "removed").glob("ids-*.arrow")).unlink()
+    for more in ({}, {"replace": True}, {"remove": str(root / "remove.parquet"), "replace": True}):
+        with pytest.raises(
+            ValueError, match=r"arrow: missing\. Restore it, or index into another --output, with --remove and all"
+        ):
+            index.run(_settings(root, folder, **_FUNNEL, **more))
+
+
+def test_a_journal_that_was_altered_is_named_with_the_way_out(root: Path, tmp_path: Path) -> None:
+    index.run(_settings(root, tmp_path, **_FUNNEL))
+    _interrupt(_settings(root, tmp_path, "large", **_FUNNEL), 2)
+    segment = next((tmp_path / "journal").iterdir())
+    segment.write_text("[", "utf-8")
+    with pytest.raises(ValueError, match=rf"Or remove {tmp_path}/journal: what a run had not finished is then done again"):
+        index.run(_settings(root, tmp_path, "large", **_FUNNEL))
+    with pytest.raises(HopelessError, match="1 faults"):
+        verify.run(verify.Settings(folder=str(tmp_path)))
+    assert folders.indexed_ids(tmp_path) == sorted(_vectors(root, "small"))
+    shutil.rmtree(tmp_path / "journal")
+    index.run(_settings(root, tmp_path, "large", **_FUNNEL))
+    assert folders.indexed_ids(tmp_path) == sorted(_vectors(root, "large"))
 
 
 def test_what_int8_loses_is_measured_though_the_run_that_built_the_last_shard_was_killed(

@@ -182,7 +182,9 @@ def test_a_changed_file_costs_its_own_units_and_shards(finished: Home, tmp_path:
         with pytest.raises(ConnectionError):
             index.run(finished.index())
     assert IndexStore.open(finished.place / "index").manifest == made
+    built = finished.stamps_of("index/shards")
     index.run(finished.index())
+    assert finished.stamps_of("index/shards").items() <= built.items()
     after = finished.stamps()
     units = [name for name in after if name.startswith("embeddings/units/")]
     assert len(units) == 12

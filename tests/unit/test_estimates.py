@@ -142,10 +142,24 @@ def test_an_index_weighs_what_its_parts_do():
 
 
 def test_lists_cost_their_comparisons():
-    plain, lists = (
-        estimates.estimate_index(10**6, 784.0, dataclasses.replace(SHARDS, num_lists=count, dim=64), 1) for count in (0, 10_000)
+    plain, lists, learned = (
+        estimates.estimate_index(10**6, 784.0, dataclasses.replace(SHARDS, dim=64, **own), 1).work_seconds
+        for own in ({}, {"num_lists": 10_000}, {"num_lists": 10_000, "num_sampled": 100_000})
     )
-    assert lists.work_seconds > plain.work_seconds
+    assert plain < lists < learned
+    assert learned - lists == pytest.approx(lists - plain)  # ten passes over a tenth of the documents
+
+
+@pytest.mark.parametrize(
+    ("num_documents", "num_shards", "width", "seconds"),
+    [(60_000, 1, 1_024, 3.4), (250_000, 4, 384, 4.9), (250_000, 1, 1_024, 6.4), (1_000_000, 4, 384, 10.2)],
+)
+def test_dense_indexes_that_were_built_are_estimated_within_a_quarter(
+    num_documents: int, num_shards: int, width: int, seconds: float
+):
+    shards = Shards(num_shards, float(width), 2.0 * width, 17.0, 0, width // 2, 200_000)
+    found = estimates.estimate_index(num_documents, 2.0 * width + 14, shards, num_workers=2)
+    assert found.work_seconds == pytest.approx(seconds, rel=0.25)
 
 
 def test_what_nobody_asks_a_price_for_has_none():

@@ -270,7 +270,7 @@ def test_documents_that_are_removed_are_gone_from_results_and_counts_and_then_fr
     assert verification.verify(marked.folder)[1] == []
     found = marked.searcher().search(queries, 30).ids
     _, plans = indexing.plan_shards(store, 3, {})
-    listed = removals.known_list(marked.folder, marked.manifest)
+    listed = removals.longest_list(marked.manifest.receipts)
     receipts = [indexing.build_shard(plan, layout, marked.folder, marked.training, listed) for plan in plans]
     manifest = dataclasses.replace(marked.manifest, receipts=(*filter(None, [marked.training]), *receipts, listed))
     manifest.write(marked.folder)
@@ -297,7 +297,7 @@ def test_a_shard_of_which_every_document_is_removed_is_empty_and_finds_nothing(
 
     assert finds_nothing(marked)
     _, (plan,) = indexing.plan_shards(store, 1, {})
-    listed = removals.known_list(marked.folder, marked.manifest)
+    listed = removals.longest_list(marked.manifest.receipts)
     receipt = indexing.build_shard(plan, layout, marked.folder, marked.training, listed)
     receipts = (*filter(None, [marked.training]), receipt, listed)
     dataclasses.replace(marked.manifest, receipts=receipts).write(marked.folder)

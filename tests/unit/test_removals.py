@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matryoshka import artifacts, removals
+from matryoshka import removals
 from matryoshka.artifacts import Manifest
 from matryoshka.indexing import IndexStore
 from matryoshka.removals import Removed
@@ -62,7 +62,7 @@ def test_the_list_only_grows_and_counts_what_it_grew_by(
     folder = tmp_path_factory.mktemp("index")
     before = removals.remember(folder, pa.array(sorted(set(first)), pa.large_string()))
     manifest = Manifest("index", {}, receipts=(before,))
-    removed = Removed.open(folder, manifest, pa.array(more, pa.large_string()), anew=False)
+    removed = Removed.open(folder, manifest, [], pa.array(more, pa.large_string()))
     assert removed.ids.to_pylist() == sorted({*first, *more})
     assert removed.num_added == len({*more} - {*first})
     assert removed.listed == before
@@ -75,28 +75,30 @@ def test_the_list_only_grows_and_counts_what_it_grew_by(
 def test_the_longest_list_counts_wherever_killed_runs_left_it(tmp_path: Path, is_later_in_journal: bool):
     old, new = (removals.remember(tmp_path, pa.array(ids, pa.large_string())) for ids in (["a"], ["a", "b"]))
     committed, recorded = (old, new) if is_later_in_journal else (new, old)
-    journal = artifacts.Journal(tmp_path)
-    journal.add(recorded)
-    journal.flush()
-    assert removals.known_list(tmp_path, Manifest("index", {}, receipts=(committed,))) == new
-    assert removals.known_list(tmp_path, None) is None
+    removed = Removed.open(tmp_path, Manifest("index", {}, receipts=(committed,)), [recorded], removals.none())
+    assert removed == Removed(new, pa.array(["a", "b"], pa.large_string()), 0)
+    assert removed.remember(tmp_path) == new
 
 
 def test_a_list_that_was_altered_is_refused(tmp_path: Path):
     listed = removals.remember(tmp_path, pa.array(["a"], pa.large_string()))
     path = tmp_path / listed.files[0].path
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    manifest, added = Manifest("index", {}, receipts=(listed,)), pa.array(["b"], pa.large_string())
-    with pytest.raises(ValueError, match=r"\.arrow: its bytes were altered .*\. Restore it, or pass all ids"):
-        Removed.open(tmp_path, manifest, added, anew=False)
-    assert Removed.open(tmp_path, manifest, added, anew=True) == Removed(None, added, 1)
+    with pytest.raises(ValueError, match=r"\.arrow: its bytes were altered .*\. Restore it, or index into another --output"):
+        Removed.open(tmp_path, Manifest("index", {}, receipts=(listed,)), [], removals.none())
 
 
-def test_a_list_without_a_manifest_that_can_be_read_is_not_forgotten(tmp_path: Path):
-    removals.remember(tmp_path, pa.array(["a"], pa.large_string()))
-    with pytest.raises(ValueError, match=r"has a list of removed documents, and no manifest that can be read\. Restore"):
-        Removed.open(tmp_path, None, removals.none(), anew=False)
-    assert Removed.open(tmp_path, None, removals.none(), anew=True).num_added == 0
+def test_lists_count_by_their_names_where_no_manifest_can_be_read(tmp_path: Path):
+    assert Removed.open(tmp_path, None, [], removals.none()) == Removed(None, removals.none(), 0)
+    for ids in (["a"], ["a", "b"]):
+        removals.remember(tmp_path, pa.array(ids, pa.large_string()))
+    altered = tmp_path / removals.remember(tmp_path, pa.array(["c"], pa.large_string())).files[0].path
+    altered.write_bytes((tmp_path / removals.remember(tmp_path, pa.array(["d"], pa.large_string())).files[0].path).read_bytes())
+    removed = Removed.open(tmp_path, None, [], pa.array(["e"], pa.large_string()))
+    assert removed == Removed(None, pa.array(["a", "b", "d", "e"], pa.large_string()), 4)
+    listed = removed.remember(tmp_path)
+    assert listed
+    assert removals.open_list(tmp_path, listed) == removed.ids
 
 
 def test_ids_of_no_document_are_told_apart(make_store: Callable[..., EmbeddingStore], random_vectors: Make):

@@ -8,7 +8,7 @@ import pytest
 
 from matryoshka import artifacts, indexing, metrics, tuning
 from matryoshka.answers import JUDGED, UNJUDGED, Answers
-from matryoshka.artifacts import Journal, Receipt
+from matryoshka.artifacts import Journal
 from matryoshka.index import CoarseIndex, Dial
 from matryoshka.indexing import IndexStore, Layout
 from matryoshka.nested import FunnelPlan
@@ -206,10 +206,10 @@ def test_a_tuning_is_handed_on_unless_another_plan_is_asked_for(build: Build):
 def test_tuning_leaves_what_an_unfinished_update_has_recorded(build: Build):
     index = build("Flat")
     journal = Journal(index.folder)
-    journal.add(Receipt("0-later", 3, index.manifest.receipts[0].files))
+    journal.add(indexing.note_update(dataclasses.replace(index.manifest, inputs={"embeddings": "of the next night"})))
     journal.flush()
     index.keep_tuning({"measure": "recall"})
-    assert artifacts.has_update(index.folder, artifacts.read(index.folder))
+    assert indexing.has_update(index.folder, artifacts.read(index.folder))
 
 
 def test_a_tuning_of_an_index_that_was_built_anew_meanwhile_is_not_kept(build: Build):

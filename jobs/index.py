@@ -183,7 +183,7 @@ def run(settings: Settings) -> Manifest:
         identity = _identity(settings, store, choice.layout, queries, known)
         previous = artifacts.claim(output, "index", identity, settings.replace)
         num_shards = settings.shards or _default_shards(store)
-        slots, plans = indexing.plan_shards(store, num_shards, indexing.known_slots(previous, journal))
+        slots, plans = indexing.plan_shards(store, num_shards, indexing.known_slots(output, previous, journal))
         kinds = filters.find_kinds(corpus.recall(store.manifest.facts.get("corpus")), settings.filter_columns)
         if kinds:
             plans = indexing.find_origins(plans, store, kinds)
@@ -207,7 +207,7 @@ def run(settings: Settings) -> Manifest:
         artifacts.begin(output, manifest, previous, spares=state.spares_others)
         if previous:  # what earlier runs began for another night
             artifacts.remove_strangers(output, SHARDS, previous, {plan.key for plan in plans})
-        return _build(session, settings, store, state, removed, manifest, queries)
+        return _build(session, settings, store, state, listed or removed.remember(output), manifest, queries)
 
 
 def _default_shards(store: EmbeddingStore) -> int:
@@ -319,7 +319,7 @@ def _build(
     settings: Settings,
     store: EmbeddingStore,
     state: _State,
-    removed: Removed,
+    listed: Receipt | None,
     manifest: Manifest,
     queries: _Queries | None,
 ) -> Manifest:
@@ -330,7 +330,6 @@ def _build(
         _tell_age(state.training, store.manifest.num_rows)
     with journal_of(output) as journal:
         journal.add(indexing.note_update(manifest))
-        listed = removed.remember(output)
         if listed:
             journal.add(listed)
         journal.flush()  # what is to be gone is known before anything is learned

@@ -130,7 +130,7 @@ class Manifest:
         self._publish(folder, self.fingerprint)
         for own in parts:
             remove_strangers(folder, own, self)
-        storage.remove(folder / _JOURNAL)
+        storage.remove_at_once(folder / _JOURNAL)
 
     def amend(self, folder: Place, facts: Mapping[str, Any]) -> None:
         """Commits more facts about a finished artifact; what a later run has recorded, and not finished, stays."""
@@ -336,7 +336,8 @@ def begin(
     if previous is None:
         known = peek(folder)
         if known:  # by it the folder stays known to be ours, and is known to be no longer whole
-            dataclasses.replace(known, receipts=manifest.receipts, is_complete=False)._publish(folder, None)
+            receipts = (*known.receipts, *manifest.receipts)
+            dataclasses.replace(known, receipts=receipts, is_complete=False)._publish(folder, None)
         kept = {PurePosixPath(file.path).parts[0] for receipt in manifest.receipts for file in receipt.files}
         for entry in folder.iterdir() if folder.is_dir() else ():
             if not is_artifact(entry) and entry.name not in (MANIFEST, *storage.OF_THE_RUN, *kept) and entry != work:
@@ -385,7 +386,8 @@ def read_journal(folder: Place) -> list[Receipt]:
         parts = zip(storage.read_all_json(paths), paths, strict=True)
         return [receipt for part, path in parts for receipt in _receipts(part, path)]
     except ValueError as error:
-        raise ValueError(f"{error} Or remove {folder / _JOURNAL}: what a run had not finished is then done again.") from None
+        fault = str(error).rpartition(". ")[0] or str(error)
+        raise ValueError(f"{fault}. Remove {folder / _JOURNAL}: what a run had not finished is then done again.") from None
 
 
 def finished_receipts(

@@ -127,7 +127,7 @@ def note_update(manifest: Manifest) -> Receipt:
     return Receipt(UPDATE, 0, (), {"inputs": dict(manifest.inputs), "slots": manifest.facts["slots"]})
 
 
-def _last_update(journal: Sequence[Receipt]) -> dict[str, Any] | None:
+def _last_update(folder: Place, journal: Sequence[Receipt]) -> dict[str, Any] | None:
     """Returns what the last run that began noted.
 
     Raises:
@@ -135,17 +135,17 @@ def _last_update(journal: Sequence[Receipt]) -> dict[str, Any] | None:
     """
     found = next((receipt.details for receipt in reversed(journal) if receipt.key == UPDATE), None)
     if found is not None:
-        shapes.check(found, _UPDATE, "journal of the index", "Remove its folder journal/.")
+        shapes.check(found, _UPDATE, f"{folder}: the journal", f"Remove {folder / 'journal'}.")
     return None if found is None else dict(found)
 
 
-def known_slots(previous: Manifest | None, journal: Sequence[Receipt]) -> dict[str, int]:
+def known_slots(folder: Place, previous: Manifest | None, journal: Sequence[Receipt]) -> dict[str, int]:
     """Returns the shard of each slot of an index, and of those that a later run, which did not finish, found a place for.
 
     Raises:
         ValueError: The journal is not what a run leaves.
     """
-    begun = _last_update(journal)
+    begun = _last_update(folder, journal)
     return {**(begun["slots"] if begun else {}), **previous.facts["slots"]} if previous else {}
 
 
@@ -156,7 +156,7 @@ def has_update(folder: Place, manifest: Manifest) -> bool:
         ValueError: The journal cannot be read.
     """
     journal = artifacts.read_journal(folder)
-    begun, listed = _last_update(journal), removals.longest_list([*manifest.receipts, *journal])
+    begun, listed = _last_update(folder, journal), removals.longest_list([*manifest.receipts, *journal])
     is_other = begun is not None and begun["inputs"] != dict(manifest.inputs)
     return manifest.is_complete and (is_other or listed != removals.longest_list(manifest.receipts))
 

@@ -4,8 +4,7 @@ The list is part of the index and only grows. A shard that is there already gets
 a shard that is built later leaves the documents out.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -40,27 +39,30 @@ class Removed:
 
         Args:
             folder: Of the index.
-            manifest: Its own; None where there is none that can be read: then all lists that are there count.
+            manifest: Its own; None where there is none that can be read.
             journal: Its own.
             added: More ids.
 
         Raises:
-            ValueError: The list is missing or altered.
+            ValueError: A list is missing or altered.
         """
-        if manifest is None:
-            ids = _in_order([*(name for own in _whole_lists(folder) for name in own.to_pylist()), *added.to_pylist()])
-            return cls(None, ids, len(ids))
-        listed = longest_list([*manifest.receipts, *journal])
+        listed = longest_list([*manifest.receipts, *journal]) if manifest else None
         faults = artifacts.find_faults(folder, Manifest("index", {}, receipts=(listed,), is_complete=True)) if listed else []
+        known, before = {*map(str, added.to_pylist())}, none()
+        if listed and not faults:
+            before = open_list(folder, listed)
+            known.update(before.to_pylist())
+        for path in _lists(folder):  # whatever a run has written that no receipt names: it was killed, or they were lost
+            more = _read_whole(path)
+            known.update([] if more is None else more.to_pylist())
+            faults += [f"{path}: its bytes were altered"] if more is None and not listed else []
         if faults:
             again = "or index into another --output, with --remove and all ids that are to stay out"
             raise ValueError(f"{faults[0]}. Restore it, {again}.")
-        before = open_list(folder, listed) if listed else none()
-        ids = _in_order([*before.to_pylist(), *added.to_pylist()])
-        return cls(listed, ids, len(ids) - len(before))
+        return cls(listed, _in_order(known), len(known) - len(before))
 
     def remember(self, folder: Place) -> Receipt | None:
-        """Writes the list into an index, if it is not there as it is, and returns its receipt; None where it is empty."""
+        """Writes the list into an index, if there is more than its receipt has, and returns its receipt; None: it is empty."""
         return remember(folder, self.ids) if self.num_added else self.listed
 
 
@@ -103,14 +105,17 @@ def _name_of(ids: pa.Array) -> str:
     return _LISTS.replace("*", storage.digest_json(ids.to_pylist())[:16])
 
 
-def _whole_lists(folder: Place) -> Iterator[pa.Array]:
-    """Yields the lists in an index that are what their names say, of which the longest has all ids of the others."""
-    paths: list[Place] = sorted((folder / REMOVED).glob(_LISTS)) if (folder / REMOVED).is_dir() else []
-    for path in paths:
-        with contextlib.suppress(pa.ArrowException, KeyError):
-            found = vectors.open_ids(storage.local(path))
-            if _name_of(found) == path.name:
-                yield found
+def _lists(folder: Place) -> list[Place]:
+    return sorted((folder / REMOVED).glob(_LISTS)) if (folder / REMOVED).is_dir() else []
+
+
+def _read_whole(path: Place) -> pa.Array | None:
+    """Returns the ids of a list that is what its name says."""
+    try:
+        found = vectors.open_ids(storage.local(path))
+        return found if _name_of(found) == path.name else None
+    except (pa.ArrowException, ValueError, KeyError):
+        return None
 
 
 def open_list(folder: Place, listed: Receipt) -> pa.Array:

@@ -428,6 +428,14 @@ def remove(path: Place) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_at_once(folder: Place) -> None:
+    """Removes a folder, of which, on disk, nobody ever sees a part: a run that is killed leaves it whole, or a leftover."""
+    if isinstance(folder, Path) and folder.is_dir():
+        aside = folder.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{folder.name}")
+        folder = folder.rename(aside)
+    remove(folder)
+
+
 def remove_leftovers(folder: Place) -> None:
     """Removes what writers that were killed left under temporary names, anywhere below a folder that one run owns.
 

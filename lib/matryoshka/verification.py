@@ -50,7 +50,7 @@ def verify(folder: Place) -> tuple[Manifest, list[str]]:
         "run": _check_run,
     }
     try:
-        artifacts.read_journal(folder)
+        indexing.has_update(folder, manifest) if manifest.kind == "index" else artifacts.read_journal(folder)
     except ValueError as error:
         faults.append(str(error))
     if not faults and manifest.kind in check:

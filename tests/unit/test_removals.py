@@ -90,15 +90,26 @@ def test_a_list_that_was_altered_is_refused(tmp_path: Path):
 
 def test_lists_count_by_their_names_where_no_manifest_can_be_read(tmp_path: Path):
     assert Removed.open(tmp_path, None, [], removals.none()) == Removed(None, removals.none(), 0)
-    for ids in (["a"], ["a", "b"]):
-        removals.remember(tmp_path, pa.array(ids, pa.large_string()))
-    altered = tmp_path / removals.remember(tmp_path, pa.array(["c"], pa.large_string())).files[0].path
-    altered.write_bytes((tmp_path / removals.remember(tmp_path, pa.array(["d"], pa.large_string())).files[0].path).read_bytes())
+    first, _ = (removals.remember(tmp_path, pa.array(ids, pa.large_string())) for ids in (["a"], ["a", "b"]))
     removed = Removed.open(tmp_path, None, [], pa.array(["e"], pa.large_string()))
-    assert removed == Removed(None, pa.array(["a", "b", "d", "e"], pa.large_string()), 4)
+    assert removed == Removed(None, pa.array(["a", "b", "e"], pa.large_string()), 3)
     listed = removed.remember(tmp_path)
     assert listed
     assert removals.open_list(tmp_path, listed) == removed.ids
+    manifest = Manifest("index", {}, receipts=(first,))  # of a run that was killed before it could record the list
+    assert Removed.open(tmp_path, manifest, [], removals.none()) == Removed(first, removed.ids, 2)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data.replace(b"b", b"\xff"), lambda _: b""])
+def test_a_list_that_is_damaged_is_refused_where_no_manifest_says_that_it_does_not_count(
+    tmp_path: Path, damage: Callable[[bytes], bytes]
+):
+    first, second = (removals.remember(tmp_path, pa.array(ids, pa.large_string())) for ids in (["a"], ["a", "b"]))
+    path = tmp_path / second.files[0].path
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"\.arrow: its bytes were altered\. Restore it, or index into another --output"):
+        Removed.open(tmp_path, None, [], removals.none())
+    assert Removed.open(tmp_path, Manifest("index", {}, receipts=(first,)), [], removals.none()).num_added == 0
 
 
 def test_ids_of_no_document_are_told_apart(make_store: Callable[..., EmbeddingStore], random_vectors: Make):

@@ -175,7 +175,7 @@ def test_a_driver_that_is_told_to_end_leaves_a_checkpoint_that_the_same_command_
     tmp_path: Path, data: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "model"
-    settings = _settings(output, data, tiny, max_steps=400, epochs=100, checkpoint_steps=10_000, evaluations=0, workers=1)
+    settings = _settings(output, data, tiny, max_steps=200, epochs=100, checkpoint_steps=10_000, evaluations=0, workers=1)
     flags = [
         f"--{name.replace('_', '-')}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
         for name, value in settings.model_dump(exclude_defaults=True).items()
@@ -196,7 +196,7 @@ def test_a_driver_that_is_told_to_end_leaves_a_checkpoint_that_the_same_command_
     assert "told to end; a checkpoint of step" in "".join(lines)
     assert not artifacts.read(output).is_complete
     step = int(next((output / "checkpoints").glob("step-*")).name.removeprefix("step-"))
-    assert step < 400
+    assert step < 200
     monkeypatch.setattr(sys, "argv", ["finetune", *flags])
     for state in ("done", "nothing to do"):
         with pytest.raises(SystemExit) as ended:
@@ -205,7 +205,7 @@ def test_a_driver_that_is_told_to_end_leaves_a_checkpoint_that_the_same_command_
         assert status.Status.read(output).state == state  # type: ignore[union-attr]
         assert model.describe(str(output)).is_tuned, "what the run left beside the model is not of the model"
     verify.run(verify.Settings(folder=str(output)))
-    assert [entry["step"] for entry in _log(output)["entries"]] == list(range(8, 401, 8))
+    assert [entry["step"] for entry in _log(output)["entries"]] == list(range(8, 201, 8))
 
 
 def test_a_first_rank_that_was_given_up_for_lost_writes_no_more() -> None:

@@ -47,7 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "MATRYOSHKA_CACHE": tempfile.mkdtemp(prefix="matryoshka-test-cache-"),
     }
     os.environ.pop("RAY_ADDRESS", None)
-    os.environ["RAY_worker_niceness"] = "0"  # workers are what this process waits for: other tests must not starve them
+    # Workers are what this process waits for: other tests must not starve them.
+    os.environ |= {"RAY_worker_niceness": "0"}
     hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
     hypothesis.settings.load_profile("untimed")
 

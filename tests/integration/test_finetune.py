@@ -205,7 +205,7 @@ def test_a_driver_that_is_told_to_end_leaves_a_checkpoint_that_the_same_command_
         assert status.Status.read(output).state == state  # type: ignore[union-attr]
         assert model.describe(str(output)).is_tuned, "what the run left beside the model is not of the model"
     verify.run(verify.Settings(folder=str(output)))
-    assert [entry["step"] for entry in _log(output)["entries"]] == list(range(8, 201, 8))
+    assert [entry["step"] for entry in _log(output)["entries"]] == list(range(4, 201, 4))
 
 
 def test_a_first_rank_that_was_given_up_for_lost_writes_no_more() -> None:

@@ -52,7 +52,8 @@ class Removed:
         if listed and not faults:
             before = open_list(folder, listed)
             known.update(before.to_pylist())
-        for path in _lists(folder):  # whatever a run has written that no receipt names: it was killed, or they were lost
+        named = PurePosixPath(listed.files[0].path).name if listed else ""
+        for path in _lists(folder, named):  # what a run has written that no receipt names: it was killed, or they were lost
             more = _read_whole(path)
             known.update([] if more is None else more.to_pylist())
             faults += [f"{path}: its bytes were altered"] if more is None and not listed else []
@@ -105,8 +106,10 @@ def _name_of(ids: pa.Array) -> str:
     return _LISTS.replace("*", storage.digest_json(ids.to_pylist())[:16])
 
 
-def _lists(folder: Place) -> list[Place]:
-    return sorted((folder / REMOVED).glob(_LISTS)) if (folder / REMOVED).is_dir() else []
+def _lists(folder: Place, but: str) -> list[Place]:
+    """Returns the lists in an index, but for the one of this name."""
+    paths: list[Place] = sorted((folder / REMOVED).glob(_LISTS)) if (folder / REMOVED).is_dir() else []
+    return [path for path in paths if path.name != but]
 
 
 def _read_whole(path: Place) -> pa.Array | None:

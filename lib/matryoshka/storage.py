@@ -216,7 +216,7 @@ def publish(path: Place, last: str | None = None) -> Iterator[Path]:
             buckets.upload(folder / path.name, _bucket(path), last)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (path.parent / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{path.name}" for _ in range(2))
+    temporary, old = (path.parent / _temporary(path.name) for _ in range(2))
     try:
         yield temporary
         for file in temporary.rglob("*"):
@@ -299,7 +299,7 @@ def workspace(folder: Place, name: str) -> contextlib.AbstractContextManager[Pla
 def _workspace_in_bucket(folder: BucketPath, name: str) -> Iterator[BucketPath]:
     for leftover in folder.glob(f"{TEMPORARY}*-{name}"):
         remove(leftover)
-    path = folder / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{name}"
+    path = folder / _temporary(name)
     try:
         yield path
     finally:
@@ -311,7 +311,7 @@ def _workspace(folder: Path, name: str) -> Iterator[Path]:
     is_first = not folder.exists()
     for leftover in folder.glob(f"{TEMPORARY}*-{name}"):
         remove(leftover)
-    path = folder / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{name}"
+    path = folder / _temporary(name)
     path.mkdir(parents=True)
     try:
         yield path
@@ -380,7 +380,7 @@ def create(path: Place, data: bytes) -> bool:
     if not isinstance(path, Path):
         return buckets.create(_bucket(path), data)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{path.name}"
+    temporary = path.parent / _temporary(path.name)
     try:
         temporary.write_bytes(data)
         _sync(temporary)
@@ -428,11 +428,15 @@ def remove(path: Place) -> None:
         path.unlink(missing_ok=True)
 
 
+def _temporary(name: str) -> str:
+    """Returns a name that no other writer of something of this name has."""
+    return f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{name}"
+
+
 def remove_at_once(folder: Place) -> None:
     """Removes a folder, of which, on disk, nobody ever sees a part: a run that is killed leaves it whole, or a leftover."""
     if isinstance(folder, Path) and folder.is_dir():
-        aside = folder.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{folder.name}")
-        folder = folder.rename(aside)
+        folder = folder.rename(folder.with_name(_temporary(folder.name)))
     remove(folder)
 
 
@@ -456,6 +460,6 @@ def check_writable(folder: Place) -> None:
         RuntimeError: The store does not answer.
     """
     if not isinstance(folder, Path):
-        probe = folder / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-probe"
+        probe = folder / _temporary("probe")
         probe.write_bytes(b"")
         remove(probe)
